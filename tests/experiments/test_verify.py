@@ -1,5 +1,6 @@
 """The verification protocol against loops that share no code with it."""
 
+import doctest
 import os
 from pathlib import Path
 
@@ -72,6 +73,10 @@ def test_a_held_out_fold_changes_nothing_that_is_fitted(pairs):
     assert before.fold_threshold[1] == after.fold_threshold[1]
     assert before.fold_accuracy[1] != after.fold_accuracy[1]
     assert before.fold_threshold[0] != after.fold_threshold[0]
+
+
+def test_examples_in_the_docstrings():
+    assert doctest.testmod(verify).failed == 0
 
 
 def test_random_embeddings_are_at_chance():
