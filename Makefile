@@ -1,0 +1,58 @@
+# make quickstart   install into .venv, then train and compare both heads on embedded real digits
+# make test         install into .venv, then lint, type check and test
+# Other targets: lint, pytest, test-slow, test-lowest, test-newest, format, constraints.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PYTEST_ARGS ?=
+# Test processes. Compiling is most of the work and keeps about one core busy.
+JOBS ?= 2
+
+.DELETE_ON_ERROR:
+.PHONY: quickstart test lint pytest test-slow test-lowest test-newest format constraints
+
+quickstart: $(VENV)/experiments.stamp
+	$(VENV)/bin/python -m experiments quickstart
+
+test: lint pytest
+
+lint: $(VENV)/test.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+pytest: $(VENV)/test.stamp
+	$(VENV)/bin/pytest -n $(JOBS) $(PYTEST_ARGS)
+
+test-slow:
+	$(MAKE) pytest PYTEST_ARGS="-m slow"
+
+# The stamp's name is the extra it stands for.
+$(VENV)/%.stamp: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing .[$*] into $(VENV); the first time takes a few minutes."
+	$(VENV)/bin/pip install -qq --constraint $(CONSTRAINTS) --editable ".[$*]"
+	touch $@
+
+# The suite at the lowest declared versions, and at the newest there are.
+test-lowest: .venv-lowest/pins.txt
+	$(MAKE) pytest VENV=.venv-lowest CONSTRAINTS=.venv-lowest/pins.txt
+
+test-newest:
+	$(MAKE) pytest VENV=.venv-newest CONSTRAINTS=/dev/null
+
+.venv-lowest/pins.txt: pyproject.toml scripts/lowest.py
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install -qq packaging
+	.venv-lowest/bin/python scripts/lowest.py pyproject.toml > $@
+
+format:
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# Pin what a fresh install of the test extra resolves to. They hold for make and CI, not for users.
+constraints:
+	$(PYTHON) -m venv --clear .venv-constraints
+	.venv-constraints/bin/pip install -qq --editable ".[test]"
+	.venv-constraints/bin/pip freeze --exclude-editable > constraints.txt

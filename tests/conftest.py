@@ -1,0 +1,62 @@
+"""What every test shares: eight fake devices on a CPU, fixtures named after what they do.
+
+The suite runs on the CPU unless JAX_PLATFORMS names another platform.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+from jax.sharding import AxisType, Mesh
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the processes that tests start read it
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Each new shape compiles, so examples are few and none has a deadline.
+hypothesis.settings.register_profile(
+    "local", deadline=None, max_examples=10, database=None, print_blob=True
+)
+hypothesis.settings.register_profile(
+    "ci", hypothesis.settings.get_profile("local"), derandomize=True
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """float64 stays float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    """No implicit dtype promotion and no implicit rank promotion."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    """Four devices along the axis "devices", once with Auto and once with Explicit sharding."""
+    if jax.device_count() < 4:
+        pytest.skip(f"needs 4 devices, {jax.devices()[0].platform} has {jax.device_count()}")
+    four = jax.make_mesh((4,), ("devices",), (request.param,), devices=jax.devices()[:4])
+    with jax.set_mesh(four):
+        yield four
+
+
+@pytest.fixture(scope="session")
+def tfds_dir() -> Path:
+    """The folder of the prepared TFDS data sets."""
+    folder = os.environ.get("TFDS_DATA_DIR", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip(
+            f"real data is not here: TFDS_DATA_DIR={folder!r} is no folder of prepared TFDS data "
+            "sets; tfds.load(name, data_dir=...) writes them where '.[prepare]' is installed"
+        )
+    return Path(folder)

@@ -1,0 +1,60 @@
+"""What holds for the repository as a whole."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import lsoftmax_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_one_version_everywhere():
+    version = lsoftmax_jax.__version__
+    assert importlib.metadata.version("lsoftmax-jax") == version
+    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == version
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
+
+
+def test_the_functions_import_no_flax():
+    code = "import sys, lsoftmax_jax; sys.exit('flax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_constraints_pin_every_dependency_within_its_declared_range():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+    pinned = {canonicalize_name(name): pin for name, pin in (line.split("==") for line in lines)}
+    extras = PROJECT["optional-dependencies"]
+    for requirement in map(
+        Requirement, PROJECT["dependencies"] + extras["experiments"] + extras["test"]
+    ):
+        if requirement.name != PROJECT["name"]:
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
+
+
+def test_no_tracked_file_names_a_machine():
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    checkout = re.escape(f"{ROOT}/")
+    machine = re.compile(
+        rf"(?<![\w.])({checkout}|/(home|root|Users)/)|python[h]osted|pypi\.org/simple"
+    )
+    found = []
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file():
+            text = path.read_text(errors="ignore")
+            found += [f"{name}: {match[0]}" for match in machine.finditer(text)]
+    assert found == []
