@@ -19,6 +19,9 @@ from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
+# what Pillow raises for a file it cannot decode
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
 # more threads than cores only wait for each other to decode
 _READ = grain.ReadOptions(num_threads=min(16, os.cpu_count() or 1), prefetch_buffer_size=512)
 
@@ -71,11 +74,15 @@ def list_faces(
     return Faces(root, names, np.repeat(np.arange(len(kept), dtype=np.int32), counts), tuple(kept))
 
 
-def read_face(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The image as RGB, (height, width, 3): its largest centre of that shape, resized to size."""
+def open_face(path: Path) -> Image.Image:
+    """The image as RGB, upright; one of BROKEN is raised if it cannot be decoded."""
     with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    return np.asarray(ImageOps.fit(upright, size[::-1], Image.Resampling.BILINEAR))
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def read_face(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The image as (height, width, 3): its largest centre of that shape, resized to size."""
+    return np.asarray(ImageOps.fit(open_face(path), size[::-1], Image.Resampling.BILINEAR))
 
 
 def normalise(batch: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +112,7 @@ class FaceImages:
         name = self.faces.names[index]
         try:
             image = read_face(self.faces.root / name, self.size)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except BROKEN as error:
             self._report(name, error)
             return None
         return {"image": image, "label": self.faces.labels[index], "index": np.int32(index)}
