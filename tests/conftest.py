@@ -50,13 +50,22 @@ def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
         yield four
 
 
+def real_data(variable: str, expected: str, source: str) -> Path:
+    """The folder that an environment variable names, if it holds what is expected there."""
+    folder = os.environ.get(variable, "")
+    if not folder or not (Path(folder) / expected).exists():
+        pytest.skip(f"no {expected} in {variable}={folder!r}; {source}")
+    return Path(folder)
+
+
 @pytest.fixture(scope="session")
 def tfds_dir() -> Path:
-    """The folder of the prepared TFDS data sets."""
-    folder = os.environ.get("TFDS_DATA_DIR", "")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip(
-            f"real data is not here: TFDS_DATA_DIR={folder!r} is no folder of prepared TFDS data "
-            "sets; tfds.load(name, data_dir=...) writes them where '.[prepare]' is installed"
-        )
-    return Path(folder)
+    """The folder of prepared TFDS data sets, MNIST among them."""
+    source = "tfds.load('mnist', data_dir=...) writes it where '.[prepare]' is installed"
+    return real_data("TFDS_DATA_DIR", "mnist", source)
+
+
+@pytest.fixture(scope="session")
+def lfw_dir() -> Path:
+    """The folder of LFW's images, one folder a person, and its pairs.txt."""
+    return real_data("LFW_DIR", "pairs.txt", "LFW's own page has the images and the pairs")
