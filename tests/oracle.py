@@ -1,0 +1,253 @@
+"""The paper's formula, literally: arccos, k = floor(m theta / pi), logsumexp.
+
+Twice: float64 NumPy, whose gradients follow theta by the chain rule, and mpmath at 60 digits, whose
+gradients are central differences. Neither shares code or algebra with the library. Also the
+problems to ask it about, and how near to it an answer is.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+
+DIGITS = 60
+STEP = "1e-20"
+
+
+class Problem(NamedTuple):
+    """One classification problem in float64."""
+
+    features: np.ndarray
+    kernel: np.ndarray
+    labels: np.ndarray
+
+
+def problem(seed: int, batch: int, dim: int, classes: int, scale: float = 1.0) -> Problem:
+    """Target angles spread evenly over (0, pi), so that every k of every margin occurs."""
+    rng = np.random.default_rng(seed)
+    kernel = rng.standard_normal((dim, classes))
+    labels = rng.integers(classes, size=batch)
+    column = kernel[:, labels].T
+    along = column / np.linalg.norm(column, axis=1, keepdims=True)
+    across = rng.standard_normal((batch, dim))
+    across -= np.sum(across * along, axis=1, keepdims=True) * along
+    across /= np.linalg.norm(across, axis=1, keepdims=True)
+    theta = np.pi * (rng.permutation(batch)[:, None] + 0.37) / batch
+    norm = scale * rng.uniform(0.5, 2.0, size=(batch, 1))
+    return Problem(norm * (np.cos(theta) * along + np.sin(theta) * across), kernel, labels)
+
+
+# (feature, scale of the kernel); the target's column points along the first axis.
+EXTREMES = {
+    "zero feature row": ([0.0, 0.0], 1.0),
+    "zero kernel": ([0.5, 0.8], 0.0),
+    "all zero": ([0.0, 0.0], 0.0),
+    "theta zero": ([1.0, 0.0], 1.0),
+    "theta pi": ([-1.0, 0.0], 1.0),
+    "knot of even margins": ([0.0, 1.0], 1.0),
+    "knot of margin 4": ([1.0, 1.0], 1.0),
+    "nearly parallel": ([1.0, 1e-4], 1.0),
+    "cosine over 1 by rounding": ([0.1, 0.0], 3.3),
+    "tiny features": ([1e-20, 2e-20], 1.0),
+    "huge features": ([1e15, -2e15], 1.0),
+    "huge features along the column": ([1e15, 0.0], 1.0),
+    "tiny kernel": ([-0.4, 0.9], 1e-20),
+    "huge kernel": ([-0.4, 0.9], 1e15),
+    "huge kernel along the feature": ([1.0, 0.0], 1e15),
+}
+
+
+def extreme_problems() -> Problem:
+    """One example with three classes for each of EXTREMES, stacked along a first axis to vmap."""
+    features = np.array([[feature] for feature, _ in EXTREMES.values()])
+    scales = np.array([scale for _, scale in EXTREMES.values()])
+    kernel = scales[:, None, None] * np.array([[1.0, -0.6, 0.0], [0.0, 0.8, -1.0]])
+    return Problem(features, kernel, np.zeros((len(EXTREMES), 1), int))
+
+
+def as_arrays(problem, dtype):
+    features, kernel, labels = problem
+    return jnp.asarray(features, dtype), jnp.asarray(kernel, dtype), jnp.asarray(labels, jnp.int32)
+
+
+def assert_close(actual, wanted, tolerance):
+    """The largest difference in units of the largest wanted entry."""
+    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
+    assert actual.shape == wanted.shape
+    assert np.max(np.abs(actual - wanted), initial=0) <= tolerance * np.max(
+        np.abs(wanted), initial=0
+    )
+
+
+def psi_of_theta(theta, margin):
+    k = np.clip(np.floor(margin * theta / np.pi), 0, margin - 1)
+    return (-1.0) ** k * np.cos(margin * theta) - 2 * k
+
+
+def psi_slope_of_theta(theta, margin):
+    k = np.clip(np.floor(margin * theta / np.pi), 0, margin - 1)
+    return -((-1.0) ** k) * margin * np.sin(margin * theta)
+
+
+def psi(cosine, margin):
+    return psi_of_theta(np.arccos(np.clip(cosine, -1, 1)), margin)
+
+
+def target_weights(lam):
+    """Weights of cos(theta) and psi(theta) in the annealed target; infinity is all cos(theta)."""
+    margin_weight = 1.0 / (1.0 + lam)
+    return 1.0 - margin_weight, margin_weight
+
+
+def target_geometry(features, kernel, labels):
+    column = kernel[:, labels].T
+    feature_norm = np.sqrt(np.sum(features**2, axis=1))
+    column_norm = np.sqrt(np.sum(column**2, axis=1))
+    cosine = np.sum(features * column, axis=1) / (feature_norm * column_norm)
+    return column, feature_norm, column_norm, np.arccos(np.clip(cosine, -1, 1))
+
+
+def logits(features, kernel, labels, margin, lam=0.0):
+    _, feature_norm, column_norm, theta = target_geometry(features, kernel, labels)
+    plain, large = target_weights(lam)
+    result = features @ kernel
+    blend = plain * np.cos(theta) + large * psi_of_theta(theta, margin)
+    result[np.arange(len(labels)), labels] = feature_norm * column_norm * blend
+    return result
+
+
+def logits_pullback(features, kernel, labels, cotangent, margin, lam=0.0):
+    """Cotangents of (features, kernel, lam) for a cotangent of the logits."""
+    rows = np.arange(len(labels))
+    column, feature_norm, column_norm, theta = target_geometry(features, kernel, labels)
+    plain, large = target_weights(lam)
+    norm = feature_norm * column_norm
+    blend = plain * np.cos(theta) + large * psi_of_theta(theta, margin)
+    slope = -plain * np.sin(theta) + large * psi_slope_of_theta(theta, margin)
+
+    unit_feature = features / feature_norm[:, None]
+    unit_column = column / column_norm[:, None]
+    turn = -1 / np.sin(theta)[:, None]
+    cosine = np.cos(theta)[:, None]
+    theta_by_feature = turn * (unit_column - cosine * unit_feature) / feature_norm[:, None]
+    theta_by_column = turn * (unit_feature - cosine * unit_column) / column_norm[:, None]
+    by_feature = (column_norm * blend)[:, None] * unit_feature
+    by_feature += (norm * slope)[:, None] * theta_by_feature
+    by_column = (feature_norm * blend)[:, None] * unit_column
+    by_column += (norm * slope)[:, None] * theta_by_column
+    by_lam = norm * (np.cos(theta) - psi_of_theta(theta, margin)) * large**2
+
+    target = cotangent[rows, labels]
+    others = np.array(cotangent)
+    others[rows, labels] = 0.0
+    features_bar = others @ kernel.T + target[:, None] * by_feature
+    kernel_bar = features.T @ others
+    for row, label in enumerate(labels):
+        kernel_bar[:, label] += target[row] * by_column[row]
+    return features_bar, kernel_bar, np.sum(target * by_lam)
+
+
+def log_probabilities(scores):
+    shifted = scores - np.max(scores, axis=1, keepdims=True)
+    return shifted - np.log(np.sum(np.exp(shifted), axis=1, keepdims=True))
+
+
+def smoothed_labels(labels, classes, label_smoothing):
+    return (1 - label_smoothing) * np.eye(classes)[labels] + label_smoothing / classes
+
+
+def loss(features, kernel, labels, margin, lam=0.0, where=None, label_smoothing=0.0):
+    kept = np.ones(len(labels), bool) if where is None else where
+    scores = logits(features[kept], kernel, labels[kept], margin, lam)
+    wanted = smoothed_labels(labels[kept], kernel.shape[1], label_smoothing)
+    result = np.zeros(len(labels))
+    result[kept] = -np.sum(wanted * log_probabilities(scores), axis=1)
+    return result
+
+
+def loss_pullback(
+    features, kernel, labels, cotangent, margin, lam=0.0, where=None, label_smoothing=0.0
+):
+    """Cotangents of (features, kernel, lam) for a per-example cotangent of the loss."""
+    kept = np.ones(len(labels), bool) if where is None else where
+    rows = (features[kept], kernel, labels[kept])
+    probabilities = np.exp(log_probabilities(logits(*rows, margin, lam)))
+    wanted = smoothed_labels(labels[kept], kernel.shape[1], label_smoothing)
+    logits_bar = cotangent[kept][:, None] * (probabilities - wanted)
+    kept_bar, kernel_bar, lam_bar = logits_pullback(*rows, logits_bar, margin, lam)
+    features_bar = np.zeros_like(features)
+    features_bar[kept] = kept_bar
+    return features_bar, kernel_bar, lam_bar
+
+
+def exact(array):
+    """The very numbers of an array of any float dtype, as an object array of mpf."""
+    return np.vectorize(mpmath.mpf, otypes=[object])(np.asarray(array, np.float64))
+
+
+def exact_psi(cosine, margin):
+    with mpmath.workdps(DIGITS):
+        theta = mpmath.acos(max(-1, min(1, mpmath.mpf(cosine))))
+        k = min(int(mpmath.floor(margin * theta / mpmath.pi)), margin - 1)
+        return (-1) ** k * mpmath.cos(margin * theta) - 2 * k
+
+
+def exact_psi_slope(cosine, margin):
+    """d psi / d cos(theta), by a central difference at 60 digits."""
+    with mpmath.workdps(DIGITS):
+        centre, step = mpmath.mpf(cosine), mpmath.mpf(STEP)
+        return (exact_psi(centre + step, margin) - exact_psi(centre - step, margin)) / (2 * step)
+
+
+def exact_row_loss(feature, kernel, label, margin, lam=0.0, label_smoothing=0.0):
+    """The loss of one example as an mpf, of object arrays of mpf."""
+    with mpmath.workdps(DIGITS):
+        scores = list(feature @ kernel)
+        norm = mpmath.sqrt(feature @ feature) * mpmath.sqrt(kernel[:, label] @ kernel[:, label])
+        cosine = scores[label] / norm
+        large = 1 / (1 + mpmath.mpf(lam))
+        scores[label] = norm * ((1 - large) * cosine + large * exact_psi(cosine, margin))
+        normaliser = mpmath.log(mpmath.fsum(mpmath.exp(score) for score in scores))
+        smoothing = mpmath.mpf(label_smoothing)
+        result = (1 - smoothing) * (normaliser - scores[label])
+        return result + smoothing * mpmath.fsum(normaliser - z for z in scores) / len(scores)
+
+
+def exact_loss(features, kernel, labels, margin, lam=0.0, label_smoothing=0.0):
+    """Per-example losses, right to the last digit of float64 however small they are."""
+    features, kernel = exact(features), exact(kernel)
+    rows = zip(features, labels, strict=True)
+    arguments = (margin, lam, label_smoothing)
+    return np.array([float(exact_row_loss(row, kernel, y, *arguments)) for row, y in rows])
+
+
+def exact_gradients(features, kernel, labels, cotangent, margin, lam=0.0, label_smoothing=0.0):
+    """Cotangents of (features, kernel, lam), by central differences at 60 digits."""
+    features, kernel, cotangent = exact(features), exact(kernel), exact(cotangent)
+
+    def total(features, kernel, lam):
+        rows = zip(cotangent, features, labels, strict=True)
+        arguments = (margin, lam, label_smoothing)
+        return mpmath.fsum(s * exact_row_loss(row, kernel, y, *arguments) for s, row, y in rows)
+
+    def difference(moved):
+        step = mpmath.mpf(STEP)
+        return float((total(*moved(step)) - total(*moved(-step))) / (2 * step))
+
+    with mpmath.workdps(DIGITS):
+        lam = mpmath.mpf(lam)
+        features_bar, kernel_bar = np.zeros(features.shape), np.zeros(kernel.shape)
+        for index in np.ndindex(features.shape):
+            features_bar[index] = difference(
+                lambda h, i=index: (nudged(features, i, h), kernel, lam)
+            )
+        for index in np.ndindex(kernel.shape):
+            kernel_bar[index] = difference(lambda h, i=index: (features, nudged(kernel, i, h), lam))
+        return features_bar, kernel_bar, difference(lambda h: (features, kernel, lam + h))
+
+
+def nudged(array, index, step):
+    result = array.copy()
+    result[index] = result[index] + step
+    return result

@@ -1,0 +1,81 @@
+"""annealed_lambda against the released code's formula, t counted from 1 at the first update."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lsoftmax_jax as lsm
+from lsoftmax_jax import schedule
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    base=st.floats(0, 1e4),
+    gamma=st.floats(0, 1e-2),
+    power=st.floats(0, 50),
+    minimum=st.floats(0, 10),
+    step=st.integers(0, 10**6),
+)
+def test_formula(base, gamma, power, minimum, step):
+    lam = lsm.annealed_lambda(base, gamma, power, minimum)(step)
+    wanted = max(minimum, base * (1 + gamma * (step + 1)) ** -power)
+    np.testing.assert_allclose(lam, wanted, rtol=2e-5, atol=1e-30)
+
+
+def test_first_update_counts_as_one():
+    np.testing.assert_allclose(lsm.annealed_lambda(8.0, 1.0, 3.0)(0), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(lsm.annealed_lambda(27.0, 1.0, 3.0)(1), 1.0, rtol=1e-6)
+
+
+def test_minimum_defaults_to_zero_and_base_zero_turns_annealing_off():
+    assert 0 <= lsm.annealed_lambda(1000.0, 1.0, 35.0)(10**6) < 1e-30
+    assert lsm.annealed_lambda(0.0, 1e-5, 35.0)(0) == 0.0
+    assert lsm.annealed_lambda(1000.0, 1.0, 35.0, minimum=5.0)(10**6) == 5.0
+
+
+def test_traced_step_gives_the_same_float32_scalar_and_traces_once():
+    lam_of = lsm.annealed_lambda(1000.0, 2.5e-5, 35.0, 2.0)
+    traces = []
+
+    @jax.jit
+    def traced(step):
+        traces.append(step)
+        return lam_of(step)
+
+    for step in (0, 17, 6000, 30000):
+        lam = traced(jnp.int32(step))
+        assert lam.shape == () and lam.dtype == jnp.float32
+        np.testing.assert_allclose(lam, lam_of(step), rtol=1e-5)
+    assert len(traces) == 1
+
+
+def test_traced_step_under_strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        lam = jax.jit(lsm.annealed_lambda(1000.0, 2.5e-5, 35.0))(jnp.int32(99))
+    np.testing.assert_allclose(lam, 1000 * (1 + 2.5e-5 * 100) ** -35, rtol=1e-5)
+
+
+def test_presets_of_the_released_code():
+    assert tuple(schedule.MNIST) == (1000.0, 2.5e-5, 35.0, 0.0)
+    assert tuple(schedule.CIFAR10) == (1000.0, 2e-5, 45.0, 0.0)
+    assert tuple(schedule.CIFAR10_PLUS) == (1000.0, 1e-5, 45.0, 0.0)
+    lam = lsm.annealed_lambda(**schedule.MNIST._asdict())(999)
+    np.testing.assert_allclose(lam, 1000 * 1.025**-35, rtol=1e-5)
+
+
+@pytest.mark.parametrize("argument", ["base", "gamma", "power", "minimum"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_negative_or_nan_constants_are_refused(argument, value):
+    constants = {"base": 1000.0, "gamma": 1e-5, "power": 35.0, "minimum": 0.0, argument: value}
+    with pytest.raises(ValueError, match=argument):
+        lsm.annealed_lambda(**constants)
+
+
+@pytest.mark.parametrize("argument", ["base", "gamma", "power", "minimum"])
+def test_constants_that_are_no_numbers_are_refused(argument):
+    constants = {"base": 1000.0, "gamma": 1e-5, "power": 35.0, "minimum": 0.0, argument: "1"}
+    with pytest.raises(TypeError, match=argument):
+        lsm.annealed_lambda(**constants)
