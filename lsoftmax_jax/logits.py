@@ -7,7 +7,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import arguments
-from lsoftmax_jax.margin import Target, target_of
+from lsoftmax_jax.margin import Target, target
+
+# Up to here a product at full precision costs less than gathering each label's column.
+_FEW_CLASSES = 256
 
 
 def lsoftmax_logits(
@@ -103,6 +106,29 @@ def _logits_bwd(
 _logits.defvjp(_logits_fwd, _logits_bwd)
 
 
+def target_of(
+    features: jax.Array, kernel: jax.Array, labels: jax.Array, lam: jax.Array, margin: int
+) -> Target:
+    """The target of every row, NaN where the label is -1, in the dtype of lam.
+
+    Never from logits of the default precision: bfloat16 or TF32, which that is on TPU and GPU,
+    would put a cosine on the wrong side of a knot. With few classes the logits have full
+    precision; the compiler finds them computed once.
+    """
+    dtype = lam.dtype
+    if kernel.shape[1] <= _FEW_CLASSES:
+        logits = product(features, kernel)
+        hit = hits(labels, kernel.shape[1])
+        u = jnp.sum(jnp.where(hit, logits, 0), axis=1)
+        b = jnp.sum(jnp.where(hit, jnp.sum(kernel.astype(dtype) ** 2, axis=0), 0), axis=1)
+    else:
+        columns = jnp.take(kernel, labels, axis=1, mode="clip").T.astype(dtype)
+        u = jnp.sum(features.astype(dtype) * columns, axis=1)
+        b = jnp.sum(columns**2, axis=1)
+    u = jnp.where(labels >= 0, u, jnp.nan)
+    return target(u, jnp.sum(features.astype(dtype) ** 2, axis=1), b, lam, margin)
+
+
 def hits(labels: jax.Array, classes: int) -> jax.Array:
     """(batch, classes), true at each row's label: compared with an iota, nothing gathered."""
     shape = labels.shape[0], classes
@@ -110,8 +136,9 @@ def hits(labels: jax.Array, classes: int) -> jax.Array:
 
 
 def product(features: jax.Array, kernel: jax.Array) -> jax.Array:
-    """features @ kernel, accumulated in float32 or better."""
-    return _contract(features, 1, kernel, 0)
+    """features @ kernel, accumulated in float32 or better; see `target_of` for the precision."""
+    precision = jax.lax.Precision.HIGHEST if kernel.shape[1] <= _FEW_CLASSES else None
+    return _contract(features, 1, kernel, 0, precision)
 
 
 def features_gradient(grad: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -137,12 +164,20 @@ def column_sums(values: jax.Array, labels: jax.Array, classes: int) -> jax.Array
 
     Scalars are scattered, not rows of D values, which is the slow path on GPU.
     """
+    if classes <= _FEW_CLASSES:
+        return jnp.sum(jnp.where(hits(labels, classes), values[:, None], 0), axis=0)
     # A negative index would wrap to the last class.
     index = jnp.where(labels >= 0, labels, classes)
     return jnp.zeros(classes, values.dtype).at[index].add(values, mode="drop")
 
 
-def _contract(lhs: jax.Array, lhs_axis: int, rhs: jax.Array, rhs_axis: int) -> jax.Array:
+def _contract(
+    lhs: jax.Array,
+    lhs_axis: int,
+    rhs: jax.Array,
+    rhs_axis: int,
+    precision: jax.lax.Precision | None = None,
+) -> jax.Array:
     dtype = arguments.at_least_f32(lhs.dtype)
     axes = (((lhs_axis,), (rhs_axis,)), ((), ()))
-    return jax.lax.dot_general(lhs, rhs, axes, preferred_element_type=dtype)
+    return jax.lax.dot_general(lhs, rhs, axes, precision, preferred_element_type=dtype)

@@ -32,8 +32,9 @@ from lsoftmax_jax.logits import (
     hits,
     kernel_gradient,
     product,
+    target_of,
 )
-from lsoftmax_jax.margin import Target, target_of
+from lsoftmax_jax.margin import Target
 
 DEFAULT_MEMORY_BUDGET = 2**30  # bytes
 # Row blocks below this many rows starve the matrix units; class blocks win there.

@@ -150,18 +150,3 @@ def _root(square: jax.Array) -> tuple[jax.Array, jax.Array]:
     # A NaN must stay one.
     zero = jnp.where(jnp.isnan(square), square, 0)
     return jnp.where(normal, root, zero), jnp.where(normal, 1 / root, zero)
-
-
-def target_of(
-    features: jax.Array, kernel: jax.Array, labels: jax.Array, lam: jax.Array, margin: int
-) -> Target:
-    """The target of every row, NaN where the label is -1; lam's dtype is computed in.
-
-    By multiply and sum, not from the logits: a matrix product in bfloat16 or TF32, which is the
-    default on TPU and GPU, would put the cosine on the wrong side of a knot.
-    """
-    columns = jnp.take(kernel, labels, axis=1, mode="clip").astype(lam.dtype)
-    rows = features.T.astype(lam.dtype)
-    u = jnp.sum(rows * columns, axis=0)
-    u = jnp.where(labels >= 0, u, jnp.nan)
-    return target(u, jnp.sum(rows**2, axis=0), jnp.sum(columns**2, axis=0), lam, margin)
