@@ -1,6 +1,7 @@
 """The margin logits, and the three matrix products that every head here is made of."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,10 +95,11 @@ def _logits_bwd(
     hit = hits(labels, kernel.shape[1])
     g = jnp.sum(jnp.where(hit, cotangent, 0), axis=1, dtype=t.alpha.dtype)
     g = jnp.where(labels >= 0, g, jnp.nan)
-    grad = jnp.where(hit, (g * t.alpha)[:, None], cotangent.astype(g.dtype))
+    pull = pull_target(g, t, features.dtype)
+    grad = jnp.where(hit, pull.at_target[:, None], cotangent.astype(g.dtype))
     grad = jnp.where(labels[:, None] >= 0, grad, jnp.nan).astype(features.dtype)
-    dfeatures = features_gradient(grad, kernel) + along_rows(g * t.row, features)
-    sums = column_sums(g * t.column, labels, kernel.shape[1])
+    dfeatures = features_gradient(grad, kernel) + along_rows(pull.row, features)
+    sums = column_sums(pull.column, labels, kernel.shape[1])
     dkernel = kernel_gradient(features, grad) + along_columns(sums, kernel)
     dlam = jnp.sum(g * t.lam)
     return dfeatures.astype(features.dtype), dkernel.astype(kernel.dtype), None, dlam
@@ -120,13 +122,39 @@ def target_of(
         logits = product(features, kernel)
         hit = hits(labels, kernel.shape[1])
         u = jnp.sum(jnp.where(hit, logits, 0), axis=1)
-        b = jnp.sum(jnp.where(hit, jnp.sum(kernel.astype(dtype) ** 2, axis=0), 0), axis=1)
+        squares = jnp.sum(kernel.astype(dtype) ** 2, axis=0)
+        b = jnp.sum(jnp.where(hit, squares[None, :], 0), axis=1)
     else:
         columns = jnp.take(kernel, labels, axis=1, mode="clip").T.astype(dtype)
         u = jnp.sum(features.astype(dtype) * columns, axis=1)
         b = jnp.sum(columns**2, axis=1)
     u = jnp.where(labels >= 0, u, jnp.nan)
     return target(u, jnp.sum(features.astype(dtype) ** 2, axis=1), b, lam, margin)
+
+
+class Pull(NamedTuple):
+    """A cotangent g of the target logit, pulled back: one value a row."""
+
+    at_target: jax.Array  # the gradient of the plain logit at the label, for the two products
+    row: jax.Array  # times features, a part of dfeatures
+    column: jax.Array  # times the label's column, a part of dkernel
+
+
+def pull_target(g: jax.Array, t: Target, dtype: jnp.dtype) -> Pull:
+    """`Pull` for matrix products with operands of `dtype`.
+
+    At small angles alpha is near m² and `row` takes most of it back. Half precision would round
+    the one and not the other, so what rounding takes off `at_target` is given back along features
+    and kernel; what stays lost is smaller by the sine of the angle.
+    """
+    exact = g * t.alpha
+    if dtype == exact.dtype:
+        return Pull(exact, g * t.row, g * t.column)
+    # A cast there and back the compiler may drop.
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(exact, info.nexp, info.nmant)
+    lost = exact - rounded
+    return Pull(rounded, g * t.row + lost * t.shadow_row, g * t.column + lost * t.shadow_column)
 
 
 def hits(labels: jax.Array, classes: int) -> jax.Array:
@@ -156,7 +184,7 @@ def along_rows(scale: jax.Array, features: jax.Array) -> jax.Array:
 
 
 def along_columns(scale: jax.Array, kernel: jax.Array) -> jax.Array:
-    return scale * kernel.astype(scale.dtype)
+    return scale[None, :] * kernel.astype(scale.dtype)
 
 
 def column_sums(values: jax.Array, labels: jax.Array, classes: int) -> jax.Array:

@@ -1,13 +1,13 @@
 """The fused loss of the large-margin softmax: one algebra, several plans.
 
-For a row with target logit t and the logsumexp Z of the OTHER logits, d = Z - t:
+For a row with target logit t and the logsumexp Z of the OTHER logits:
 
-    loss = softplus(d) = logsumexp(all) - t,    g = dloss/dt = -sigmoid(d)
+    loss = softplus(Z - t) = logsumexp(all) - t,    g = dloss/dt = -sigmoid(Z - t)
 
 softplus keeps the digits of a small loss, which the difference of two large numbers has lost.
-With G the gradient of the logits (G_j = exp(z_j - lse) for j != y, G_y = g alpha), the gradients
-are the two matrix products of plain softmax, a scaled copy of features and a scaled copy of the
-kernel (`Target` has alpha, row and column):
+With G the gradient of the logits, G_j = -g exp(z_j - Z) for j != y and G_y = g alpha, the
+gradients are the two matrix products of plain softmax, a scaled copy of features and a scaled
+copy of the kernel (`Target` has alpha, row and column):
 
     dfeatures = G kernel^T + diag(g row) features
     dkernel = features^T G + kernel diag(sum over the rows of each class of g column)
@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 
 from lsoftmax_jax import arguments
 from lsoftmax_jax.logits import (
+    Pull,
     along_columns,
     along_rows,
     column_sums,
@@ -32,6 +33,7 @@ from lsoftmax_jax.logits import (
     hits,
     kernel_gradient,
     product,
+    pull_target,
     target_of,
 )
 from lsoftmax_jax.margin import Target
@@ -82,10 +84,11 @@ class Others(NamedTuple):
 class Row(NamedTuple):
     """What the gradient of a row's logits is made of."""
 
-    weight: jax.Array  # the cotangent of the row's loss
-    lse: jax.Array  # logsumexp of the margin logits
-    g: jax.Array  # weight * dloss/dt
-    uniform: jax.Array  # what label smoothing takes off every other class
+    z: jax.Array  # logsumexp of the other logits
+    others: jax.Array  # the weight of exp(z_j - z) in the other logits' gradient
+    uniform: jax.Array  # what label smoothing takes off every one of them
+    target: Pull
+    dlam: jax.Array
 
 
 @overload
@@ -184,9 +187,7 @@ def lsoftmax_loss(
 
     Source: Liu et al., ICML 2016.
     """
-    call = _Call.checked(
-        features, kernel, labels, margin, lam, where, label_smoothing, row_block, class_block
-    )
+    call = _Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
     plan = call.plan(memory_budget, row_block, class_block, keep_exponentials, summed=False)
     core = functools.partial(_loss, call.setting(plan))
     loss, seen = arguments.place(core, "batch", (*call.head[:3], call.lam))
@@ -242,9 +243,7 @@ def lsoftmax_loss_sum(
 
     Source: Liu et al., ICML 2016.
     """
-    call = _Call.checked(
-        features, kernel, labels, margin, lam, where, label_smoothing, row_block, class_block
-    )
+    call = _Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
     plan = call.plan(memory_budget, row_block, class_block, keep_exponentials, summed=True)
     weights = _check_weights(weights, call.head.batch_shape, call.lam.dtype)
     weights = call.mask(weights).reshape(call.head.labels.shape)
@@ -271,8 +270,6 @@ class _Call(NamedTuple):
         lam: ArrayLike,
         where: ArrayLike | None,
         label_smoothing: float,
-        row_block: int | None,
-        class_block: int | None,
     ) -> "_Call":
         margin = arguments.check_margin(margin)
         label_smoothing = arguments.check_fraction("label_smoothing", label_smoothing)
@@ -286,15 +283,6 @@ class _Call(NamedTuple):
         head = arguments.flatten(features.astype(dtype), kernel.astype(dtype), labels)
         if where is not None:
             head = head._replace(labels=jnp.where(where.reshape(-1), head.labels, 0))
-        for name, block in (("row_block", row_block), ("class_block", class_block)):
-            if block is not None and (isinstance(block, bool) or not isinstance(block, int)):
-                raise TypeError(f"{name} must be a Python int >= 1, got {block!r}")
-            if block is not None and block < 1:
-                raise ValueError(f"{name} must be >= 1, got {block}")
-        if row_block is not None and class_block is not None:
-            raise ValueError(
-                f"row_block and class_block exclude each other, got {row_block} and {class_block}"
-            )
         return cls(head, margin, lam, where, label_smoothing)
 
     def setting(self, plan: Plan) -> Setting:
@@ -312,6 +300,7 @@ class _Call(NamedTuple):
         summed: bool,
     ) -> Plan:
         """The fastest plan within the budget, as far as the caller leaves it open."""
+        _check_knobs(budget, row_block, class_block, keep)
         (batch, _), (_, classes) = self.head.features.shape, self.head.kernel.shape
         itemsize = self.head.kernel.dtype.itemsize
         cells = batch * classes
@@ -331,6 +320,27 @@ class _Call(NamedTuple):
         if keep is None:
             keep = itemsize * cells <= budget
         return Plan(class_block=min(class_block, classes), keep_exponentials=keep)
+
+
+def _check_knobs(
+    budget: int, row_block: int | None, class_block: int | None, keep: bool | None
+) -> None:
+    counts = {"memory_budget": budget, "row_block": row_block, "class_block": class_block}
+    for name, value in counts.items():
+        if name != "memory_budget" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a Python int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if row_block is not None and class_block is not None:
+        raise ValueError(
+            f"row_block and class_block exclude each other, got {row_block} and {class_block}"
+        )
+    if not (keep is None or isinstance(keep, bool)):
+        raise TypeError(f"keep_exponentials must be True, False or None, got {keep!r}")
+    if row_block is not None and keep:
+        raise ValueError("row_block keeps no exponentials, got keep_exponentials=True")
 
 
 def _check_weights(
@@ -361,18 +371,18 @@ def _loss_fwd(
 ) -> tuple[tuple[jax.Array, Statistics], Any]:
     t = target_of(features, kernel, labels, lam, setting.margin)
     others, kept = summarise(setting, features, kernel, labels)
-    loss, gap = loss_and_gap(setting, t, others)
-    residuals = features, kernel, labels, t, gap, kept
+    loss, z = loss_and_z(setting, t, others)
+    residuals = features, kernel, labels, t, z, kept
     return (loss, statistics_of(t, others)), residuals
 
 
 def _loss_bwd(
     setting: Setting, residuals: Any, cotangents: tuple[jax.Array, Statistics]
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
-    features, kernel, labels, t, gap, kept = residuals
-    row = gradient_row(setting, t, gap, cotangents[0])
-    dfeatures, dkernel = gradients(setting, features, kernel, labels, t, row, kept)
-    return dfeatures, dkernel, None, jnp.sum(row.g * t.lam)
+    features, kernel, labels, t, z, kept = residuals
+    row = gradient_row(setting, t, z, cotangents[0], features.dtype)
+    dfeatures, dkernel = gradients(setting, features, kernel, labels, row, kept)
+    return dfeatures, dkernel, None, jnp.sum(row.dlam)
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)
@@ -402,32 +412,28 @@ def _sum_fwd(
     lam: jax.Array,
     weights: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    t = target_of(features, kernel, labels, lam, setting.margin)
-    if setting.plan.row_block is None:
+    def block(setting: Setting, rows: Any) -> tuple[jax.Array, Row, Any]:
+        features, labels, t, weights = rows
         others, kept = summarise(setting, features, kernel, labels)
-        loss, gap = loss_and_gap(setting, t, others)
-        row = gradient_row(setting, t, gap, weights)
-        dfeatures, dkernel = gradients(setting, features, kernel, labels, t, row, kept)
-        g = row.g
+        loss, z = loss_and_z(setting, t, others)
+        return loss, gradient_row(setting, t, z, weights, features.dtype), kept
+
+    t = target_of(features, kernel, labels, lam, setting.margin)
+    rows = features, labels, t, weights
+    if setting.plan.row_block is None:
+        loss, row, kept = block(setting, rows)
+        dfeatures, dkernel = gradients(setting, features, kernel, labels, row, kept)
     else:
-        one_shot = setting._replace(plan=Plan())
 
         def step(dkernel: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
-            features, labels, t, weights = rows
-            others, kept = summarise(one_shot, features, kernel, labels)
-            loss, gap = loss_and_gap(one_shot, t, others)
-            row = gradient_row(one_shot, t, gap, weights)
-            dfeatures, change = block_gradients(one_shot, features, kernel, labels, t, row, kept)
-            return dkernel + change, (loss, dfeatures, row.g)
+            loss, row, kept = block(setting._replace(plan=Plan()), rows)
+            dfeatures, change = block_gradients(setting, rows[0], kernel, rows[1], row, kept)
+            return dkernel + change, (loss, row, dfeatures)
 
-        dkernel, (loss, dfeatures, g) = _scan_rows(
-            step,
-            _zeros(kernel.shape, t.logit),
-            setting.plan.row_block,
-            (features, labels, t, weights),
-        )
-        dfeatures, dkernel = _finish(features, kernel, labels, t, g, dfeatures, dkernel)
-    return jnp.sum(weights * loss), (dfeatures, dkernel, jnp.sum(g * t.lam), loss)
+        zeros = _zeros(kernel.shape, t.logit)
+        dkernel, (loss, row, dfeatures) = _scan_rows(step, zeros, setting.plan.row_block, rows)
+        dfeatures, dkernel = _finish(features, kernel, labels, row, dfeatures, dkernel)
+    return jnp.sum(weights * loss), (dfeatures, dkernel, jnp.sum(row.dlam), loss)
 
 
 def _sum_bwd(
@@ -495,17 +501,15 @@ def merge(one: Others, two: Others) -> Others:
     return Others(peak, mass, one.total + two.total)
 
 
-def loss_and_gap(setting: Setting, t: Target, others: Others) -> tuple[jax.Array, jax.Array]:
-    """The loss and the gap Z - t."""
-    # log(0) = -inf is the right value for no other class, but has no finite gradient.
+def loss_and_z(setting: Setting, t: Target, others: Others) -> tuple[jax.Array, jax.Array]:
+    """The loss and the logsumexp of the other logits, the lowest finite number without any."""
     some = others.mass != 0
-    z = jnp.where(some, others.peak + jnp.log(jnp.where(some, others.mass, 1)), -jnp.inf)
-    gap = z - t.logit
-    loss = jax.nn.softplus(gap)
+    z = jnp.where(some, others.peak + jnp.log(jnp.where(some, others.mass, 1)), others.peak)
+    loss = jax.nn.softplus(z - t.logit)
     if setting.label_smoothing:
         mean = (t.logit + others.total) / setting.classes
         loss = loss + setting.label_smoothing * (t.logit - mean)
-    return loss, gap
+    return loss, z
 
 
 def statistics_of(t: Target, others: Others) -> Statistics:
@@ -513,11 +517,14 @@ def statistics_of(t: Target, others: Others) -> Statistics:
     return jax.tree.map(jax.lax.stop_gradient, seen)
 
 
-def gradient_row(setting: Setting, t: Target, gap: jax.Array, weight: jax.Array) -> Row:
+def gradient_row(
+    setting: Setting, t: Target, z: jax.Array, weight: jax.Array, dtype: jnp.dtype
+) -> Row:
+    """From the cotangent `weight` of the row's loss, for matrix products in `dtype`."""
     smoothing, classes = setting.label_smoothing, setting.classes
-    lse = t.logit + jax.nn.softplus(gap)
-    g = weight * (smoothing * (1 - 1 / classes) - jax.nn.sigmoid(gap))
-    return Row(weight, lse, g, weight * (smoothing / classes))
+    others = weight * jax.nn.sigmoid(z - t.logit)
+    g = weight * (smoothing * (1 - 1 / classes)) - others
+    return Row(z, others, weight * (smoothing / classes), pull_target(g, t, dtype), g * t.lam)
 
 
 def gradients(
@@ -525,7 +532,6 @@ def gradients(
     features: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
-    t: Target,
     row: Row,
     kept: Any,
 ) -> tuple[jax.Array, jax.Array]:
@@ -534,28 +540,28 @@ def gradients(
     if plan.row_block is not None:
 
         def row_step(dkernel: jax.Array, rows: Any) -> tuple[jax.Array, jax.Array]:
-            features, labels, t, row = rows
-            dfeatures, change = block_gradients(setting, features, kernel, labels, t, row, None)
+            features, labels, row = rows
+            dfeatures, change = block_gradients(setting, features, kernel, labels, row, None)
             return dkernel + change, dfeatures
 
         dkernel, dfeatures = _scan_rows(
-            row_step, _zeros(kernel.shape, row.g), plan.row_block, (features, labels, t, row)
+            row_step, _zeros(kernel.shape, row.z), plan.row_block, (features, labels, row)
         )
-        return _finish(features, kernel, labels, t, row.g, dfeatures, dkernel)
+        return _finish(features, kernel, labels, row, dfeatures, dkernel)
     if plan.class_block is None:
-        dfeatures, dkernel = block_gradients(setting, features, kernel, labels, t, row, kept)
-        return _finish(features, kernel, labels, t, row.g, dfeatures, dkernel)
-    sums = column_sums(row.g * t.column, labels, kernel.shape[1])
+        dfeatures, dkernel = block_gradients(setting, features, kernel, labels, row, kept)
+        return _finish(features, kernel, labels, row, dfeatures, dkernel)
+    sums = column_sums(row.target.column, labels, kernel.shape[1])
 
     def class_step(carry: Any, start: Any, columns: jax.Array, kept: Any) -> tuple[Any, None]:
         dfeatures, dkernel = carry
-        change, dcolumns = block_gradients(setting, features, columns, labels - start, t, row, kept)
+        change, dcolumns = block_gradients(setting, features, columns, labels - start, row, kept)
         mine = jax.lax.dynamic_slice_in_dim(sums, start, columns.shape[1])
         dcolumns = (dcolumns + along_columns(mine, columns)).astype(kernel.dtype)
         dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dcolumns, start, axis=1)
         return (dfeatures + change, dkernel), None
 
-    carry = along_rows(row.g * t.row, features), _zeros(kernel.shape, row.g).astype(kernel.dtype)
+    carry = along_rows(row.target.row, features), _zeros(kernel.shape, row.z).astype(kernel.dtype)
     (dfeatures, dkernel), _ = _scan_classes(class_step, carry, kernel, plan.class_block, kept)
     return dfeatures.astype(features.dtype), dkernel
 
@@ -565,7 +571,6 @@ def block_gradients(
     features: jax.Array,
     columns: jax.Array,
     labels: jax.Array,
-    t: Target,
     row: Row,
     kept: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -577,13 +582,13 @@ def block_gradients(
     hit = hits(labels, columns.shape[1])
     if kept is None:
         others = jnp.where(hit, -jnp.inf, product(features, columns))
-        exponentials, scale = jnp.exp(others - row.lse[:, None]), row.weight
+        exponentials, scale = jnp.exp(others - row.z[:, None]), row.others
     else:
-        exponentials, scale = kept[0], row.weight * jnp.exp(kept[1] - row.lse)
+        exponentials, scale = kept[0], row.others * jnp.exp(kept[1] - row.z)
     grad = exponentials.astype(scale.dtype) * scale[:, None]
     if setting.label_smoothing:
         grad = grad - row.uniform[:, None]
-    grad = jnp.where(hit, (row.g * t.alpha)[:, None], grad).astype(features.dtype)
+    grad = jnp.where(hit, row.target.at_target[:, None], grad).astype(features.dtype)
     return features_gradient(grad, columns), kernel_gradient(features, grad)
 
 
@@ -591,14 +596,13 @@ def _finish(
     features: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
-    t: Target,
-    g: jax.Array,
+    row: Row,
     dfeatures: jax.Array,
     dkernel: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Adds what the target's norm and angle contribute along features and kernel."""
-    dfeatures = dfeatures + along_rows(g * t.row, features)
-    sums = column_sums(g * t.column, labels, kernel.shape[1])
+    dfeatures = dfeatures + along_rows(row.target.row, features)
+    sums = column_sums(row.target.column, labels, kernel.shape[1])
     dkernel = dkernel + along_columns(sums, kernel)
     return dfeatures.astype(features.dtype), dkernel.astype(kernel.dtype)
 

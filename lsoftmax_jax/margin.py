@@ -85,6 +85,7 @@ def psi_and_slope(cos_theta: jax.Array, margin: int) -> tuple[jax.Array, jax.Arr
     unroll = margin <= _UNROLLED_MARGIN
     _, t_m, _, u_m = jax.lax.fori_loop(1, margin, recur, (one, c, 0 * c, one), unroll=unroll)
     knots = np.cos(np.arange(1, margin) * np.pi / margin).astype(c.dtype)
+    knots = knots.reshape((1,) * c.ndim + (margin - 1,))
     k = jnp.sum(c[..., None] < knots, axis=-1, dtype=jnp.int32)
     sign = (1 - 2 * (k % 2)).astype(c.dtype)
     return sign * t_m - (2 * k).astype(c.dtype), sign * margin * u_m
@@ -102,7 +103,9 @@ class Target(NamedTuple):
     column: jax.Array
     lam: jax.Array  # dt/dlam
     cosine: jax.Array
-    plain: jax.Array  # features . kernel_y, the logit without margin
+    plain: jax.Array  # u = features . kernel_y, the logit without margin
+    shadow_row: jax.Array  # u / |features|²: features times it is kernel_y's part along features
+    shadow_column: jax.Array  # u / |kernel_y|²
 
 
 def target(u: jax.Array, a: jax.Array, b: jax.Array, lam: jax.Array, margin: int) -> Target:
@@ -121,9 +124,10 @@ def target(u: jax.Array, a: jax.Array, b: jax.Array, lam: jax.Array, margin: int
     root_a, inverse_a = _root(a)
     root_b, inverse_b = _root(b)
     cosine = jnp.clip(u * inverse_a * inverse_b, -1, 1)
+    shadows = cosine * root_b * inverse_a, cosine * root_a * inverse_b
     if margin == 1:
         zero = jnp.zeros_like(u)
-        return Target(u, jnp.ones_like(u), zero, zero, zero, cosine, u)
+        return Target(u, jnp.ones_like(u), zero, zero, zero, cosine, u, *shadows)
     value, slope = psi_and_slope(cosine, margin)
     # t = u + gap / (1 + lam) rather than the quotient of the formula also serves lam = infinity.
     share = 1 / (1 + lam)
@@ -137,6 +141,8 @@ def target(u: jax.Array, a: jax.Array, b: jax.Array, lam: jax.Array, margin: int
         lam=-gap * share**2,
         cosine=cosine,
         plain=u,
+        shadow_row=shadows[0],
+        shadow_column=shadows[1],
     )
 
 
