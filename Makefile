@@ -30,6 +30,8 @@ test-slow:
 
 # The stamp's name is the extra it stands for.
 $(VENV)/%.stamp: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit( \
+	    "$(PYTHON) is Python %d.%d, expected 3.11 to 3.13: make PYTHON=..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing .[$*] into $(VENV); the first time takes a few minutes."
 	$(VENV)/bin/pip install -qq --constraint $(CONSTRAINTS) --editable ".[$*]"
