@@ -58,11 +58,12 @@ EXTREMES = {
 }
 
 
-def extreme_problems() -> Problem:
-    """One example with three classes for each of EXTREMES, stacked along a first axis to vmap."""
+def extreme_problems(classes: int) -> Problem:
+    """One example for each of EXTREMES, stacked along a first axis to vmap."""
     features = np.array([[feature] for feature, _ in EXTREMES.values()])
     scales = np.array([scale for _, scale in EXTREMES.values()])
-    kernel = scales[:, None, None] * np.array([[1.0, -0.6, 0.0], [0.0, 0.8, -1.0]])
+    angles = 2 * np.pi * np.arange(classes) / classes
+    kernel = scales[:, None, None] * np.array([np.cos(angles), np.sin(angles)])
     return Problem(features, kernel, np.zeros((len(EXTREMES), 1), int))
 
 
