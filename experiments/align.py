@@ -43,11 +43,11 @@ def align_face(image: NDArray[np.uint8], landmarks: ArrayLike, size: Size) -> ND
     """The face in image, (H, W, 3), aligned to the template: (112, 96 or 112, 3), black outside.
 
     Args:
-        landmarks: (5, 2), x and y in image of the template's five points, in its order.
-        size: of the aligned face.
+      landmarks: (5, 2), x and y in image of the template's five points, in its order.
+      size: of the aligned face.
 
     Raises:
-        ValueError: if landmarks have another shape or no similarity fits them.
+      ValueError: if landmarks have another shape or no similarity fits them.
     """
     landmarks = np.asarray(landmarks, np.float64)
     if landmarks.shape != TEMPLATE.shape:
@@ -65,7 +65,7 @@ def read_landmarks(path: Path) -> dict[str, NDArray[np.float64]]:
     """Image name -> (5, 2) landmarks, from lines `person/image.jpg x1 y1 ... x5 y5`.
 
     Raises:
-        ValueError: naming the line that is not a name and ten finite numbers.
+      ValueError: naming the line that is not a name and ten finite numbers.
     """
     landmarks = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):

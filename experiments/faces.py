@@ -43,8 +43,8 @@ def list_faces(
     """The images of root's people, fewer than minimum_images or named in without left out.
 
     Raises:
-        ValueError: if root is no folder, is empty, holds images but no people's folders, or
-            nobody is left.
+      ValueError: if root is no folder, is empty, holds images but no people's folders, or
+          nobody is left.
     """
     root = Path(root)
     if not root.is_dir():
@@ -96,7 +96,7 @@ class FaceImages:
     Grain skips None. `broken` maps the names of the broken images met so far to the reason.
 
     Raises:
-        ValueError: from an element, once every image has turned out to be broken.
+      ValueError: from an element, once every image has turned out to be broken.
     """
 
     def __init__(self, faces: Faces, size: tuple[int, int]) -> None:

@@ -14,6 +14,8 @@ fold, everything that is fitted (mean, optional PCA, threshold) is fitted on the
 (1.0, 1.0)
 """
 
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +58,7 @@ def read_pairs(path: str | Path) -> Pairs:
     images i and j), then n lines `name i other j`; image i of name is `name/name_000i`.
 
     Raises:
-        ValueError: naming the line that does not fit, or the number of pairs expected and got.
+      ValueError: naming the line that does not fit, or the number of pairs expected and got.
     """
     lines = Path(path).read_text().splitlines()
     rows = [line.split("\t" if "\t" in line else None) for line in lines if line.strip()]
@@ -71,6 +73,18 @@ def read_pairs(path: str | Path) -> Pairs:
     names = [_names(row, one, path) for row, one in zip(rows[1:], same.tolist(), strict=True)]
     first, second = np.array(names).T
     return Pairs(first, second, same, np.repeat(np.arange(folds), 2 * half))
+
+
+def people_of_fold(pairs: Pairs, fold: int) -> frozenset[str]:
+    """Everybody in a fold's pairs.
+
+    Raises:
+      ValueError: if the pairs have no such fold.
+    """
+    if fold not in pairs.fold:
+        raise ValueError(f"fold must be in 0..{pairs.fold.max()}; got {fold}")
+    names = np.concatenate([pairs.first, pairs.second])[np.tile(pairs.fold == fold, 2)]
+    return frozenset(name.split("/")[0] for name in names.tolist())
 
 
 def _names(row: list[str], one_person: bool, path: str | Path) -> tuple[str, str]:
@@ -90,21 +104,25 @@ def verify(
     fold: ArrayLike,
     *,
     components: int | None = None,
+    tested: Collection[int] | None = None,
 ) -> Verification:
     """Accuracy and ROC of deciding from two arrays of embeddings which pairs are one person.
 
     The accuracy is the mean over folds, its standard error their sample deviation / sqrt(folds).
 
     Args:
-        first, second: embeddings, (pairs, D) each; row i of both is pair i. At least f32 inside.
-        same: (pairs,) bool, whether both embeddings are of one person.
-        fold: (pairs,) integer, the fold of each pair; at least two folds.
-        components: number of principal components kept, fitted on the other folds' embeddings;
-            None subtracts their mean and keeps all D.
+      first, second: embeddings, (pairs, D) each; row i of both is pair i. At least f32 inside.
+      same: (pairs,) bool, whether both embeddings are of one person.
+      fold: (pairs,) integer, the fold of each pair; at least two folds.
+      components: number of principal components kept, fitted on the other folds' embeddings;
+          None subtracts their mean and keeps all D.
+      tested: the folds that are tested, all by default; the curve holds only their scores. One
+          fold has no standard error (NaN).
 
     Raises:
-        ValueError: if shapes disagree, an embedding is not finite, there are fewer than two folds,
-            the folds beside one lack same or different pairs, or components is out of range.
+      ValueError: if shapes disagree, an embedding is not finite, there are fewer than two folds,
+          the tested folds or those beside one lack same or different pairs, or components or
+          tested is out of range.
 
     Source: LFW's technical report 07-49 for the protocol; SphereFace for the mean and the cosine.
     """
@@ -117,22 +135,27 @@ def verify(
             raise ValueError(f"{name} must have shape {first.shape[:1]}; got {array.shape}")
     if len(folds := np.unique(fold)) < 2:
         raise ValueError(f"fold must name at least two folds; got {len(folds)}")
-    accuracy, thresholds = [], []
-    held_out_scores = np.empty(fold.shape, first.dtype)
-    for held_out in folds:
+    tested = folds if tested is None else np.unique(list(tested))
+    if not len(tested) or not np.isin(tested, folds).all():
+        raise ValueError(f"tested must be some of the folds {folds}; got {tested}")
+    accuracy, thresholds, seen_scores, seen_same = [], [], [], []
+    for held_out in tested:
         test = fold == held_out
         scores = pair_scores(first, second, fitted_on=~test, components=components)
         threshold = best_threshold(scores[~test], same[~test])
         thresholds.append(threshold)
         accuracy.append(np.mean((scores[test] >= threshold) == same[test]))
-        held_out_scores[test] = scores[test]
-    false_accepts, true_accepts, _ = roc_curve(same, held_out_scores, drop_intermediate=False)
+        seen_scores.append(scores[test])
+        seen_same.append(same[test])
+    pooled = np.concatenate(seen_same), np.concatenate(seen_scores)
+    _check_kinds(pooled[0])
+    false_accepts, true_accepts, _ = roc_curve(*pooled, drop_intermediate=False)
     return Verification(
         accuracy=float(np.mean(accuracy)),
-        standard_error=float(np.std(accuracy, ddof=1) / np.sqrt(len(accuracy))),
+        standard_error=_standard_error(accuracy),
         fold_accuracy=np.array(accuracy),
         fold_threshold=np.array(thresholds),
-        auc=float(roc_auc_score(same, held_out_scores)),
+        auc=float(roc_auc_score(*pooled)),
         equal_error_rate=equal_error_rate(false_accepts, true_accepts),
         tar_at_far={
             rate: float(true_accepts[false_accepts <= rate].max()) for rate in FALSE_ACCEPT_RATES
@@ -154,7 +177,7 @@ def pair_scores(
     An embedding equal to the mean has cosine 0 with every other.
 
     Raises:
-        ValueError: if components is below 1 or above D or the embeddings fitted on.
+      ValueError: if components is below 1 or above D or the embeddings fitted on.
     """
     known = np.concatenate([first[fitted_on], second[fitted_on]])
     if components is None:
@@ -173,13 +196,12 @@ def best_threshold(scores: NDArray[np.floating], same: NDArray[np.bool_]) -> flo
     of several such, the highest.
 
     Raises:
-        ValueError: if same lacks True or False.
+      ValueError: if same lacks True or False.
 
     >>> best_threshold(np.array([0.9, 0.5, 0.1]), np.array([True, True, False]))
     0.3
     """
-    if same.all() or not same.any():
-        raise ValueError("same must hold pairs of one person and of two; got only one kind")
+    _check_kinds(same)
     false_accepts, true_accepts, thresholds = roc_curve(same, scores, drop_intermediate=False)
     right = true_accepts * same.sum() + (1 - false_accepts) * (~same).sum()
     best = int(np.argmax(np.round(right)))
@@ -197,6 +219,17 @@ def equal_error_rate(
     0.2
     """
     return float(np.interp(0.0, false_accepts + true_accepts - 1, false_accepts))
+
+
+def _check_kinds(same: NDArray[np.bool_]) -> None:
+    if same.all() or not same.any():
+        raise ValueError("same must hold pairs of one person and of two; got only one kind")
+
+
+def _standard_error(accuracy: list[np.floating]) -> float:
+    if len(accuracy) == 1:
+        return math.nan
+    return float(np.std(accuracy, ddof=1) / math.sqrt(len(accuracy)))
 
 
 def _checked(name: str, embeddings: ArrayLike) -> NDArray[np.floating]:

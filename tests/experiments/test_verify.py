@@ -79,6 +79,16 @@ def test_examples_in_the_docstrings():
     assert doctest.testmod(verify).failed == 0
 
 
+def test_one_fold_alone(pairs):
+    every, one = verify.verify(*pairs), verify.verify(*pairs, tested=[2])
+    assert one.fold_accuracy.tolist() == [every.fold_accuracy[2]]
+    assert one.fold_threshold.tolist() == [every.fold_threshold[2]]
+    assert np.isnan(one.standard_error)
+    assert one.auc != every.auc
+    with pytest.raises(ValueError, match=r"tested must be some of the folds \[0 1 2 3\]; got"):
+        verify.verify(*pairs, tested=[4])
+
+
 def test_random_embeddings_are_at_chance():
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(2, 2000, 16)).astype(np.float32)
@@ -111,6 +121,7 @@ def test_an_embedding_at_the_mean_scores_zero():
         ({"fold": [0, 1]}, r"fold must have shape \(4,\)"),
         ({"same": [True]}, r"same must have shape \(4,\)"),
         ({"same": [True] * 4}, "same must hold pairs of one person and of two"),
+        ({"same": [True, True, True, False], "tested": [0]}, "same must hold pairs of one person"),
         ({"components": 3}, r"components must be in 1..2; got 3"),
     ],
 )
@@ -130,6 +141,9 @@ def test_pairs_file(tmp_path):
     assert pairs.second.tolist() == ["Ada/Ada_0012", "Bob/Bob_0001", "Cy/Cy_0002", "Di/Di_0002"]
     assert pairs.same.tolist() == [True, False, True, False]
     assert pairs.fold.tolist() == [0, 0, 1, 1]
+    assert verify.people_of_fold(pairs, 1) == {"Cy", "Di"}
+    with pytest.raises(ValueError, match=r"fold must be in 0..1; got 2"):
+        verify.people_of_fold(pairs, 2)
 
 
 @pytest.mark.parametrize(
