@@ -5,8 +5,8 @@
 has jitted training steps. Importing `lsoftmax_jax` imports no Flax.
 """
 
+from lsoftmax_jax.algebra import Statistics as Statistics
 from lsoftmax_jax.logits import lsoftmax_logits as lsoftmax_logits
-from lsoftmax_jax.loss import Statistics as Statistics
 from lsoftmax_jax.loss import lsoftmax_loss as lsoftmax_loss
 from lsoftmax_jax.loss import lsoftmax_loss_sum as lsoftmax_loss_sum
 from lsoftmax_jax.margin import psi as psi

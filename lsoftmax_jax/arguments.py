@@ -22,12 +22,12 @@ class Head(NamedTuple):
     batch_shape: tuple[int, ...]
 
 
-def check_margin(margin: int) -> int:
-    if isinstance(margin, bool) or not isinstance(margin, (int, np.integer)):
-        raise TypeError(f"margin must be a Python int >= 1, got {margin!r}")
-    if margin < 1:
-        raise ValueError(f"margin must be >= 1, got {margin}")
-    return int(margin)
+def check_size(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be a Python int >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
+    return int(value)
 
 
 def check_lam(lam: ArrayLike, dtype: jnp.dtype) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen
 from jax.typing import ArrayLike
 
-from lsoftmax_jax.arguments import check_margin
+from lsoftmax_jax.arguments import check_size
 from lsoftmax_jax.logits import lsoftmax_logits
 from lsoftmax_jax.loss import lsoftmax_loss
 
@@ -49,7 +49,8 @@ class LSoftmaxDense(linen.Module):
     kernel_init: linen.initializers.Initializer = linen.initializers.lecun_normal()
 
     def setup(self) -> None:
-        check_margin(self.margin)
+        check_size("classes", self.classes)
+        check_size("margin", self.margin)
 
     def __call__(
         self, features: ArrayLike, labels: ArrayLike | None = None, lam: ArrayLike = 0.0

@@ -56,7 +56,7 @@ def lsoftmax_logits(
 
     Source: Liu et al., ICML 2016; the annealing is that of the authors' released code.
     """
-    margin = arguments.check_margin(margin)
+    margin = arguments.check_size("margin", margin)
     features, kernel = arguments.check_features(features, kernel)
     dtype = arguments.promoted(features, kernel)
     lam = arguments.check_lam(lam, arguments.at_least_f32(dtype))

@@ -1,94 +1,35 @@
-"""The fused loss of the large-margin softmax: one algebra, several plans.
-
-For a row with target logit t and the logsumexp Z of the OTHER logits:
-
-    loss = softplus(Z - t) = logsumexp(all) - t,    g = dloss/dt = -sigmoid(Z - t)
-
-softplus keeps the digits of a small loss, which the difference of two large numbers has lost.
-With G the gradient of the logits, G_j = -g exp(z_j - Z) for j != y and G_y = g alpha, the
-gradients are the two matrix products of plain softmax, a scaled copy of features and a scaled
-copy of the kernel (`Target` has alpha, row and column):
-
-    dfeatures = G kernel^T + diag(g row) features
-    dkernel = features^T G + kernel diag(sum over the rows of each class of g column)
-
-A plan says in which pieces the (batch, classes) arrays exist; it never changes the numbers.
-"""
+"""The fused losses of the large-margin softmax: of each example, and their weighted sum."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import arguments
-from lsoftmax_jax.logits import (
-    Pull,
-    along_columns,
-    along_rows,
-    column_sums,
-    features_gradient,
-    hits,
-    kernel_gradient,
-    product,
-    pull_target,
-    target_of,
+from lsoftmax_jax.algebra import (
+    Columns,
+    Plan,
+    Row,
+    Setting,
+    Statistics,
+    add_along,
+    block_gradients,
+    gradient_row,
+    gradients,
+    loss_and_z,
+    scan_rows,
+    statistics_of,
+    summarise,
+    zeros_like_rows,
 )
-from lsoftmax_jax.margin import Target
+from lsoftmax_jax.logits import target_of
 
 DEFAULT_MEMORY_BUDGET = 2**30  # bytes
 # Row blocks below this many rows starve the matrix units; class blocks win there.
 _FEWEST_ROWS = 704
 _FEWEST_CLASSES = 512
-
-Carry = TypeVar("Carry")
-
-
-class Statistics(NamedTuple):
-    """What the loss saw of each row, at no second pass; no gradients flow through it.
-
-    `plain_logit > max_logit` is the margin-free hit, the one to report as training accuracy.
-    """
-
-    target_cosine: jax.Array  # cos(theta_y)
-    target_logit: jax.Array  # with margin and annealing
-    plain_logit: jax.Array  # features . kernel_y
-    max_logit: jax.Array  # the largest other logit
-
-
-class Plan(NamedTuple):
-    """In which pieces the (batch, classes) arrays exist. Static."""
-
-    row_block: int | None = None  # rows at a time, all classes
-    class_block: int | None = None  # classes at a time, all rows
-    keep_exponentials: bool = True  # for the backward pass; otherwise it recomputes the logits
-
-
-class Setting(NamedTuple):
-    margin: int
-    label_smoothing: float
-    plan: Plan
-    classes: int  # of the whole head, of which a kernel may hold a shard
-
-
-class Others(NamedTuple):
-    """A row's logits but the target's, summarised: sum exp(z - peak), sum z."""
-
-    peak: jax.Array  # the largest; the lowest finite number where there is none
-    mass: jax.Array
-    total: jax.Array  # 0 unless label smoothing asks for it
-
-
-class Row(NamedTuple):
-    """What the gradient of a row's logits is made of."""
-
-    z: jax.Array  # logsumexp of the other logits
-    others: jax.Array  # the weight of exp(z_j - z) in the other logits' gradient
-    uniform: jax.Array  # what label smoothing takes off every one of them
-    target: Pull
-    dlam: jax.Array
 
 
 @overload
@@ -271,7 +212,7 @@ class _Call(NamedTuple):
         where: ArrayLike | None,
         label_smoothing: float,
     ) -> "_Call":
-        margin = arguments.check_margin(margin)
+        margin = arguments.check_size("margin", margin)
         label_smoothing = arguments.check_fraction("label_smoothing", label_smoothing)
         features, kernel = arguments.check_features(features, kernel)
         dtype = arguments.promoted(features, kernel)
@@ -325,14 +266,10 @@ class _Call(NamedTuple):
 def _check_knobs(
     budget: int, row_block: int | None, class_block: int | None, keep: bool | None
 ) -> None:
-    counts = {"memory_budget": budget, "row_block": row_block, "class_block": class_block}
-    for name, value in counts.items():
-        if name != "memory_budget" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be a Python int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+    arguments.check_size("memory_budget", budget)
+    for name, block in (("row_block", row_block), ("class_block", class_block)):
+        if block is not None:
+            arguments.check_size(name, block)
     if row_block is not None and class_block is not None:
         raise ValueError(
             f"row_block and class_block exclude each other, got {row_block} and {class_block}"
@@ -370,7 +307,7 @@ def _loss_fwd(
     setting: Setting, features: jax.Array, kernel: jax.Array, labels: jax.Array, lam: jax.Array
 ) -> tuple[tuple[jax.Array, Statistics], Any]:
     t = target_of(features, kernel, labels, lam, setting.margin)
-    others, kept = summarise(setting, features, kernel, labels)
+    others, kept = summarise(setting, features, Columns(kernel), labels)
     loss, z = loss_and_z(setting, t, others)
     residuals = features, kernel, labels, t, z, kept
     return (loss, statistics_of(t, others)), residuals
@@ -381,8 +318,8 @@ def _loss_bwd(
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
     features, kernel, labels, t, z, kept = residuals
     row = gradient_row(setting, t, z, cotangents[0], features.dtype)
-    dfeatures, dkernel = gradients(setting, features, kernel, labels, row, kept)
-    return dfeatures, dkernel, None, jnp.sum(row.dlam)
+    dfeatures, dkernel = gradients(setting, features, Columns(kernel), labels, row, kept)
+    return dfeatures.astype(features.dtype), dkernel, None, jnp.sum(row.dlam)
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)
@@ -414,7 +351,7 @@ def _sum_fwd(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     def block(setting: Setting, rows: Any) -> tuple[jax.Array, Row, Any]:
         features, labels, t, weights = rows
-        others, kept = summarise(setting, features, kernel, labels)
+        others, kept = summarise(setting, features, Columns(kernel), labels)
         loss, z = loss_and_z(setting, t, others)
         return loss, gradient_row(setting, t, z, weights, features.dtype), kept
 
@@ -422,17 +359,18 @@ def _sum_fwd(
     rows = features, labels, t, weights
     if setting.plan.row_block is None:
         loss, row, kept = block(setting, rows)
-        dfeatures, dkernel = gradients(setting, features, kernel, labels, row, kept)
+        dfeatures, dkernel = gradients(setting, features, Columns(kernel), labels, row, kept)
     else:
 
         def step(dkernel: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
             loss, row, kept = block(setting._replace(plan=Plan()), rows)
-            dfeatures, change = block_gradients(setting, rows[0], kernel, rows[1], row, kept)
+            dfeatures, change = block_gradients(rows[0], Columns(kernel), rows[1], row, kept)
             return dkernel + change, (loss, row, dfeatures)
 
-        zeros = _zeros(kernel.shape, t.logit)
-        dkernel, (loss, row, dfeatures) = _scan_rows(step, zeros, setting.plan.row_block, rows)
-        dfeatures, dkernel = _finish(features, kernel, labels, row, dfeatures, dkernel)
+        zeros = zeros_like_rows(kernel.shape, t.logit)
+        dkernel, (loss, row, dfeatures) = scan_rows(step, zeros, setting.plan.row_block, rows)
+        dfeatures, dkernel = add_along(features, kernel, labels, row, dfeatures, dkernel)
+    dfeatures = dfeatures.astype(features.dtype)
     return jnp.sum(weights * loss), (dfeatures, dkernel, jnp.sum(row.dlam), loss)
 
 
@@ -447,209 +385,3 @@ def _sum_bwd(
 
 
 _sum.defvjp(_sum_fwd, _sum_bwd)
-
-
-# The algebra: a row's other logits, its loss, its gradient.
-
-
-def summarise(
-    setting: Setting, features: jax.Array, kernel: jax.Array, labels: jax.Array
-) -> tuple[Others, Any]:
-    """Every row's other logits over the whole kernel, and what the plan keeps for `gradients`."""
-    plan, totals = setting.plan, setting.label_smoothing > 0
-
-    def block(start: Any, features: jax.Array, columns: jax.Array, labels: jax.Array) -> Any:
-        logits = product(features, columns)
-        return _summary(logits, hits(labels - start, columns.shape[1]), totals)
-
-    if plan.row_block is not None:
-        _, others = _scan_rows(
-            lambda _, rows: (None, block(0, rows[0], kernel, rows[1])[0]),
-            None,
-            plan.row_block,
-            (features, labels),
-        )
-        return others, None
-    if plan.class_block is None:
-        others, exponentials = block(0, features, kernel, labels)
-        return others, (exponentials, others.peak)
-
-    def step(others: Others, start: Any, columns: jax.Array, _: None) -> tuple[Others, Any]:
-        more, exponentials = block(start, features, columns, labels)
-        kept = (exponentials.astype(features.dtype), more.peak) if plan.keep_exponentials else None
-        return merge(others, more), kept
-
-    none = _zeros(labels.shape, product(features[:, :0], kernel[:0, :0]))
-    nothing = Others(none + jnp.finfo(none.dtype).min, none, none)
-    return _scan_classes(step, nothing, kernel, plan.class_block, (None, None))
-
-
-def _summary(logits: jax.Array, hit: jax.Array, totals: bool) -> tuple[Others, jax.Array]:
-    """The other logits of a block, and exp(z - peak), 0 at the target."""
-    others = jnp.where(hit, -jnp.inf, logits)
-    # The lowest finite number rather than -inf where there is no other class: no inf - inf.
-    lowest = jnp.finfo(logits.dtype).min
-    peak = jax.lax.stop_gradient(jnp.maximum(jnp.max(others, axis=1), lowest))
-    exponentials = jnp.exp(others - peak[:, None])
-    total = jnp.sum(jnp.where(hit, 0, logits), axis=1) if totals else jnp.zeros_like(peak)
-    return Others(peak, jnp.sum(exponentials, axis=1), total), exponentials
-
-
-def merge(one: Others, two: Others) -> Others:
-    peak = jnp.maximum(one.peak, two.peak)
-    mass = one.mass * jnp.exp(one.peak - peak) + two.mass * jnp.exp(two.peak - peak)
-    return Others(peak, mass, one.total + two.total)
-
-
-def loss_and_z(setting: Setting, t: Target, others: Others) -> tuple[jax.Array, jax.Array]:
-    """The loss and the logsumexp of the other logits, the lowest finite number without any."""
-    some = others.mass != 0
-    z = jnp.where(some, others.peak + jnp.log(jnp.where(some, others.mass, 1)), others.peak)
-    loss = jax.nn.softplus(z - t.logit)
-    if setting.label_smoothing:
-        mean = (t.logit + others.total) / setting.classes
-        loss = loss + setting.label_smoothing * (t.logit - mean)
-    return loss, z
-
-
-def statistics_of(t: Target, others: Others) -> Statistics:
-    seen = Statistics(t.cosine, t.logit, t.plain, others.peak)
-    return jax.tree.map(jax.lax.stop_gradient, seen)
-
-
-def gradient_row(
-    setting: Setting, t: Target, z: jax.Array, weight: jax.Array, dtype: jnp.dtype
-) -> Row:
-    """From the cotangent `weight` of the row's loss, for matrix products in `dtype`."""
-    smoothing, classes = setting.label_smoothing, setting.classes
-    others = weight * jax.nn.sigmoid(z - t.logit)
-    g = weight * (smoothing * (1 - 1 / classes)) - others
-    return Row(z, others, weight * (smoothing / classes), pull_target(g, t, dtype), g * t.lam)
-
-
-def gradients(
-    setting: Setting,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
-    row: Row,
-    kept: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """dfeatures and dkernel, in the operands' dtype, by the plan."""
-    plan = setting.plan
-    if plan.row_block is not None:
-
-        def row_step(dkernel: jax.Array, rows: Any) -> tuple[jax.Array, jax.Array]:
-            features, labels, row = rows
-            dfeatures, change = block_gradients(setting, features, kernel, labels, row, None)
-            return dkernel + change, dfeatures
-
-        dkernel, dfeatures = _scan_rows(
-            row_step, _zeros(kernel.shape, row.z), plan.row_block, (features, labels, row)
-        )
-        return _finish(features, kernel, labels, row, dfeatures, dkernel)
-    if plan.class_block is None:
-        dfeatures, dkernel = block_gradients(setting, features, kernel, labels, row, kept)
-        return _finish(features, kernel, labels, row, dfeatures, dkernel)
-    sums = column_sums(row.target.column, labels, kernel.shape[1])
-
-    def class_step(carry: Any, start: Any, columns: jax.Array, kept: Any) -> tuple[Any, None]:
-        dfeatures, dkernel = carry
-        change, dcolumns = block_gradients(setting, features, columns, labels - start, row, kept)
-        mine = jax.lax.dynamic_slice_in_dim(sums, start, columns.shape[1])
-        dcolumns = (dcolumns + along_columns(mine, columns)).astype(kernel.dtype)
-        dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dcolumns, start, axis=1)
-        return (dfeatures + change, dkernel), None
-
-    carry = along_rows(row.target.row, features), _zeros(kernel.shape, row.z).astype(kernel.dtype)
-    (dfeatures, dkernel), _ = _scan_classes(class_step, carry, kernel, plan.class_block, kept)
-    return dfeatures.astype(features.dtype), dkernel
-
-
-def block_gradients(
-    setting: Setting,
-    features: jax.Array,
-    columns: jax.Array,
-    labels: jax.Array,
-    row: Row,
-    kept: tuple[jax.Array, jax.Array] | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The two products with the logits' gradient, for the block of classes in `columns`.
-
-    Labels count from the block's first class. What was kept is (exp(z - peak), peak) with
-    another peak for each block; without, the logits are computed again.
-    """
-    hit = hits(labels, columns.shape[1])
-    if kept is None:
-        others = jnp.where(hit, -jnp.inf, product(features, columns))
-        exponentials, scale = jnp.exp(others - row.z[:, None]), row.others
-    else:
-        exponentials, scale = kept[0], row.others * jnp.exp(kept[1] - row.z)
-    grad = exponentials.astype(scale.dtype) * scale[:, None]
-    if setting.label_smoothing:
-        grad = grad - row.uniform[:, None]
-    grad = jnp.where(hit, row.target.at_target[:, None], grad).astype(features.dtype)
-    return features_gradient(grad, columns), kernel_gradient(features, grad)
-
-
-def _finish(
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
-    row: Row,
-    dfeatures: jax.Array,
-    dkernel: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Adds what the target's norm and angle contribute along features and kernel."""
-    dfeatures = dfeatures + along_rows(row.target.row, features)
-    sums = column_sums(row.target.column, labels, kernel.shape[1])
-    dkernel = dkernel + along_columns(sums, kernel)
-    return dfeatures.astype(features.dtype), dkernel.astype(kernel.dtype)
-
-
-# Loops over blocks of rows and of classes; a ragged tail is a block of its own, nothing is padded.
-
-
-def _scan_rows(
-    step: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, block: int, rows: Any
-) -> tuple[Carry, Any]:
-    """Like `lax.scan(step, carry, rows)` with `block` rows a step."""
-    count = jax.tree.leaves(rows)[0].shape[0]
-    whole = count // block * block
-    pieces = jax.tree.map(lambda r: r[:whole].reshape(-1, block, *r.shape[1:]), rows)
-    carry, outputs = jax.lax.scan(step, carry, pieces)
-    outputs = jax.tree.map(lambda r: r.reshape(whole, *r.shape[2:]), outputs)
-    if whole < count:
-        carry, last = step(carry, jax.tree.map(lambda r: r[whole:], rows))
-        outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
-    return carry, outputs
-
-
-def _scan_classes(
-    step: Callable[[Carry, Any, jax.Array, Any], tuple[Carry, Any]],
-    carry: Carry,
-    kernel: jax.Array,
-    block: int,
-    kept: tuple[Any, Any],
-) -> tuple[Carry, tuple[Any, Any]]:
-    """step(carry, first class, columns, kept of the block) -> (carry, kept), block by block.
-
-    What is kept is a pair: of the full blocks, stacked, and of the tail.
-    """
-    count = kernel.shape[1] // block
-
-    def body(carry: Carry, piece: Any) -> tuple[Carry, Any]:
-        index, kept = piece
-        columns = jax.lax.dynamic_slice_in_dim(kernel, index * block, block, axis=1)
-        return step(carry, index * block, columns, kept)
-
-    carry, stacked = jax.lax.scan(body, carry, (jnp.arange(count, dtype=jnp.int32), kept[0]))
-    tail = None
-    if count * block < kernel.shape[1]:
-        carry, tail = step(carry, count * block, kernel[:, count * block :], kept[1])
-    return carry, (stacked, tail)
-
-
-def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-    """Zeros of the dtype of `like`, varying over devices as it does inside `jax.shard_map`."""
-    return arguments.vary_over(jnp.zeros(shape, like.dtype), arguments.varying_axes(like))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lsoftmax_jax.arguments import at_least_f32, check_margin
+from lsoftmax_jax.arguments import at_least_f32, check_size
 
 # Longer recurrences stay loops, which bounds the compile time of any margin.
 _UNROLLED_MARGIN = 16
@@ -52,7 +52,7 @@ def psi(cos_theta: ArrayLike, margin: int) -> jax.Array:
 
     Source: Liu et al., "Large-Margin Softmax Loss for Convolutional Neural Networks", ICML 2016.
     """
-    margin = check_margin(margin)
+    margin = check_size("margin", margin)
     cos_theta = jnp.asarray(cos_theta)
     if not jnp.issubdtype(cos_theta.dtype, jnp.floating):
         raise TypeError(f"cos_theta must be floating point, got dtype {cos_theta.dtype}")

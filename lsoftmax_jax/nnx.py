@@ -8,7 +8,7 @@ from flax import nnx
 from flax.nnx.nn import initializers
 from jax.typing import ArrayLike
 
-from lsoftmax_jax.arguments import check_margin
+from lsoftmax_jax.arguments import check_size
 from lsoftmax_jax.logits import lsoftmax_logits
 from lsoftmax_jax.loss import lsoftmax_loss
 
@@ -59,9 +59,9 @@ class LSoftmaxDense(nnx.Module):
         kernel_init: nnx.Initializer = _KERNEL_INIT,
         rngs: nnx.Rngs,
     ) -> None:
-        self.in_features = in_features
-        self.classes = classes
-        self.margin = check_margin(margin)
+        self.in_features = check_size("in_features", in_features)
+        self.classes = check_size("classes", classes)
+        self.margin = check_size("margin", margin)
         self.dtype = dtype
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, classes), param_dtype))
 
