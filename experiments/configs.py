@@ -83,6 +83,8 @@ class Config:
     """Use only the first so many images of each split."""
     validation: bool = False
     """Hold the last 5,000 training images out and test on those."""
+    init: str | None = None
+    """Start from the weights of this run, such as mnist-softmax-seed0 in the same --out."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "margin"):
@@ -101,6 +103,12 @@ class Config:
     def built_network(self) -> Network:
         """The network at this run's width."""
         return NETWORKS[self.network].scaled(self.width)
+
+    @property
+    def summary(self) -> str:
+        """One line for a help text."""
+        paper = "" if self.reported is None else f": paper {self.reported} % ({self.standing})"
+        return f"{self.cell}{paper}; time {self.time}"
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -183,11 +191,12 @@ _CELLS = {
     "cifar10plus": "Table 3, CIFAR10+",
     "cifar100": "Table 4, CIFAR100",
 }
+# Aims; none has been measured.
 _TIMES = {
-    "mnist": "aim 1.5 min on one H200, not measured",
-    "cifar10": "aim 4 min on one H200, not measured",
-    "cifar10plus": "aim 4 min on one H200, not measured",
-    "cifar100": "aim 6 min on one H200, not measured",
+    "mnist": "aim: 1.5 min, H200",
+    "cifar10": "aim: 4 min, H200",
+    "cifar10plus": "aim: 4 min, H200",
+    "cifar100": "aim: 6 min, H200",
 }
 
 _PAPER: dict[str, dict[str, Any]] = {
@@ -275,14 +284,15 @@ def _first_run() -> list[Config]:
         cell="quickstart",
         reported=None,
         standing=None,
-        time="seconds on a CPU",
+        time="30 s, two CPU cores",
         dataset="digits",
         network="digits-2d",
-        lam=LambdaPreset(base=100.0, gamma=0.01, power=5.0),
-        steps=600,
+        lam=LambdaPreset(base=1000.0, gamma=0.005, power=8.0),
+        steps=500,
         batch=128,
-        learning_rate=0.05,
-        drops=(400, 500),
+        learning_rate=0.02,
+        drops=(350, 430),
+        weight_decay=0.02,
     )
     return [softmax, replace(softmax, name="digits-m4", margin=4)]
 

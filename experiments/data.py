@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -211,6 +213,37 @@ def epoch_orders(key: jax.Array, epoch: jax.Array, epochs: int, count: int) -> j
     """``epochs`` independent shuffles of ``count`` rows, end to end, from number ``epoch`` on."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, epoch + jnp.arange(epochs))
     return jax.vmap(jax.random.permutation, (0, None))(keys, count).reshape(-1)
+
+
+class Feed:
+    """Puts a training split on the devices of a mesh and keeps the order of the current epochs.
+
+    Args:
+      seed: draws shuffles and augmentation.
+      train: the split.
+      mean: subtracted from the images.
+      size: of a batch.
+      steps: the most that are asked for at once.
+    """
+
+    def __init__(
+        self, seed: int, train: Split, mean: NDArray, mesh: Mesh, *, size: int, steps: int
+    ) -> None:
+        self._order_key, self._key = jax.random.split(jax.random.key(seed))
+        self._shared = jax.device_put((*train, mean), NamedSharding(mesh, P()))
+        self._count, self._size = len(train.labels), size
+        self._epochs = (self._count + steps * size - 2) // self._count + 1
+        self._orders = jax.jit(epoch_orders, static_argnums=(2, 3))
+        self._epoch, self._order = -1, jnp.zeros(0, jnp.int32)
+
+    def __call__(self, step: int) -> OnDevice:
+        """What the batches of ``step`` and those after it are made from."""
+        epoch = step * self._size // self._count
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = self._orders(self._order_key, epoch, self._epochs, self._count)
+        first = jnp.int32(epoch * self._count)
+        return OnDevice(self._key, self._order, first, *self._shared)
 
 
 def batch(

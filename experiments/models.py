@@ -10,6 +10,7 @@ that `lsoftmax_jax.training` asks of a model.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -248,6 +249,7 @@ def _after(stage: Stage, size: int, ceil: bool) -> int:
     return -(-size // 2) if ceil else size // 2
 
 
+@cache
 def parameter_count(network: Network, classes: int) -> int:
     """Trained parameters of the network and its head."""
     model = nnx.eval_shape(lambda: ConvNet(network, classes, rngs=nnx.Rngs(0)))

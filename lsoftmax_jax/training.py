@@ -198,6 +198,19 @@ def eval_step(
     return step
 
 
+def embed_step(
+    graphdef: nnx.GraphDef[Any],
+) -> Callable[[State, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Builds ``step(state, images) -> (features, plain logits)``, the network at inference."""
+
+    def step(state: State, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = restore_model(graphdef, state)
+        features = model(images)
+        return features, model.head(features)
+
+    return step
+
+
 def _sums(
     head: Any,
     features: jax.Array,
@@ -278,19 +291,23 @@ def repeat(step: TrainStep, batch: Batch, mesh: Mesh) -> Any:
       ``many(state, data, length) -> (state, metrics)``, jitted with the length static and the state
       donated; metrics are `StepMetrics` with a leading axis of that length.
     """
-    # XLA runs a convolution inside a loop on a single CPU thread, up to ten times slower.
-    unroll = mesh.devices.flat[0].platform == "cpu"
     rows = P(DATA_AXIS) if _is_explicit(mesh) else NamedSharding(mesh, P(DATA_AXIS))
-
-    def body(data: Any, state: State) -> tuple[State, StepMetrics]:
-        images, labels = jax.lax.with_sharding_constraint(batch(state.step, data), rows)
-        return step(state, images, labels)
+    # XLA compiles the gradient of a convolution in a loop into slow code for CPUs, up to 50 times.
+    loops = mesh.devices.flat[0].platform != "cpu"
 
     def many(state: State, data: Any, length: int) -> Any:
-        def updates(state: State, data: Any) -> Any:
-            return jax.lax.scan(
-                lambda state, _: body(data, state), state, length=length, unroll=unroll
-            )
+        def update(state: State, data: Any) -> tuple[State, StepMetrics]:
+            images, labels = jax.lax.with_sharding_constraint(batch(state.step, data), rows)
+            return step(state, images, labels)
+
+        def updates(state: State, data: Any) -> tuple[State, StepMetrics]:
+            if loops:
+                return jax.lax.scan(lambda state, _: update(state, data), state, length=length)
+            metrics = []
+            for _ in range(length):
+                state, seen = update(state, data)
+                metrics.append(seen)
+            return state, jax.tree.map(lambda *entries: jnp.stack(entries), *metrics)
 
         return _with_auto_axes(updates, mesh)(state, data)
 

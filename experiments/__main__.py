@@ -1,0 +1,159 @@
+"""``python -m experiments COMMAND``; ``--help`` after any part of it says more."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments import measure, models, quickstart, train
+from experiments.configs import CONFIGS, Config
+
+# A mistake of the user is one message; this shows where it was raised.
+TRACEBACK = "EXPERIMENTS_TRACEBACK"
+INTERRUPTED = 130
+
+if TYPE_CHECKING:
+    Named = Config
+else:
+    Named = tyro.extras.subcommand_type_from_defaults(
+        CONFIGS,
+        {name: config.summary for name, config in CONFIGS.items()},
+        prefix_names=False,
+    )
+
+
+def quickstart_(out: Path = quickstart.OUT) -> int:
+    """Trains softmax and L-Softmax on scikit-learn's digits; prints a table, draws a picture.
+
+    Args:
+      out: folder of the results and the picture.
+    """
+    with train.interruptible() as stop:
+        done = quickstart.run(out, stop)
+        return 0 if done else INTERRUPTED if stop() else 1
+
+
+def list_() -> None:
+    """Prints every configuration: its cell, the paper's number, its size."""
+    table = Table(title="python -m experiments train CONFIGURATION")
+    for header in ("configuration", "cell", "paper's error, %"):
+        table.add_column(header, no_wrap=True)
+    for header in ("parameters", "batch x steps"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("time", no_wrap=True)
+    for config in CONFIGS.values():
+        table.add_row(
+            config.name,
+            config.cell,
+            "" if config.reported is None else f"{config.reported:.2f} {config.standing}",
+            f"{models.parameter_count(config.built_network, config.classes):,}",
+            f"{config.batch} x {config.steps:,}",
+            config.time,
+        )
+    # Piped, a console takes itself for 80 characters wide.
+    console = Console(width=max(Console().width, 132))
+    console.print(table)
+    console.print(
+        "An aim is a target that nobody has measured; CONFIGURATION --help shows the rest."
+    )
+
+
+def train_(
+    config: Named,
+    data: Path | None = None,
+    out: Path = train.RESULTS,
+    devices: int | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> int:
+    """Trains one configuration, or continues it, and writes its result.
+
+    Args:
+      config: which one; its flags change it, and its result says so.
+      data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
+      out: folder of the results.
+      devices: train on the first so many; all by default.
+      checkpoint_seconds: time between two checkpoints.
+    """
+    with train.interruptible() as stop:
+        outcome = train.run(
+            config,
+            folder=data,
+            out=out,
+            devices=devices,
+            checkpoint_seconds=checkpoint_seconds,
+            stop=stop,
+        )
+    if outcome is None:
+        return INTERRUPTED
+    if outcome["status"] == "diverged":
+        return 1
+    label = "reduced run, " if outcome["reduced"] else ""
+    console = Console()
+    console.print(measures_table(f"{config.run_name}, {label}last iterate", outcome))
+    console.print(
+        f"{outcome['images_per_second']:.0f} images/s on {outcome['device']}, "
+        f"{100 * outcome['outside_step']:.1f} % of the loop's time outside the step"
+    )
+    return 0
+
+
+def evaluate(
+    run: tyro.conf.Positional[str],
+    data: Path | None = None,
+    out: Path = train.RESULTS,
+    devices: int | None = None,
+) -> None:
+    """Measures the last checkpoint of a run, finished or not.
+
+    Args:
+      run: its name, such as mnist-m4-seed0.
+      data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
+      out: folder of the results.
+      devices: compute on the first so many; all by default.
+    """
+    step, measured = train.evaluate_run(out / "runs" / run, data, devices)
+    Console().print(measures_table(f"{run} at step {step}", measured))
+
+
+def measures_table(title: str, measured: dict[str, Any]) -> Table:
+    """The measures of both splits."""
+    table = Table("", title=title)
+    for split in ("train", "test"):
+        table.add_column(split, justify="right")
+    for name, key in measure.TITLES.items():
+        table.add_row(name, *(f"{measured[split][key]:.4g}" for split in ("train", "test")))
+    return table
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "quickstart": quickstart_,
+    "list": list_,
+    "train": train_,
+    "evaluate": evaluate,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="python -m experiments",
+            description=__doc__,
+            args=arguments,
+            config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes),
+        )
+    except (ValueError, FileNotFoundError) as error:
+        if TRACEBACK in os.environ:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return code or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

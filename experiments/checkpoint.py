@@ -1,0 +1,54 @@
+"""A run's latest states on disk, by Orbax: whole or not there, restorable on other devices."""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lsoftmax_jax.training import State
+
+
+class Checkpoints:
+    """The checkpoints in a folder; a context manager, so that nothing is left half written.
+
+    Args:
+      folder: made if it is not there.
+      kept: how many of the latest to keep.
+    """
+
+    def __init__(self, folder: Path, kept: int = 1) -> None:
+        # Not asynchronous: the next dispatch reuses the memory that is being written.
+        options = ocp.CheckpointManagerOptions(max_to_keep=kept, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def save(self, state: State) -> None:
+        step = int(state.step)
+        if step != self._manager.latest_step():
+            self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+
+    def latest(self, like: State, mesh: Mesh) -> State | None:
+        """The newest state, replicated over a mesh; None if there is none.
+
+        Args:
+          like: a state of the same model and optimizer, for its structure.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        replicated = NamedSharding(mesh, P())
+        abstract = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated),
+            like._asdict(),
+        )
+        return State(**self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
