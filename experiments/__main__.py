@@ -11,7 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import measure, models, quickstart, train
+from experiments.align import align
 from experiments.configs import CONFIGS, Config
+from experiments.embed import embed
+from experiments.train_faces import train_faces
+from experiments.verify_faces import verify_faces
 
 # A mistake of the user is one message; this shows where it was raised.
 TRACEBACK = "EXPERIMENTS_TRACEBACK"
@@ -135,6 +139,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "list": list_,
     "train": train_,
     "evaluate": evaluate,
+    "train-faces": train_faces,
+    "embed": embed,
+    "verify": verify_faces,
+    "align": align,
 }
 
 

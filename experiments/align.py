@@ -7,7 +7,6 @@ the template's in least squares; the aligned face is the original seen through i
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -79,51 +78,44 @@ def read_landmarks(path: Path) -> dict[str, NDArray[np.float64]]:
     return landmarks
 
 
-@dataclass(frozen=True)
-class Align:
-    """Align a folder of faces by five landmarks; images already in OUT are left as they are."""
+def align(faces: Path, landmarks: Path, out: Path, size: Size = "112x96") -> None:
+    """Aligns a folder of faces by five landmarks; images that are aligned already stay.
 
-    faces: Path
-    """Folder of person/image.jpg."""
-    landmarks: Path
-    """Lines of `person/image.jpg x1 y1 ... x5 y5`: eyes, nose, corners of the mouth, left first."""
-    out: Path
-    """Folder for the aligned images, under the same names."""
-    size: Size = "112x96"
-    """Height and width of the aligned images."""
-
-
-def align(options: Align) -> dict[str, str]:
-    """Align the folder's images; the names of those skipped, with the reasons."""
-    landmarks = read_landmarks(options.landmarks)
-    names = set(list_faces(options.faces).names)
-    skipped = {name: "no landmarks" for name in sorted(names - landmarks.keys())}
-    skipped |= {name: "no such image" for name in landmarks if name not in names}
-    known = sorted(names & landmarks.keys())
-    todo = [name for name in known if not (options.out / name).exists()]
+    Args:
+      faces: folder of person/image.jpg.
+      landmarks: lines of `person/image.jpg x1 y1 ... x5 y5`: left and right eye, nose, left and
+        right corner of the mouth, left as seen in the picture.
+      out: folder of the aligned images, under the same names.
+      size: height and width of the aligned images.
+    """
+    points = read_landmarks(landmarks)
+    names = set(list_faces(faces).names)
+    known = sorted(names & points.keys())
+    todo = [name for name in known if not (out / name).exists()]
 
     def attempt(name: str) -> str | None:
+        """Why the image was not aligned."""
         try:
-            image = np.asarray(open_face(options.faces / name))
-            aligned = align_face(image, landmarks[name], options.size)
+            aligned = align_face(np.asarray(open_face(faces / name)), points[name], size)
         except BROKEN as error:
             return str(error)
         kind = Image.registered_extensions()[Path(name).suffix.lower()]
-        with replacing(options.out / name) as file:
+        with replacing(out / name) as file:
             Image.fromarray(aligned).save(file, kind, quality=95)
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        reasons = tqdm(threads.map(attempt, todo), "align", len(todo), unit="image")
-        failed = {name: reason for name, reason in zip(todo, reasons, strict=True) if reason}
-    skipped |= failed
+        reasons = list(tqdm(threads.map(attempt, todo), "align", len(todo), unit=" images"))
+    skipped = {name: reason for name, reason in zip(todo, reasons, strict=True) if reason}
+    aligned = len(todo) - len(skipped)
+    skipped |= dict.fromkeys(sorted(names - points.keys()), "no landmarks")
+    skipped |= dict.fromkeys(sorted(points.keys() - names), "no such image")
     for name, reason in skipped.items():
         logger.warning("skipped %s: %s", name, reason)
     print(
-        f"{len(todo) - len(failed)} images aligned into {options.out}, "
-        f"{len(known) - len(todo)} were there already, {len(skipped)} skipped"
+        f"{aligned} images aligned into {out}, {len(known) - len(todo)} were there already, "
+        f"{len(skipped)} skipped"
     )
-    return skipped
 
 
 def _points(numbers: list[str]) -> NDArray[np.float64] | None:

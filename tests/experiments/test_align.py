@@ -75,9 +75,11 @@ def test_a_folder_is_aligned_and_resumed(tmp_path, caplog, capsys):
     (tmp_path / "landmarks.txt").write_text(
         "".join(f"{n} {points}\n" for n in ("Ada/a.png", "Ada/b c.jpg", "Bob/broken.jpg", "no.jpg"))
     )
-    options = align.Align(folder, tmp_path / "landmarks.txt", out, "112x96")
-    assert set(align.align(options)) == {"Bob/broken.jpg", "Bob/unknown.jpg", "no.jpg"}
-    assert "Bob/broken.jpg" in caplog.text
+    arguments = folder, tmp_path / "landmarks.txt", out, "112x96"
+    align.align(*arguments)
+    assert "2 images aligned" in capsys.readouterr().out
+    for skipped in ("Bob/broken.jpg: cannot", "Bob/unknown.jpg: no landmarks", "no.jpg: no such"):
+        assert skipped in caplog.text
     expected = align.align_face(picture(), elsewhere(align.TEMPLATE), "112x96")
     chex.assert_trees_all_equal(faces.read_face(out / "Ada/a.png", (112, 96)), expected)
     with Image.open(out / "Ada/b c.jpg") as image:
@@ -85,6 +87,6 @@ def test_a_folder_is_aligned_and_resumed(tmp_path, caplog, capsys):
     assert sorted(path.name for path in out.rglob("*.*")) == ["a.png", "b c.jpg"]
 
     Image.fromarray(np.zeros_like(expected)).save(out / "Ada/a.png")
-    align.align(options)
+    align.align(*arguments)
     assert not faces.read_face(out / "Ada/a.png", (112, 96)).any()
     assert "0 images aligned" in capsys.readouterr().out.splitlines()[-1]
