@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -23,7 +24,8 @@ from experiments.train_faces import load_run
 from experiments.verify import Pairs, Verification, people_of_fold, read_pairs, verify
 
 PIXELS = (28, 24)
-CURVE_POINTS = 200
+CURVE_POINTS = 100
+LOWEST_RATE = 1e-3
 
 
 class Source(NamedTuple):
@@ -77,7 +79,7 @@ def verify_faces(
             "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
             "config": source.config | {"components": components},
             "seed": source.config.get("seed"),
-            **provenance(1),
+            **provenance(jax.device_count()),
             "metrics": metrics(result),
             "curve": curve(result),
         },
@@ -134,12 +136,13 @@ def metrics(result: Verification) -> dict[str, Any]:
 
 
 def curve(result: Verification) -> dict[str, list[float]]:
-    """Points of the ROC, thinned."""
-    count = len(result.false_accepts)
-    kept = np.unique(np.linspace(0, count - 1, CURVE_POINTS).round().astype(int))
+    """The ROC at rates of false accepts evenly apart on a logarithmic axis."""
+    rates = np.geomspace(LOWEST_RATE, 1, CURVE_POINTS)
+    last = np.searchsorted(result.false_accepts, rates, side="right") - 1
+    true_accepts = result.true_accepts[last]
     return {
-        "false_accepts": result.false_accepts[kept].round(5).tolist(),
-        "true_accepts": result.true_accepts[kept].round(5).tolist(),
+        "false_accepts": rates.round(6).tolist(),
+        "true_accepts": true_accepts.round(6).tolist(),
     }
 
 
@@ -148,14 +151,17 @@ def roc_figure(result: Verification) -> Figure:
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot(
         xscale="log",
-        xlim=(1e-3, 1),
+        xlim=(LOWEST_RATE, 1),
         ylim=(0, 1),
         xlabel="false accepts (FAR)",
         ylabel="true accepts (TAR)",
         title=f"AUC {result.auc:.4f}, EER {result.equal_error_rate:.4f}",
     )
-    axes.step(result.false_accepts, result.true_accepts, where="post")
-    axes.plot([1e-3, 1], [1e-3, 1], color="0.7", linestyle=":")
+    points = curve(result)
+    rates = points["false_accepts"]
+    axes.plot(rates, points["true_accepts"])
+    axes.plot(rates, rates, color="0.7", linestyle=":", label="chance")
+    axes.legend()
     axes.grid(alpha=0.3)
     return figure
 

@@ -187,6 +187,7 @@ def test_verify_takes_embeddings_or_pixels(folder, tmp_path, capsys):
     verify_faces.verify_faces(pairs, pixels, faces=folder, pixels=True)
     by_pixels = json.loads(pixels.read_text())
     assert by_pixels["tested_folds"] == [0, 1]
+    assert by_pixels["curve"]["false_accepts"][-1] == by_pixels["curve"]["true_accepts"][-1] == 1
     assert "TAR at FAR 0.001" in capsys.readouterr().out
     images = FaceImages(list_faces(folder), verify_faces.PIXELS)
     saved = embed.embed_faces(images, embed.grey_pixels, 4)
