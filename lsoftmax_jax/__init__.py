@@ -5,6 +5,7 @@
 has jitted training steps. Importing `lsoftmax_jax` imports no Flax.
 """
 
+from lsoftmax_jax import sharded as sharded
 from lsoftmax_jax.algebra import Statistics as Statistics
 from lsoftmax_jax.logits import lsoftmax_logits as lsoftmax_logits
 from lsoftmax_jax.loss import lsoftmax_loss as lsoftmax_loss

@@ -105,9 +105,9 @@ def check_mask(where: ArrayLike | None, batch_shape: tuple[int, ...]) -> jax.Arr
     return where
 
 
-def flatten(features: jax.Array, kernel: jax.Array, labels: ArrayLike) -> Head:
+def flatten(features: jax.Array, kernel: jax.Array, labels: ArrayLike, classes: int) -> Head:
     batch_shape = features.shape[:-1]
-    labels = check_labels(labels, batch_shape, kernel.shape[1])
+    labels = check_labels(labels, batch_shape, classes)
     if len(batch_shape) != 1:
         # Not reshape(-1, D): an empty batch has no -1 to infer.
         features = features.reshape(math.prod(batch_shape), features.shape[-1])

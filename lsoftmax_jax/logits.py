@@ -63,7 +63,7 @@ def lsoftmax_logits(
     features, kernel = features.astype(dtype), kernel.astype(dtype)
     if labels is None:
         return features @ kernel
-    head = arguments.flatten(features, kernel, labels)
+    head = arguments.flatten(features, kernel, labels, kernel.shape[1])
     core = functools.partial(_logits, margin)
     logits = arguments.place(core, "logits", (*head[:3], lam))
     return logits.reshape(*head.batch_shape, kernel.shape[1])

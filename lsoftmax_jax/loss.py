@@ -29,7 +29,8 @@ from lsoftmax_jax.logits import target_of
 DEFAULT_MEMORY_BUDGET = 2**30  # bytes
 # Row blocks below this many rows starve the matrix units; class blocks win there.
 _FEWEST_ROWS = 704
-_FEWEST_CLASSES = 512
+# A block of classes this wide keeps them busy; wider only costs memory.
+_FEWEST_CLASSES, _MOST_CLASSES = 512, 8192
 
 
 @overload
@@ -128,8 +129,9 @@ def lsoftmax_loss(
 
     Source: Liu et al., ICML 2016.
     """
-    call = _Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
-    plan = call.plan(memory_budget, row_block, class_block, keep_exponentials, summed=False)
+    call = Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
+    knobs = Knobs(memory_budget, row_block, class_block, keep_exponentials).checked()
+    plan = knobs.plan(*call.size, call.head.kernel.dtype, rows_cost_no_more=False)
     core = functools.partial(_loss, call.setting(plan))
     loss, seen = arguments.place(core, "batch", (*call.head[:3], call.lam))
     loss = call.mask(loss.reshape(call.head.batch_shape))
@@ -184,15 +186,16 @@ def lsoftmax_loss_sum(
 
     Source: Liu et al., ICML 2016.
     """
-    call = _Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
-    plan = call.plan(memory_budget, row_block, class_block, keep_exponentials, summed=True)
-    weights = _check_weights(weights, call.head.batch_shape, call.lam.dtype)
+    call = Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
+    knobs = Knobs(memory_budget, row_block, class_block, keep_exponentials).checked()
+    plan = knobs.plan(*call.size, call.head.kernel.dtype, rows_cost_no_more=True)
+    weights = check_weights(weights, call.head.batch_shape, call.lam.dtype)
     weights = call.mask(weights).reshape(call.head.labels.shape)
     core = functools.partial(_sum, call.setting(plan))
     return arguments.place(core, "scalar", (*call.head[:3], call.lam, weights))
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The checked arguments of a loss."""
 
     head: arguments.Head
@@ -200,6 +203,7 @@ class _Call(NamedTuple):
     lam: jax.Array
     where: jax.Array | None
     label_smoothing: float
+    classes: int
 
     @classmethod
     def checked(
@@ -211,7 +215,8 @@ class _Call(NamedTuple):
         lam: ArrayLike,
         where: ArrayLike | None,
         label_smoothing: float,
-    ) -> "_Call":
+        classes: int | None = None,
+    ) -> "Call":
         margin = arguments.check_size("margin", margin)
         label_smoothing = arguments.check_fraction("label_smoothing", label_smoothing)
         features, kernel = arguments.check_features(features, kernel)
@@ -221,66 +226,71 @@ class _Call(NamedTuple):
         if where is not None:
             # A masked row may hold NaN, which zero times its gradient would not silence.
             features = jnp.where(where[..., None], features, 0)
-        head = arguments.flatten(features.astype(dtype), kernel.astype(dtype), labels)
+        classes = kernel.shape[1] if classes is None else classes
+        head = arguments.flatten(features.astype(dtype), kernel.astype(dtype), labels, classes)
         if where is not None:
             head = head._replace(labels=jnp.where(where.reshape(-1), head.labels, 0))
-        return cls(head, margin, lam, where, label_smoothing)
+        return cls(head, margin, lam, where, label_smoothing, classes)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.head.features.shape[0], self.head.kernel.shape[1]
 
     def setting(self, plan: Plan) -> Setting:
-        return Setting(self.margin, self.label_smoothing, plan, self.head.kernel.shape[1])
+        return Setting(self.margin, self.label_smoothing, plan, self.classes)
 
     def mask(self, values: jax.Array) -> jax.Array:
         return values if self.where is None else jnp.where(self.where, values, 0)
 
-    def plan(
-        self,
-        budget: int,
-        row_block: int | None,
-        class_block: int | None,
-        keep: bool | None,
-        summed: bool,
-    ) -> Plan:
+
+class Knobs(NamedTuple):
+    """What the caller says about the plan."""
+
+    memory_budget: int
+    row_block: int | None
+    class_block: int | None
+    keep_exponentials: bool | None
+
+    def checked(self) -> "Knobs":
+        arguments.check_size("memory_budget", self.memory_budget)
+        for name in ("row_block", "class_block"):
+            if getattr(self, name) is not None:
+                arguments.check_size(name, getattr(self, name))
+        if self.row_block is not None and self.class_block is not None:
+            raise ValueError(
+                f"row_block and class_block exclude each other, "
+                f"got {self.row_block} and {self.class_block}"
+            )
+        if not (self.keep_exponentials is None or isinstance(self.keep_exponentials, bool)):
+            raise TypeError(
+                f"keep_exponentials must be True, False or None, got {self.keep_exponentials!r}"
+            )
+        if self.row_block is not None and self.keep_exponentials:
+            raise ValueError("row_block keeps no exponentials, got keep_exponentials=True")
+        return self
+
+    def plan(self, batch: int, classes: int, dtype: jnp.dtype, *, rows_cost_no_more: bool) -> Plan:
         """The fastest plan within the budget, as far as the caller leaves it open."""
-        _check_knobs(budget, row_block, class_block, keep)
-        (batch, _), (_, classes) = self.head.features.shape, self.head.kernel.shape
-        itemsize = self.head.kernel.dtype.itemsize
-        cells = batch * classes
-        fits = max(itemsize, 4) * cells <= budget
-        affordable = budget // max(itemsize, 4)
-        if row_block is not None:
-            return Plan(row_block=min(row_block, max(batch, 1)), keep_exponentials=False)
-        if class_block is None and fits and keep is not False:
-            return Plan()
-        rows = affordable // classes
-        if class_block is None and summed and keep is None and rows >= _FEWEST_ROWS:
-            return Plan(row_block=rows // 64 * 64, keep_exponentials=False)
-        if class_block is None:
-            # A block's logits and exponentials exist at once.
-            columns = affordable // (2 * max(batch, 1)) // 128 * 128
-            class_block = max(min(columns, 8192), _FEWEST_CLASSES)
+        if self.row_block is not None:
+            return Plan(row_block=min(self.row_block, max(batch, 1)), keep_exponentials=False)
+        cells, wide = batch * classes, max(dtype.itemsize, 4)
+        keep, block = self.keep_exponentials, self.class_block
+        if block is None and keep is None:
+            rows = self.memory_budget // (wide * classes)
+            if batch <= rows:
+                return Plan()
+            if rows_cost_no_more and rows >= _FEWEST_ROWS:
+                return Plan(row_block=rows // 64 * 64, keep_exponentials=False)
         if keep is None:
-            keep = itemsize * cells <= budget
-        return Plan(class_block=min(class_block, classes), keep_exponentials=keep)
+            keep = dtype.itemsize * cells <= self.memory_budget
+        if block is None:
+            # A block's logits and exponentials exist at once.
+            affordable = self.memory_budget // (2 * wide * max(batch, 1)) // 128 * 128
+            block = max(min(affordable, _MOST_CLASSES), _FEWEST_CLASSES)
+        return Plan(class_block=min(block, classes), keep_exponentials=keep)
 
 
-def _check_knobs(
-    budget: int, row_block: int | None, class_block: int | None, keep: bool | None
-) -> None:
-    arguments.check_size("memory_budget", budget)
-    for name, block in (("row_block", row_block), ("class_block", class_block)):
-        if block is not None:
-            arguments.check_size(name, block)
-    if row_block is not None and class_block is not None:
-        raise ValueError(
-            f"row_block and class_block exclude each other, got {row_block} and {class_block}"
-        )
-    if not (keep is None or isinstance(keep, bool)):
-        raise TypeError(f"keep_exponentials must be True, False or None, got {keep!r}")
-    if row_block is not None and keep:
-        raise ValueError("row_block keeps no exponentials, got keep_exponentials=True")
-
-
-def _check_weights(
+def check_weights(
     weights: ArrayLike | None, batch_shape: tuple[int, ...], dtype: jnp.dtype
 ) -> jax.Array:
     if weights is None:
