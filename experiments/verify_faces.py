@@ -100,7 +100,7 @@ def rows_of(pairs: Pairs, names: Iterable[str]) -> tuple[NDArray[np.intp], NDArr
     wanted = dict.fromkeys([*pairs.first.tolist(), *pairs.second.tolist()])
     if missing := [name for name in wanted if name not in place]:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(f"{len(missing)} images that pairs name are missing or broken: {some}")
+        raise ValueError(f"pairs name images that are missing or broken ({len(missing)}): {some}")
     first, second = (np.array([place[n] for n in side.tolist()]) for side in pairs[:2])
     return first, second
 
@@ -172,7 +172,8 @@ def print_table(result: Verification, tested: list[int]) -> None:
     for row in zip(tested, result.fold_accuracy, result.fold_threshold, strict=True):
         table.add_row(str(row[0]), f"{row[1]:.4f}", f"{row[2]:.4f}")
     table.add_section()
-    table.add_row("mean", f"{result.accuracy:.4f} ± {result.standard_error:.4f}")
+    error = f" ± {result.standard_error:.4f}" if len(tested) > 1 else ""
+    table.add_row("mean", f"{result.accuracy:.4f}{error}")
     table.add_row("AUC", f"{result.auc:.4f}")
     table.add_row("EER", f"{result.equal_error_rate:.4f}")
     for far, tar in result.tar_at_far.items():

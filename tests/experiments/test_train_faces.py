@@ -12,6 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from experiments import embed, models, train_faces, verify_faces
+from experiments.__main__ import main
 from experiments.faces import FaceImages, list_faces
 from experiments.models import Network, Stage
 from experiments.train_faces import FaceRecipe, FaceRun, Plateau, load_run
@@ -200,10 +201,9 @@ def test_verify_takes_embeddings_or_pixels(folder, tmp_path, capsys):
             verify_faces.verify_faces(pairs, tmp_path / "e.json", faces=folder, **sources)
 
 
-def test_a_pair_of_a_missing_image_is_named(folder, tmp_path):
+def test_a_pair_of_a_missing_image_is_named(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "faces")
     (tmp_path / "faces" / "B" / "B_0002.png").unlink()
-    with pytest.raises(ValueError, match="1 images that pairs name are missing .*B/B_0002"):
-        verify_faces.verify_faces(
-            folder / "pairs.txt", tmp_path / "r.json", faces=tmp_path / "faces", pixels=True
-        )
+    files = ["--faces", str(tmp_path / "faces"), "--pairs", str(folder / "pairs.txt")]
+    assert main(["verify", "--pixels", *files, "--out", str(tmp_path / "r.json")]) == 2
+    assert "pairs name images that are missing or broken (1): B/B_0002" in capsys.readouterr().err
