@@ -63,6 +63,11 @@ class Dataset(NamedTuple):
 
     def with_validation(self) -> "Dataset":
         """Holds the last 5,000 training images out, in place of the test split."""
+        if len(self.train.labels) <= VALIDATION:
+            raise ValueError(
+                f"validation needs more than {VALIDATION} training images, "
+                f"got {len(self.train.labels)}"
+            )
         kept, held = slice(None, -VALIDATION), slice(-VALIDATION, None)
         return self._replace(train=self.train.rows(kept), test=self.train.rows(held))
 

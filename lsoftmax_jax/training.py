@@ -279,21 +279,23 @@ def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> Any:
     return call
 
 
-def repeat(step: TrainStep, batch: Batch, mesh: Mesh) -> Any:
+def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = None) -> Any:
     """Many updates in one dispatch, on batches made on the device.
 
     Args:
       step: from `train_step`.
       batch: (step, data) -> (images, labels), pure: the rows of a step, augmented.
       mesh: has a "data" axis, of Auto or Explicit type; each batch is split along it.
+      loop: compile one update in a loop, not ``length`` updates in a row; by default everywhere
+        but on CPUs, where XLA makes the gradient of a convolution in a loop up to 50 times slower.
 
     Returns:
       ``many(state, data, length) -> (state, metrics)``, jitted with the length static and the state
       donated; metrics are `StepMetrics` with a leading axis of that length.
     """
     rows = P(DATA_AXIS) if _is_explicit(mesh) else NamedSharding(mesh, P(DATA_AXIS))
-    # XLA compiles the gradient of a convolution in a loop into slow code for CPUs, up to 50 times.
-    loops = mesh.devices.flat[0].platform != "cpu"
+    if loop is None:
+        loop = mesh.devices.flat[0].platform != "cpu"
 
     def many(state: State, data: Any, length: int) -> Any:
         def update(state: State, data: Any) -> tuple[State, StepMetrics]:
@@ -301,7 +303,7 @@ def repeat(step: TrainStep, batch: Batch, mesh: Mesh) -> Any:
             return step(state, images, labels)
 
         def updates(state: State, data: Any) -> tuple[State, StepMetrics]:
-            if loops:
+            if loop:
                 return jax.lax.scan(lambda state, _: update(state, data), state, length=length)
             metrics = []
             for _ in range(length):

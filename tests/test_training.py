@@ -124,7 +124,7 @@ def test_mesh_is_one_device(kind, current, graphdef_and_state, examples, single)
 
     def run():
         many = training.repeat(
-            training.train_step(graphdef, OPTIMIZER, LAM), lambda step, data: data, mesh
+            training.train_step(graphdef, OPTIMIZER, LAM), lambda step, data: data, mesh, loop=True
         )
         ours = jax.tree.map(jnp.copy, state)
         for _ in range(3):
@@ -139,6 +139,13 @@ def test_mesh_is_one_device(kind, current, graphdef_and_state, examples, single)
     assert_close(ours, single[0])
     assert_close(repeated, single)
     assert repeated[0].params["head"]["kernel"].sharding.is_fully_replicated
+
+
+def test_updates_in_a_row_are_those_in_a_loop(graphdef_and_state, examples, single):
+    graphdef, state = graphdef_and_state
+    step = training.train_step(graphdef, OPTIMIZER, LAM)
+    many = training.repeat(step, lambda step, data: data, training.data_mesh(1), loop=False)
+    assert_close(many(jax.tree.map(jnp.copy, state), examples, 3), single)
 
 
 def test_pmap_is_one_device(graphdef_and_state, examples, single):

@@ -97,6 +97,8 @@ def test_validation_is_held_out_of_training():
     held = data.Dataset(train, train.rows(slice(3)), "").with_validation()
     assert len(held.train.labels) == 1000
     np.testing.assert_array_equal(held.test.labels, np.arange(1000, 6000))
+    with pytest.raises(ValueError, match="more than 5000 training images, got 1000"):
+        held.with_validation()
 
 
 def labels_of(feed, steps):

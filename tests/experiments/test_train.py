@@ -26,6 +26,9 @@ from lsoftmax_jax.schedule import LambdaPreset
 CONFIG = replace(CONFIGS["digits-m4"], steps=12, batch=16, width=1 / 8, examples=100)
 
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
 def run(out, config=CONFIG, **options):
     return train.run(config, out=out, **({"devices": 1, "evaluations": 3} | options))
 
@@ -36,7 +39,7 @@ def numbers(outcome):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(compiled_once, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken")
     return out, run(out)
 
