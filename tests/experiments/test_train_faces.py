@@ -124,6 +124,19 @@ def test_plateau_drops_once_the_loss_stays():
     assert plateau == Plateau(loss=3.0, step=8, drops=1)
 
 
+def test_a_plateau_lowers_the_rate_also_after_a_resume(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_faces, "NO_LAM", 100.0)
+    recipe = replace(RECIPE, schedule="plateau", patience=2, learning_rate=1e-9)
+    two = list_faces(folder, without="CD")
+    with FaceRun(recipe, two, tmp_path) as run:
+        for _ in range(5):
+            run.update()
+        assert run.learning_rate == pytest.approx(1e-10)
+        run.save()
+    with FaceRun(recipe, two, tmp_path) as run:
+        assert run.learning_rate == pytest.approx(1e-10)
+
+
 def test_recipes_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="margin must be >= 1, got 0"):
         FaceRecipe(margin=0)
