@@ -1,7 +1,6 @@
 """Folders of faces through Grain: what is listed, what is skipped, and the order of the stream."""
 
 import itertools
-import os
 
 import chex
 import numpy as np
@@ -146,12 +145,10 @@ def test_a_folder_of_broken_images_ends(tmp_path):
         next(iter(faces.training_batches(images, 2, seed=0)))
 
 
-def test_lfw_folder():
-    if "LFW_DIR" not in os.environ:
-        pytest.skip("LFW_DIR does not name a folder with LFW's images and pairs.txt")
-    listed = faces.list_faces(os.environ["LFW_DIR"])
+def test_lfw_folder(lfw_dir):
+    listed = faces.list_faces(lfw_dir)
     assert (len(listed.names), len(listed.people)) == (13233, 5749)
-    at_least = {n: faces.list_faces(os.environ["LFW_DIR"], minimum_images=n) for n in (2, 4, 10)}
+    at_least = {n: faces.list_faces(lfw_dir, minimum_images=n) for n in (2, 4, 10)}
     assert {n: (len(f.people), len(f.names)) for n, f in at_least.items()} == {
         2: (1680, 9164),
         4: (610, 6733),

@@ -1,8 +1,6 @@
 """The verification protocol against loops that share no code with it."""
 
 import doctest
-import os
-from pathlib import Path
 
 import chex
 import numpy as np
@@ -163,11 +161,10 @@ def test_a_pairs_file_that_does_not_fit_is_named(tmp_path, text, message):
         verify.read_pairs(path)
 
 
-def test_lfw_pairs():
-    if "LFW_DIR" not in os.environ:
-        pytest.skip("LFW_DIR does not name a folder with LFW's images and pairs.txt")
-    folder = Path(os.environ["LFW_DIR"])
-    pairs = verify.read_pairs(folder / "pairs.txt")
+def test_lfw_pairs(lfw_dir):
+    pairs = verify.read_pairs(lfw_dir / "pairs.txt")
     assert pairs.same.sum() == 3000
     assert np.bincount(pairs.fold).tolist() == [600] * 10
-    assert all((folder / f"{name}.jpg").exists() for name in {*pairs.first, *pairs.second})
+    assert all((lfw_dir / f"{name}.jpg").exists() for name in {*pairs.first, *pairs.second})
+    people = [verify.people_of_fold(pairs, fold) for fold in range(10)]
+    assert len(frozenset.union(*people)) == sum(map(len, people))  # no person in two folds
