@@ -132,7 +132,7 @@ def lsoftmax_loss(
     call = Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
     knobs = Knobs(memory_budget, row_block, class_block, keep_exponentials).checked()
     plan = knobs.plan(*call.size, call.head.kernel.dtype, rows_cost_no_more=False)
-    core = functools.partial(_loss, call.setting(plan))
+    core = functools.partial(per_example, call.setting(plan))
     loss, seen = arguments.place(core, "batch", (*call.head[:3], call.lam))
     loss = call.mask(loss.reshape(call.head.batch_shape))
     if not statistics:
@@ -307,32 +307,43 @@ def check_weights(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(
-    setting: Setting, features: jax.Array, kernel: jax.Array, labels: jax.Array, lam: jax.Array
+def per_example(
+    setting: Setting,
+    features: jax.Array,
+    kernel: jax.Array,
+    labels: jax.Array,
+    lam: jax.Array,
+    offset: jax.Array | None = None,
 ) -> tuple[jax.Array, Statistics]:
-    return _loss_fwd(setting, features, kernel, labels, lam)[0]
+    """The core of `lsoftmax_loss`; no gradient for the `offset` of `Columns`."""
+    return _per_example_fwd(setting, features, kernel, labels, lam, offset)[0]
 
 
-def _loss_fwd(
-    setting: Setting, features: jax.Array, kernel: jax.Array, labels: jax.Array, lam: jax.Array
+def _per_example_fwd(
+    setting: Setting,
+    features: jax.Array,
+    kernel: jax.Array,
+    labels: jax.Array,
+    lam: jax.Array,
+    offset: jax.Array | None,
 ) -> tuple[tuple[jax.Array, Statistics], Any]:
     t = target_of(features, kernel, labels, lam, setting.margin)
-    others, kept = summarise(setting, features, Columns(kernel), labels)
+    columns = Columns(kernel, offset)
+    others, kept = summarise(setting, features, columns, labels)
     loss, z = loss_and_z(setting, t, others)
-    residuals = features, kernel, labels, t, z, kept
-    return (loss, statistics_of(t, others)), residuals
+    return (loss, statistics_of(t, others)), (features, columns, labels, t, z, kept)
 
 
-def _loss_bwd(
+def _per_example_bwd(
     setting: Setting, residuals: Any, cotangents: tuple[jax.Array, Statistics]
-) -> tuple[jax.Array, jax.Array, None, jax.Array]:
-    features, kernel, labels, t, z, kept = residuals
+) -> tuple[jax.Array, jax.Array, None, jax.Array, None]:
+    features, columns, labels, t, z, kept = residuals
     row = gradient_row(setting, t, z, cotangents[0], features.dtype)
-    dfeatures, dkernel = gradients(setting, features, Columns(kernel), labels, row, kept)
-    return dfeatures.astype(features.dtype), dkernel, None, jnp.sum(row.dlam)
+    dfeatures, dkernel = gradients(setting, features, columns, labels, row, kept)
+    return dfeatures.astype(features.dtype), dkernel, None, jnp.sum(row.dlam), None
 
 
-_loss.defvjp(_loss_fwd, _loss_bwd)
+per_example.defvjp(_per_example_fwd, _per_example_bwd)
 
 
 # The weighted sum, its gradients computed in the forward pass.
@@ -348,7 +359,7 @@ def _sum(
     weights: jax.Array,
 ) -> jax.Array:
     # Not _sum_fwd(...)[0], which would pay for the gradients.
-    return jnp.sum(weights * _loss(setting, features, kernel, labels, lam)[0])
+    return jnp.sum(weights * per_example(setting, features, kernel, labels, lam)[0])
 
 
 def _sum_fwd(

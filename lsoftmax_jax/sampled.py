@@ -1,0 +1,191 @@
+"""The loss over a sample of the classes, an approximation for when even a shard is too many.
+
+Exact are the target logit and its gradient. The other logits' sum is estimated from the classes of
+the batch's labels, which are always in, and from others drawn without replacement; only the drawn
+columns of the kernel are read and updated.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from lsoftmax_jax import arguments
+from lsoftmax_jax.loss import DEFAULT_MEMORY_BUDGET, Call, Knobs, per_example
+
+_ROUNDS = 6
+
+
+class Sample(NamedTuple):
+    """Classes drawn for a batch.
+
+    Attributes:
+      ids: (batch + negatives,) int32 class numbers: the distinct labels, then the drawn others.
+        The number of classes stands where there is none: repeated labels, drawn labels.
+      offset: added to the logits of these classes except as a target; -inf where there is none.
+      labels: the batch's labels as positions in `ids`, -1 for a label outside [0, classes).
+    """
+
+    ids: jax.Array
+    offset: jax.Array
+    labels: jax.Array
+
+
+def sample_classes(
+    key: jax.Array, labels: ArrayLike, classes: int, negatives: int, *, corrected: bool = True
+) -> Sample:
+    r"""Draws `negatives` distinct classes uniformly, and adds the classes of the labels.
+
+    The draw is the start of a keyed permutation of [0, classes), a Feistel network that walks past
+    numbers beyond: O(negatives) time and memory whatever the number of classes.
+
+    Args:
+      key: a key of `jax.random`.
+      labels: (...,) integers in [0, classes).
+      classes: number of classes, static.
+      negatives: how many to draw, from 1 to `classes`, static. Those that are labels count once.
+      corrected: add :math:`\log\frac{\text{classes} - p}{n}` to the logits of the n drawn classes
+        (p being the number of distinct labels), which makes the sum of the other exponentials an
+        unbiased estimate. Without, as in the published Partial FC, fewer classes compete.
+
+    Returns:
+      `Sample`, labels flattened.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong type, shape or value; the message names it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> sample = lsm.sample_classes(jax.random.key(0), jnp.array([7, 7, 3]), 1_000_000, 5)
+      >>> sample.ids.shape, sample.ids[:3].tolist(), sample.labels.tolist()
+      ((8,), [3, 7, 1000000], [1, 1, 0])
+
+    Source: An et al., "Partial FC: Training 10 Million Identities on a Single Machine", 2021.
+    """
+    classes = arguments.check_size("classes", classes)
+    if arguments.check_size("negatives", negatives) > classes:
+        raise ValueError(f"negatives must be at most classes = {classes}, got {negatives}")
+    labels = jnp.asarray(labels)
+    labels = arguments.check_labels(labels, labels.shape, classes).reshape(labels.size)
+    known = jnp.where(labels >= 0, labels, classes)
+    positives = jnp.unique(known, size=labels.size, fill_value=classes)
+    drawn = _permuted(key, classes, negatives)
+    place = jnp.minimum(jnp.searchsorted(positives, drawn), labels.size - 1)
+    drawn = jnp.where(positives[place] == drawn, classes, drawn)
+    ids = jnp.concatenate([positives, drawn])
+    offset = jnp.zeros(ids.shape, jnp.float32)
+    if corrected:
+        rest = classes - jnp.sum(positives < classes)
+        count = jnp.maximum(jnp.sum(drawn < classes), 1)
+        correction = jnp.log(rest.astype(jnp.float32)) - jnp.log(count.astype(jnp.float32))
+        offset = offset.at[labels.size :].set(correction)
+    offset = jnp.where(ids < classes, offset, -jnp.inf)
+    position = jnp.searchsorted(positives, labels).astype(jnp.int32)
+    return Sample(ids, offset, jnp.where(labels >= 0, position, -1))
+
+
+def _permuted(key: jax.Array, classes: int, count: int) -> jax.Array:
+    """The images of 0 .. count - 1 under a keyed permutation of [0, classes)."""
+    half = max(math.ceil(math.log2(classes) / 2), 1)
+    mask = jnp.uint32(2**half - 1)
+    keys = jax.random.bits(key, (_ROUNDS,), jnp.uint32)
+
+    def mixed(value: jax.Array) -> jax.Array:
+        # The finaliser of MurmurHash3: every bit of the input moves every bit of the output.
+        value = (value ^ (value >> 16)) * jnp.uint32(0x85EBCA6B)
+        value = (value ^ (value >> 13)) * jnp.uint32(0xC2B2AE35)
+        return value ^ (value >> 16)
+
+    def permute(value: jax.Array) -> jax.Array:
+        left, right = value >> half, value & mask
+        for round_key in keys:
+            left, right = right, left ^ (mixed(right ^ round_key) & mask)
+        return (left << half) | right
+
+    def walk(value: jax.Array) -> jax.Array:
+        return jnp.where(value >= classes, permute(value), value)
+
+    start = permute(jnp.arange(count, dtype=jnp.uint32))
+    inside = jax.lax.while_loop(lambda value: jnp.any(value >= classes), walk, start)
+    return inside.astype(jnp.int32)
+
+
+def take_columns(kernel: jax.Array, sample: Sample) -> jax.Array:
+    """The sampled columns (D, batch + negatives) of kernel, zero where there is none.
+
+    >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+    >>> sample = lsm.sampled.Sample(jnp.array([1, 3]), jnp.array([0, -jnp.inf]), jnp.array([0]))
+    >>> lsm.sampled.take_columns(jnp.eye(3), sample).tolist()
+    [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+    """
+    return kernel.at[:, sample.ids].get(mode="fill", fill_value=0)
+
+
+def put_columns(kernel: jax.Array, sample: Sample, columns: jax.Array) -> jax.Array:
+    """kernel with its sampled columns replaced; donate it and nothing else is touched.
+
+    The optimiser state of the kernel is kept in step the same way: take, update, put.
+
+    >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+    >>> sample = lsm.sampled.Sample(jnp.array([1, 3]), jnp.array([0, -jnp.inf]), jnp.array([0]))
+    >>> lsm.sampled.put_columns(jnp.eye(3), sample, jnp.full((3, 2), 9.0))[0].tolist()
+    [1.0, 9.0, 0.0]
+    """
+    return kernel.at[:, sample.ids].set(columns.astype(kernel.dtype), mode="drop")
+
+
+def lsoftmax_sampled_loss(
+    features: ArrayLike,
+    columns: ArrayLike,
+    sample: Sample,
+    *,
+    margin: int,
+    lam: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> jax.Array:
+    r"""`lsoftmax_jax.lsoftmax_loss` against the sampled classes alone, one value an example.
+
+    .. math:: \ell = -\log \frac{e^{z_y}}{e^{z_y} + \sum_{j \ne y,\, j \in S} e^{z_j + o_j}}
+
+    An approximation: with all classes drawn it is the exact loss, otherwise its expectation is
+    below it (the logarithm of an unbiased estimate), the more the fewer are drawn.
+
+    Args:
+      features: (..., D) floating point.
+      columns: (D, batch + negatives), `take_columns(kernel, sample)`; differentiate with respect
+        to these, update them and their optimiser state, and put them back.
+      sample: from `sample_classes` for the labels of these features.
+      margin, lam, where, memory_budget: as in `lsoftmax_jax.lsoftmax_loss`.
+
+    Returns:
+      (...,) float32, or float64 for float64 operands.
+
+    Raises:
+      TypeError, ValueError: as `lsoftmax_jax.lsoftmax_loss`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> kernel, features, labels = jnp.eye(4, 1000), jnp.ones((2, 4)), jnp.array([0, 2])
+      >>> sample = lsm.sample_classes(jax.random.key(0), labels, 1000, negatives=1000)
+      >>> columns = lsm.sampled.take_columns(kernel, sample)
+      >>> sampled = lsm.lsoftmax_sampled_loss(features, columns, sample, margin=4)
+      >>> exact = lsm.lsoftmax_loss(features, kernel, labels, margin=4)
+      >>> bool(jnp.allclose(sampled, exact))
+      True
+
+    Source: Liu et al., ICML 2016; An et al., "Partial FC", 2021.
+    """
+    features = jnp.asarray(features)
+    labels = sample.labels.reshape(features.shape[:-1])
+    call = Call.checked(features, columns, labels, margin, lam, where, 0.0)
+    plan = (
+        Knobs(memory_budget, None, None, None)
+        .checked()
+        .plan(*call.size, call.head.kernel.dtype, rows_cost_no_more=False)
+    )
+    offset = sample.offset.astype(call.lam.dtype)
+    loss, _ = per_example(call.setting(plan), *call.head[:3], call.lam, offset)
+    return call.mask(loss.reshape(call.head.batch_shape))
