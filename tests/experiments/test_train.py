@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import result, train
+from experiments import program, result, train
 from experiments.__main__ import main
 from experiments.configs import CONFIGS, toy
 from experiments.log import Log, Seconds
@@ -160,7 +160,7 @@ def test_optimizer_is_the_recipe():
     ones = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
     params = {"layer": ones, "norm": ones | {"scale": jnp.ones(2)}, "slope": jnp.ones(2)}
     grads = jax.tree.map(lambda leaf: 0.1 * leaf, params)
-    sgd = train.optimizer(config)
+    sgd = program.optimizer(config)
     state = sgd.init(params)
     first, state = sgd.update(grads, state, params)
     second, _ = sgd.update(grads, state, params)
