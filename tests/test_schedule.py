@@ -30,6 +30,12 @@ def test_first_update_counts_as_one():
     np.testing.assert_allclose(lsm.annealed_lambda(27.0, 1.0, 3.0)(1), 1.0, rtol=1e-6)
 
 
+def test_small_gammas_keep_their_digits_in_float32():
+    for step in (0, 99, 999):
+        lam = lsm.annealed_lambda(1000.0, 2.5e-5, 35.0)(step)
+        np.testing.assert_allclose(lam, 1000 * (1 + 2.5e-5 * (step + 1)) ** -35, rtol=5e-7)
+
+
 def test_minimum_defaults_to_zero_and_base_zero_turns_annealing_off():
     assert 0 <= lsm.annealed_lambda(1000.0, 1.0, 35.0)(10**6) < 1e-30
     assert lsm.annealed_lambda(0.0, 1e-5, 35.0)(0) == 0.0
