@@ -8,6 +8,8 @@ continues in the middle of an epoch and, on the same devices, ends in the same n
 import hashlib
 import json
 import math
+import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +30,7 @@ from experiments.faces import FaceImages, Faces, list_faces, training_batches
 from experiments.files import replacing
 from experiments.log import Log, Seconds
 from experiments.models import NETWORKS, ConvNet
-from experiments.result import load, save
+from experiments.result import load, provenance, save
 from experiments.train import interruptible
 from experiments.verify import people_of_fold, read_pairs
 from lsoftmax_jax import annealed_lambda, training
@@ -300,9 +302,11 @@ def training_faces(folder: Path, recipe: FaceRecipe, pairs: Path | None) -> Face
 
 
 class TrainedRun(NamedTuple):
-    """A finished or running run's recipe, the people trained on, and its network at inference."""
+    """A run's recipe, where and how it was begun, its people, and its network at inference."""
 
     recipe: FaceRecipe
+    begun: dict[str, Any]
+    step: int
     people: frozenset[str]
     model: ConvNet
 
@@ -315,7 +319,7 @@ def load_run(out: Path) -> TrainedRun:
     """
     if not (out / "run.json").exists():
         raise ValueError(f"{out} is no run of train-faces: it has no run.json")
-    saved = json.loads((out / "run.json").read_text())
+    saved = load(out / "run.json")
     recipe = FaceRecipe(
         **saved["recipe"]
         | {name: tuple(saved["recipe"][name]) for name in ("size", "drops")}
@@ -327,7 +331,13 @@ def load_run(out: Path) -> TrainedRun:
     if state is None:
         raise ValueError(f"{out} holds no checkpoint yet; train-faces writes them")
     model = training.restore_model(graphdef, state)
-    return TrainedRun(recipe, frozenset(saved["people"]), model)
+    people = frozenset(saved["people"])
+    return TrainedRun(recipe, saved["begun"], int(state.step), people, model)
+
+
+def command_line() -> str:
+    """The command of this process, as typed."""
+    return shlex.join(["python", "-m", "experiments", *sys.argv[1:]])
 
 
 def _claim(file: Path, recipe: FaceRecipe, faces: Faces) -> None:
@@ -336,7 +346,8 @@ def _claim(file: Path, recipe: FaceRecipe, faces: Faces) -> None:
     settings = asdict(recipe) | {"lam": recipe.lam._asdict()}
     wanted = json.loads(json.dumps({"recipe": settings, "images": images, "people": faces.people}))
     if not file.exists():
-        return save(file, wanted)
+        begun = {"command": command_line(), **provenance(jax.device_count())}
+        return save(file, wanted | {"begun": begun})
     there = load(file)
     changed = [
         f"{name} {there['recipe'][name]} -> {value}"

@@ -1,8 +1,6 @@
 """Verifies faces: embeddings of a folder scored on a file of pairs, as table, JSON and ROC."""
 
 import math
-import shlex
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +18,7 @@ from experiments.embed import Embeddings, embed_faces, grey_pixels, load_embeddi
 from experiments.faces import FaceImages, Faces, list_faces
 from experiments.files import replacing
 from experiments.result import provenance, save
-from experiments.train_faces import load_run
+from experiments.train_faces import command_line, load_run
 from experiments.verify import Pairs, Verification, people_of_fold, read_pairs, verify
 
 PIXELS = (28, 24)
@@ -34,6 +32,7 @@ class Source(NamedTuple):
     embeddings: Embeddings
     trained_on: frozenset[str]
     config: dict[str, Any]
+    training: dict[str, Any] | None = None
 
 
 def verify_faces(
@@ -76,8 +75,9 @@ def verify_faces(
             "tested_folds": tested,
             "pairs": int(np.isin(listed.fold, tested).sum()),
             "people_trained_on": len(source.trained_on),
-            "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+            "command": command_line(),
             "config": source.config | {"components": components},
+            "training": source.training,
             "seed": source.config.get("seed"),
             **provenance(jax.device_count()),
             "metrics": metrics(result),
@@ -201,7 +201,7 @@ def _source(
         return Source(seen, frozenset(), {"pixels": list(PIXELS)})
     run = load_run(checkpoint)
     seen = embed_faces(FaceImages(named, run.recipe.size), *run_features(run, batch))
-    return Source(seen, run.people, asdict(run.recipe))
+    return Source(seen, run.people, asdict(run.recipe), run.begun | {"updates": run.step})
 
 
 def _only(pairs: Pairs, faces: Faces) -> Faces:

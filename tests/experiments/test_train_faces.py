@@ -97,7 +97,9 @@ def test_a_run_resumes_to_the_same_bits(folder, tmp_path):
 
 def test_λ_and_the_training_loss_fall(finished):
     seen = lines(finished)
-    assert [line["lam"] for line in seen] == [pytest.approx(10 / (1 + n / 2)) for n in (2, 4, 6)]
+    assert [line["lam"] for line in seen] == [
+        pytest.approx(10 / (1 + n / 2), rel=1e-5) for n in (2, 4, 6)
+    ]
     assert seen[-1]["loss"] < seen[0]["loss"]
 
 
@@ -186,6 +188,9 @@ def test_verify_tests_only_folds_that_were_not_trained_on(folder, finished, tmp_
     assert result["tested_folds"] == [1]
     assert result["pairs"] == 4
     assert result["people_trained_on"] == 2
+    assert result["config"]["margin"] == 4
+    assert result["training"]["updates"] == 6
+    assert {"commit", "versions", "device", "command"} <= result["training"].keys()
     assert result["metrics"]["standard_error"] is None
     assert len(result["metrics"]["fold_accuracy"]) == 1
     assert {"commit", "versions", "device", "command", "seed"} <= result.keys()
