@@ -54,7 +54,8 @@ class Log:
 
     def write(self, kind: str, step: int, seconds: Seconds, **values: float) -> None:
         """One line of a kind, "train" or "test"; a value that is not finite becomes null."""
-        line = {"kind": kind, "step": step, **finite(values), "seconds": asdict(seconds)}
+        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+        line = {"kind": kind, "step": step, **finite(rounded), "seconds": asdict(seconds)}
         self.lines.append(line)
         self._file.write(_encode(line))
         self._file.flush()
