@@ -5,9 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from lsoftmax_jax.arguments import check_size
+from lsoftmax_jax import sharded
+from lsoftmax_jax.arguments import check_labels, check_size
 from lsoftmax_jax.logits import lsoftmax_logits
 from lsoftmax_jax.loss import lsoftmax_loss
 
@@ -26,6 +28,11 @@ class LSoftmaxDense(linen.Module):
         norms and angles are float32 or better whatever the dtype.
       param_dtype: dtype of the kernel.
       kernel_init: initializer of the kernel, `linen.Dense`'s by default.
+      class_axis: mesh axis to shard the classes over; the kernel is then created with
+        `linen.with_partitioning`, and `loss` is `lsoftmax_jax.sharded.lsoftmax_loss`. Where the
+        axis does not divide the classes the kernel has some more columns, which take no part.
+      batch_axes: mesh axes of the batch, see there.
+      mesh: the mesh, by default that of `jax.set_mesh`.
 
     Raises:
       TypeError, ValueError: a margin that is no integer >= 1; in calls, as the functions.
@@ -47,6 +54,9 @@ class LSoftmaxDense(linen.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: linen.initializers.Initializer = linen.initializers.lecun_normal()
+    class_axis: str | None = None
+    batch_axes: str | tuple[str, ...] = ()
+    mesh: Mesh | AbstractMesh | None = None
 
     def setup(self) -> None:
         check_size("classes", self.classes)
@@ -57,20 +67,43 @@ class LSoftmaxDense(linen.Module):
     ) -> jax.Array:
         """Logits (..., classes): with labels those with margin, without the plain ones."""
         features, kernel = self._operands(features)
-        return lsoftmax_logits(features, kernel, labels, margin=self.margin, lam=lam)
+        if labels is not None and kernel.shape[1] > self.classes:
+            labels = check_labels(labels, features.shape[:-1], self.classes)
+        logits = lsoftmax_logits(features, kernel, labels, margin=self.margin, lam=lam)
+        return sharded.real_logits(logits, self.classes)
 
     def loss(
         self, features: ArrayLike, labels: ArrayLike, lam: ArrayLike = 0.0, **options: Any
     ) -> Any:
-        """`lsoftmax_jax.lsoftmax_loss` of this head; `options` are its keyword arguments."""
+        """The fused per-example loss; `options` are `lsoftmax_jax.lsoftmax_loss`'s keywords."""
         features, kernel = self._operands(features)
-        return lsoftmax_loss(features, kernel, labels, margin=self.margin, lam=lam, **options)
+        options = {"margin": self.margin, "lam": lam, **options}
+        if self.class_axis is None:
+            return lsoftmax_loss(features, kernel, labels, **options)
+        return sharded.lsoftmax_loss(
+            features,
+            kernel,
+            labels,
+            classes=self.classes,
+            class_axis=self.class_axis,
+            batch_axes=self.batch_axes,
+            mesh=self.mesh,
+            **options,
+        )
 
     @linen.compact
     def _operands(self, features: ArrayLike) -> tuple[jax.Array, jax.Array]:
         features = jnp.asarray(features)
-        shape = features.shape[-1], self.classes
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        columns, init = self.classes, self.kernel_init
+        if (axis := self.class_axis) is not None:
+            columns = sharded.padded_columns(self.classes, axis, self.mesh)
+
+            def placed(*arguments: Any) -> jax.Array:
+                return sharded.placed_columns(self.kernel_init(*arguments), axis, self.mesh)
+
+            init = linen.with_partitioning(placed, (None, axis))
+        shape = features.shape[-1], columns
+        kernel = self.param("kernel", init, shape, self.param_dtype)
         if self.dtype is None:
             return features, kernel
         return features.astype(self.dtype), kernel.astype(self.dtype)

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
-from lsoftmax_jax.arguments import check_size
+from lsoftmax_jax import sharded
+from lsoftmax_jax.arguments import check_labels, check_size
 from lsoftmax_jax.logits import lsoftmax_logits
 from lsoftmax_jax.loss import lsoftmax_loss
 
@@ -31,6 +33,11 @@ class LSoftmaxDense(nnx.Module):
         norms and angles are float32 or better whatever the dtype.
       param_dtype: dtype of the kernel.
       kernel_init: initializer of the kernel, `nnx.Linear`'s by default.
+      class_axis: mesh axis to shard the classes over; `loss` is then
+        `lsoftmax_jax.sharded.lsoftmax_loss`, and where the axis does not divide the classes the
+        kernel has some more columns, which take no part.
+      batch_axes: mesh axes of the batch, see there.
+      mesh: the mesh, by default that of `jax.set_mesh`.
       rngs: source of the `params` key.
 
     Raises:
@@ -57,27 +64,58 @@ class LSoftmaxDense(nnx.Module):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         kernel_init: nnx.Initializer = _KERNEL_INIT,
+        class_axis: str | None = None,
+        batch_axes: str | tuple[str, ...] = (),
+        mesh: Mesh | AbstractMesh | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.in_features = check_size("in_features", in_features)
         self.classes = check_size("classes", classes)
         self.margin = check_size("margin", margin)
         self.dtype = dtype
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, classes), param_dtype))
+        self.class_axis, self.batch_axes, self.mesh = class_axis, batch_axes, mesh
+        if class_axis is None:
+            kernel = kernel_init(rngs.params(), (in_features, classes), param_dtype)
+            self.kernel = nnx.Param(kernel)
+            return
+        shape = in_features, sharded.padded_columns(classes, class_axis, mesh)
+
+        # Under jit, where no device ever holds more than its shard.
+        @jax.jit
+        def create(key: jax.Array) -> nnx.Param[jax.Array]:
+            kernel = kernel_init(key, shape, param_dtype)
+            return nnx.Param(kernel, out_sharding=(None, class_axis), mesh=mesh)
+
+        self.kernel = create(rngs.params())
 
     def __call__(
         self, features: ArrayLike, labels: ArrayLike | None = None, lam: ArrayLike = 0.0
     ) -> jax.Array:
         """Logits (..., classes): with labels those with margin, without the plain ones."""
         features, kernel = self._operands(features)
-        return lsoftmax_logits(features, kernel, labels, margin=self.margin, lam=lam)
+        if labels is not None and kernel.shape[1] > self.classes:
+            labels = check_labels(labels, features.shape[:-1], self.classes)
+        logits = lsoftmax_logits(features, kernel, labels, margin=self.margin, lam=lam)
+        return sharded.real_logits(logits, self.classes)
 
     def loss(
         self, features: ArrayLike, labels: ArrayLike, lam: ArrayLike = 0.0, **options: Any
     ) -> Any:
-        """`lsoftmax_jax.lsoftmax_loss` of this head; `options` are its keyword arguments."""
+        """The fused per-example loss; `options` are `lsoftmax_jax.lsoftmax_loss`'s keywords."""
         features, kernel = self._operands(features)
-        return lsoftmax_loss(features, kernel, labels, margin=self.margin, lam=lam, **options)
+        options = {"margin": self.margin, "lam": lam, **options}
+        if self.class_axis is None:
+            return lsoftmax_loss(features, kernel, labels, **options)
+        return sharded.lsoftmax_loss(
+            features,
+            kernel,
+            labels,
+            classes=self.classes,
+            class_axis=self.class_axis,
+            batch_axes=self.batch_axes,
+            mesh=self.mesh,
+            **options,
+        )
 
     def _operands(self, features: ArrayLike) -> tuple[jax.Array, jax.Array]:
         features, kernel = jnp.asarray(features), self.kernel[...]

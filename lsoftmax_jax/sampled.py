@@ -16,6 +16,8 @@ from lsoftmax_jax import arguments
 from lsoftmax_jax.loss import DEFAULT_MEMORY_BUDGET, Call, Knobs, per_example
 
 _ROUNDS = 6
+# Up to here shuffling all classes is as quick, and so small a Feistel network mixes badly.
+_SHUFFLED_CLASSES = 4096
 
 
 class Sample(NamedTuple):
@@ -39,7 +41,8 @@ def sample_classes(
     r"""Draws `negatives` distinct classes uniformly, and adds the classes of the labels.
 
     The draw is the start of a keyed permutation of [0, classes), a Feistel network that walks past
-    numbers beyond: O(negatives) time and memory whatever the number of classes.
+    numbers beyond: O(negatives) time and memory whatever the number of classes. (A few thousand
+    classes are shuffled.)
 
     Args:
       key: a key of `jax.random`.
@@ -72,8 +75,8 @@ def sample_classes(
     known = jnp.where(labels >= 0, labels, classes)
     positives = jnp.unique(known, size=labels.size, fill_value=classes)
     drawn = _permuted(key, classes, negatives)
-    place = jnp.minimum(jnp.searchsorted(positives, drawn), labels.size - 1)
-    drawn = jnp.where(positives[place] == drawn, classes, drawn)
+    before, through = (jnp.searchsorted(positives, drawn, side=side) for side in ("left", "right"))
+    drawn = jnp.where(before < through, classes, drawn)  # a label already
     ids = jnp.concatenate([positives, drawn])
     offset = jnp.zeros(ids.shape, jnp.float32)
     if corrected:
@@ -88,7 +91,9 @@ def sample_classes(
 
 def _permuted(key: jax.Array, classes: int, count: int) -> jax.Array:
     """The images of 0 .. count - 1 under a keyed permutation of [0, classes)."""
-    half = max(math.ceil(math.log2(classes) / 2), 1)
+    if classes <= _SHUFFLED_CLASSES:
+        return jax.random.permutation(key, classes)[:count].astype(jnp.int32)
+    half = math.ceil(math.log2(classes) / 2)
     mask = jnp.uint32(2**half - 1)
     keys = jax.random.bits(key, (_ROUNDS,), jnp.uint32)
 

@@ -146,7 +146,7 @@ def lsoftmax_loss(
       class_axis: mesh axis of the classes.
       batch_axes: mesh axes of the batch, which may include `class_axis`: then every device
         gathers the rows of its group.
-      mesh: the mesh, by default that of `jax.set_mesh` or of the kernel.
+      mesh: the mesh, by default that of `jax.set_mesh`.
       classes: number of real classes, by default all columns.
 
     Returns:
@@ -167,7 +167,7 @@ def lsoftmax_loss(
 
     Source: Liu et al., ICML 2016; class-parallel softmax as in An et al., "Partial FC", 2021.
     """
-    layout = _layout(mesh, class_axis, batch_axes, kernel)
+    layout = _layout(mesh, class_axis, batch_axes)
     call = _checked(layout, features, kernel, labels, margin, lam, where, label_smoothing, classes)
     knobs = Knobs(memory_budget, row_block, class_block, keep_exponentials).checked()
     setting = call.setting(_plan(layout, call, knobs))
@@ -225,7 +225,7 @@ def lsoftmax_loss_sum(
 
     Source: Liu et al., ICML 2016; class-parallel softmax as in An et al., "Partial FC", 2021.
     """
-    layout = _layout(mesh, class_axis, batch_axes, kernel)
+    layout = _layout(mesh, class_axis, batch_axes)
     call = _checked(layout, features, kernel, labels, margin, lam, where, label_smoothing, classes)
     weights = call.mask(check_weights(weights, call.head.batch_shape, call.lam.dtype))
     knobs = Knobs(memory_budget, row_block, class_block, keep_exponentials).checked()
@@ -237,18 +237,47 @@ def lsoftmax_loss_sum(
 # The arguments.
 
 
+def padded_columns(classes: int, class_axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """The least number of kernel columns >= classes that the mesh axis divides.
+
+    >>> import jax, lsoftmax_jax as lsm
+    >>> lsm.sharded.padded_columns(10575, "model", jax.sharding.AbstractMesh((8,), ("model",)))
+    10576
+    """
+    shards = _mesh(mesh).shape[class_axis]
+    return -(-classes // shards) * shards
+
+
+def placed_columns(
+    kernel: jax.Array, class_axis: str, mesh: Mesh | AbstractMesh | None = None
+) -> jax.Array:
+    """kernel split over `class_axis` where the mesh has Explicit axes and would not do it."""
+    layout = _layout(mesh, class_axis, ())
+    return _place(layout, kernel, layout.columns)
+
+
+def real_logits(logits: jax.Array, classes: int) -> jax.Array:
+    """logits (..., columns) without those of the columns that only fill up the kernel."""
+    if logits.shape[-1] == classes:
+        return logits
+    sharding = jax.typeof(logits).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        # An odd number of classes cannot stay split.
+        logits = jax.reshard(logits, NamedSharding(sharding.mesh, P(*sharding.spec[:-1], None)))
+    return logits[..., :classes]
+
+
+def _mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if mesh.empty:
+        raise ValueError("mesh must be given, or set by jax.set_mesh; got neither")
+    return mesh
+
+
 def _layout(
-    mesh: Mesh | AbstractMesh | None,
-    class_axis: str,
-    batch_axes: str | tuple[str, ...],
-    kernel: ArrayLike,
+    mesh: Mesh | AbstractMesh | None, class_axis: str, batch_axes: str | tuple[str, ...]
 ) -> Layout:
-    if mesh is None:
-        mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        mesh = jax.typeof(kernel).sharding.mesh
-    if mesh.empty:
-        raise ValueError("mesh must be given where neither jax.set_mesh nor the kernel has one")
+    mesh = _mesh(mesh)
     batch_axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
     for name, axes in (("class_axis", (class_axis,)), ("batch_axes", batch_axes)):
         for axis in axes:
@@ -507,20 +536,42 @@ def _real_columns(layout: Layout, setting: Setting, kernel: jax.Array, start: ja
     return Columns(kernel, jnp.where(real, 0, -jnp.inf).astype(dtype))
 
 
-def _gather(layout: Layout, features: jax.Array, *rows: jax.Array) -> tuple[jax.Array, ...]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(layout: Layout, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The rows of all devices along the class axis, in one collective, as bits."""
     if not layout.gathers:
-        return features, *rows
-    bits = jnp.dtype(f"uint{8 * features.dtype.itemsize}")
-    parts = [_bits(array, bits) for array in (features, *rows)]
+        return arrays
+    bits = jnp.dtype(f"uint{8 * arrays[0].dtype.itemsize}")
+    parts = [_bits(array, bits) for array in arrays]
     packed = jnp.concatenate(parts, axis=1)
     packed = jax.lax.all_gather(packed, layout.class_axis, tiled=True)
     outputs, start = [], 0
-    for array, part in zip((features, *rows), parts, strict=True):
+    for array, part in zip(arrays, parts, strict=True):
         piece = packed[:, start : start + part.shape[1]]
         outputs.append(_from_bits(piece, array.dtype, array.shape[1:]))
         start += part.shape[1]
     return tuple(outputs)
+
+
+def _gather_fwd(layout: Layout, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+    return _gather(layout, *arrays), None
+
+
+def _gather_bwd(
+    layout: Layout, _: None, cotangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array | None, ...]:
+    # Bits have no derivative; only a second derivative of the loss comes here.
+    def own(cotangent: jax.Array) -> jax.Array | None:
+        if cotangent.dtype == jax.dtypes.float0:
+            return None
+        if not layout.gathers:
+            return cotangent
+        return jax.lax.psum_scatter(cotangent, layout.class_axis, tiled=True)
+
+    return tuple(own(cotangent) for cotangent in cotangents)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def _bits(array: jax.Array, bits: jnp.dtype) -> jax.Array:

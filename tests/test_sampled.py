@@ -1,0 +1,138 @@
+"""Sampled classes: what is drawn, how uniformly, and what loss the sample gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+
+import lsoftmax_jax as lsm
+import oracle
+
+BATCH, DIM, CLASSES = 7, 5, 11
+
+
+def test_a_sample_is_the_labels_and_distinct_others():
+    classes, negatives = 10_007, 500
+    labels = jnp.array([5, 17, 5, 10_006, 0])
+    sample = lsm.sample_classes(jax.random.key(3), labels, classes, negatives)
+    ids = np.asarray(sample.ids)
+    real = ids[ids < classes]
+    assert len(set(real)) == len(real)
+    assert set(np.asarray(labels).tolist()) <= set(real.tolist())
+    np.testing.assert_array_equal(ids[np.asarray(sample.labels)], labels)
+    np.testing.assert_array_equal(np.isneginf(sample.offset), ids == classes)
+    drawn = ids[5:]
+    wanted = np.log((classes - 4) / np.sum(drawn < classes))
+    np.testing.assert_allclose(sample.offset[5:][drawn < classes], wanted, rtol=1e-6)
+    assert not np.any(np.asarray(sample.offset)[:5][ids[:5] < classes])
+
+
+def test_drawing_all_classes_draws_each_once():
+    sample = lsm.sample_classes(jax.random.key(0), jnp.array([3]), 5000, 5000)
+    np.testing.assert_array_equal(np.sort(sample.ids), [*range(5000), 5000])
+
+
+@pytest.mark.parametrize("classes", [50, 6000], ids=["shuffled", "Feistel network"])
+def test_the_draw_is_uniform(classes):
+    """Chi-squared of how often each class is drawn, and of what is drawn first and second."""
+    negatives, keys = 20, 30_000
+    labels = jnp.zeros(0, jnp.int32)
+    draw = jax.jit(jax.vmap(lambda key: lsm.sample_classes(key, labels, classes, negatives).ids))
+    ids = np.asarray(draw(jax.random.split(jax.random.key(7), keys)))
+
+    def surprise(counts, variance_share=1.0):
+        expected = counts.sum() / counts.size
+        statistic = np.sum((counts - expected) ** 2) / (expected * variance_share)
+        return stats.chi2.sf(statistic, counts.size - 1)
+
+    # Within one draw classes exclude each other, which lowers the variance.
+    counts = np.bincount(ids.ravel(), minlength=classes)
+    assert surprise(counts, (classes - negatives) / (classes - 1)) > 1e-3
+    assert surprise(np.bincount(ids[:, 0], minlength=classes)) > 1e-3
+    bins = 8
+    pairs = (ids[:, 0] * bins // classes) * bins + ids[:, 1] * bins // classes
+    assert surprise(np.bincount(pairs, minlength=bins * bins)) > 1e-3
+    follows = (ids[:, 1] - ids[:, 0]) % classes
+    assert surprise(np.bincount(follows, minlength=classes)[1:]) > 1e-3
+
+
+def sampled_loss(columns, features, sample):
+    return jnp.sum(lsm.lsoftmax_sampled_loss(features, columns, sample, margin=3, lam=1.0))
+
+
+def test_all_classes_drawn_is_the_exact_loss_and_gradient(x64):
+    features, kernel, labels = oracle.as_arrays(oracle.problem(1, BATCH, DIM, CLASSES), jnp.float64)
+    sample = lsm.sample_classes(jax.random.key(0), labels, CLASSES, CLASSES)
+    columns = lsm.sampled.take_columns(kernel, sample)
+    loss, (dcolumns, dfeatures) = jax.value_and_grad(sampled_loss, (0, 1))(
+        columns, features, sample
+    )
+    arrays = [np.asarray(array) for array in (features, kernel, labels)]
+    pulled = oracle.loss_pullback(*arrays, np.ones(BATCH), 3, 1.0)
+    oracle.assert_close(loss, np.sum(oracle.loss(*arrays, 3, 1.0)), 1e-12)
+    oracle.assert_close(dfeatures, pulled[0], 1e-12)
+    dkernel = lsm.sampled.put_columns(jnp.zeros_like(kernel), sample, dcolumns)
+    oracle.assert_close(dkernel, pulled[1], 1e-12)
+
+
+def test_the_sum_of_exponentials_is_unbiased(x64):
+    """exp(loss) - 1 is the others' sum over exp(target): linear in it, so means must agree."""
+    features, kernel, labels = oracle.as_arrays(oracle.problem(5, 3, 4, 40), jnp.float64)
+
+    @jax.jit
+    @jax.vmap
+    def odds(key):
+        sample = lsm.sample_classes(key, labels, 40, 8)
+        columns = lsm.sampled.take_columns(kernel, sample)
+        return jnp.expm1(lsm.lsoftmax_sampled_loss(features, columns, sample, margin=2))
+
+    drawn = np.asarray(odds(jax.random.split(jax.random.key(1), 20_000)))
+    exact = np.expm1(oracle.loss(*[np.asarray(a) for a in (features, kernel, labels)], 2))
+    error = drawn.std(axis=0) / np.sqrt(len(drawn))
+    assert np.all(np.abs(drawn.mean(axis=0) - exact) < 4 * error)
+    assert np.all(error < 0.05 * exact)
+
+
+def test_only_drawn_columns_and_their_optimiser_state_change():
+    features, kernel, labels = oracle.as_arrays(oracle.problem(1, 4, DIM, 200), jnp.float32)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    trace = jnp.full_like(kernel, 0.5)
+    sample = lsm.sample_classes(jax.random.key(2), labels, 200, 10)
+    columns, drawn_trace = (lsm.sampled.take_columns(a, sample) for a in (kernel, trace))
+    gradient = jax.grad(sampled_loss)(columns, features, sample)
+    state = optax.tree.set(optimizer.init(columns), trace=drawn_trace)
+    updates, state = optimizer.update(gradient, state, columns)
+    changed = lsm.sampled.put_columns(kernel, sample, optax.apply_updates(columns, updates))
+    new_trace = lsm.sampled.put_columns(trace, sample, optax.tree.get(state, "trace"))
+    drawn = np.unique(np.asarray(sample.ids))
+    drawn = drawn[drawn < 200]
+    rest = np.setdiff1d(np.arange(200), drawn)
+    np.testing.assert_array_equal(changed[:, rest], kernel[:, rest])
+    np.testing.assert_array_equal(new_trace[:, rest], trace[:, rest])
+    assert np.all(np.any(np.asarray(changed[:, drawn] != kernel[:, drawn]), axis=0))
+
+
+def test_invalid_labels_give_nan_unless_masked():
+    features, kernel, labels = oracle.as_arrays(oracle.problem(1, BATCH, DIM, 50), jnp.float32)
+    labels = labels.at[0].set(-1).at[1].set(50)
+    sample = lsm.sample_classes(jax.random.key(0), labels, 50, 10)
+    columns = lsm.sampled.take_columns(kernel, sample)
+    where = jnp.ones(BATCH, bool).at[1].set(False)
+    loss = lsm.lsoftmax_sampled_loss(features, columns, sample, margin=3, where=where)
+    assert np.isnan(loss[0]) and loss[1] == 0 and np.all(np.isfinite(loss[2:]))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, name",
+    [
+        ((jnp.zeros(3, int), 10, 11), ValueError, "negatives"),
+        ((jnp.zeros(3, int), 10, 0), ValueError, "negatives"),
+        ((jnp.zeros(3, int), 0, 1), ValueError, "classes"),
+        ((jnp.zeros(3), 10, 1), TypeError, "labels"),
+    ],
+)
+def test_mistakes_are_named(arguments, error, name):
+    with pytest.raises(error, match=name):
+        lsm.sample_classes(jax.random.key(0), *arguments)

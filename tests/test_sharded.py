@@ -1,0 +1,312 @@
+"""The class-parallel losses on eight devices against the oracle, and what they communicate."""
+
+import functools
+import re
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as flax_linen
+from flax import nnx as flax_nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lsoftmax_jax as lsm
+import oracle
+from lsoftmax_jax import linen, nnx
+
+BATCH, DIM, CLASSES, COLUMNS = 16, 5, 43, 48
+MARGIN, LAM = 4, 2.0
+
+
+class Layout(NamedTuple):
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    class_axis: str
+    batch_axes: tuple[str, ...]
+    collectives: int  # of the loss sum with its gradients
+
+
+LAYOUTS = {
+    "one axis": Layout((8,), ("model",), "model", ("model",), 3),
+    "replicated features": Layout((8,), ("model",), "model", (), 2),
+    "data by model": Layout((2, 4), ("data", "model"), "model", ("data",), 4),
+    "features over both": Layout((2, 4), ("data", "model"), "model", ("data", "model"), 5),
+    "features over both, crossed": Layout((2, 4), ("data", "model"), "model", ("model", "data"), 5),
+}
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
+def layout(request):
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, {jax.devices()[0].platform} has {jax.device_count()}")
+    return request.param
+
+
+def make_mesh(layout, axis_type=AxisType.Auto):
+    return jax.make_mesh(layout.shape, layout.names, (axis_type,) * len(layout.shape))
+
+
+def options(layout, mesh):
+    return {
+        "mesh": mesh,
+        "class_axis": layout.class_axis,
+        "batch_axes": layout.batch_axes,
+        "classes": CLASSES,
+        "margin": MARGIN,
+    }
+
+
+def placed(layout, mesh, dtype):
+    """features, the kernel filled up to COLUMNS, labels, cotangent, where they belong."""
+    features, kernel, labels = oracle.problem(3, BATCH, DIM, CLASSES)
+    filled = np.full((DIM, COLUMNS), 7.0)
+    filled[:, :CLASSES] = kernel
+    cotangent = np.random.default_rng(4).standard_normal(BATCH)
+    rows, columns = P(layout.batch_axes or None), P(None, layout.class_axis)
+    arrays = (
+        (jnp.asarray(features, dtype), rows),
+        (jnp.asarray(filled, dtype), columns),
+        (jnp.asarray(labels, jnp.int32), rows),
+        (jnp.asarray(cotangent, jnp.promote_types(dtype, jnp.float32)), rows),
+    )
+    return [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in arrays]
+
+
+def wanted(features, kernel, labels, cotangent, **static):
+    arrays = np.asarray(features, np.float64), np.asarray(kernel, np.float64)[:, :CLASSES]
+    loss = oracle.loss(*arrays, np.asarray(labels), MARGIN, LAM, **static)
+    pulled = oracle.loss_pullback(
+        *arrays, np.asarray(labels), np.asarray(cotangent, np.float64), MARGIN, LAM, **static
+    )
+    return loss, pulled
+
+
+def assert_pulled(actual, pulled, tolerance):
+    dfeatures, dkernel, *dlam = (np.asarray(gradient) for gradient in actual)
+    oracle.assert_close(dfeatures, pulled[0], tolerance)
+    oracle.assert_close(dkernel[:, :CLASSES], pulled[1], tolerance)
+    assert not np.any(dkernel[:, CLASSES:])
+    for value in dlam:
+        oracle.assert_close(value, pulled[2], tolerance)
+
+
+PLANS = {
+    "one-shot": {},
+    "class blocks": {"class_block": 5, "keep_exponentials": False},
+    "kept class blocks": {"class_block": 5, "keep_exponentials": True},
+    "row blocks": {"row_block": 3},
+}
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_per_example_losses_and_gradients(x64, layout, axis_type):
+    mesh = make_mesh(layout, axis_type)
+    features, kernel, labels, cotangent = placed(layout, mesh, jnp.float64)
+
+    @jax.jit
+    def run(features, kernel, labels, lam, cotangent):
+        loss, pull = jax.vjp(
+            lambda *arrays: lsm.sharded.lsoftmax_loss(
+                *arrays[:2], labels, lam=arrays[2], label_smoothing=0.1, **options(layout, mesh)
+            ),
+            features,
+            kernel,
+            lam,
+        )
+        return loss, pull(cotangent)
+
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
+        loss, pulled = run(features, kernel, labels, jnp.float64(LAM), cotangent)
+    exact = wanted(features, kernel, labels, cotangent, label_smoothing=0.1)
+    oracle.assert_close(loss, exact[0], 1e-12)
+    assert_pulled(pulled, exact[1], 1e-12)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "mesh", "plan"))
+def sum_and_gradients(features, kernel, labels, lam, weights, layout, mesh, plan=()):
+    def total(features, kernel, lam):
+        return lsm.sharded.lsoftmax_loss_sum(
+            features, kernel, labels, weights, lam=lam, **options(layout, mesh), **dict(plan)
+        )
+
+    return jax.value_and_grad(total, (0, 1, 2))(features, kernel, lam)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_sum_by_every_plan(x64, layout, plan):
+    mesh = make_mesh(layout)
+    arrays = placed(layout, mesh, jnp.float64)
+    features, kernel, labels, weights = arrays
+    total, gradients = sum_and_gradients(
+        features, kernel, labels, jnp.float64(LAM), weights, layout, mesh, tuple(plan.items())
+    )
+    loss, pulled = wanted(*arrays)
+    oracle.assert_close(total, np.sum(loss * np.asarray(weights)), 1e-12)
+    assert_pulled(gradients, pulled, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_narrower_operands(dtype, layout):
+    mesh = make_mesh(layout)
+    arrays = placed(layout, mesh, dtype)
+    features, kernel, labels, weights = arrays
+    total, gradients = sum_and_gradients(
+        features, kernel, labels, jnp.float32(LAM), weights, layout, mesh
+    )
+    assert gradients[0].dtype == gradients[1].dtype == dtype
+    loss, pulled = wanted(*arrays)
+    tolerance = 1e-5 if dtype == jnp.float32 else 6e-3
+    oracle.assert_close(total, np.sum(loss * np.asarray(weights)), tolerance)
+    assert_pulled(gradients[:2], pulled, tolerance)
+
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_few_collectives_and_no_gathered_logits(layout, axis_type):
+    mesh = make_mesh(layout, axis_type)
+    features, kernel, labels, weights = placed(layout, mesh, jnp.float32)
+    with jax.set_mesh(mesh):
+        lowered = sum_and_gradients.lower(
+            features, kernel, labels, jnp.float32(LAM), weights, layout, mesh
+        )
+    found = COLLECTIVE.findall(lowered.compile().as_text())
+    assert 0 < len(found) <= layout.collectives <= 5, found
+    groups = BATCH // (2 if "data" in layout.batch_axes else 1)
+    shard = COLUMNS // mesh.shape["model"]
+    for shape, _ in found:
+        sizes = [tuple(map(int, s.split(","))) for s in re.findall(r"\[([\d,]+)\]", shape)]
+        assert (groups, COLUMNS) not in sizes and (groups, shard) not in sizes, shape
+
+
+def test_every_device_holds_only_its_columns(layout):
+    mesh = make_mesh(layout)
+    features, kernel, labels, weights = placed(layout, mesh, jnp.float32)
+    _, gradients = sum_and_gradients(
+        features, kernel, labels, jnp.float32(LAM), weights, layout, mesh
+    )
+    width = COLUMNS // mesh.shape["model"]
+    assert {shard.data.shape for shard in gradients[1].addressable_shards} == {(DIM, width)}
+
+
+def test_masks_statistics_and_invalid_labels(layout):
+    mesh = make_mesh(layout)
+    features, kernel, labels, _ = placed(layout, mesh, jnp.float32)
+    labels = labels.at[2].set(CLASSES).at[3].set(-1)  # a filled-up column is no class
+    features = features.at[5].set(jnp.nan)
+    where = jnp.ones(BATCH, bool).at[5].set(False).at[3].set(False)
+    static = {"lam": LAM, "where": where, "statistics": True}
+
+    @jax.jit
+    def both(features, kernel, labels):
+        split = lsm.sharded.lsoftmax_loss(
+            features, kernel, labels, **options(layout, mesh), **static
+        )
+        return split, lsm.lsoftmax_loss(
+            features, kernel[:, :CLASSES], labels, margin=MARGIN, **static
+        )
+
+    (loss, seen), (plain, plain_seen) = both(features, kernel, labels)
+    assert jnp.isnan(loss[2]) and loss[5] == loss[3] == 0
+    chex.assert_trees_all_close(loss, plain, rtol=1e-5)
+    real = np.delete(np.arange(BATCH), [2, 3, 5])
+    for one, other in zip(seen, plain_seen, strict=True):
+        chex.assert_trees_all_close(one[real], other[real], rtol=1e-5)
+
+
+def test_second_order(x64):
+    layout = LAYOUTS["features over both"]
+    mesh = make_mesh(layout)
+    features, kernel, labels, cotangent = placed(layout, mesh, jnp.float64)
+
+    def square(loss, classes):
+        def of(features):
+            gradient = jax.grad(lambda f: jnp.sum(cotangent * loss(f, kernel[:, :classes])))(
+                features
+            )
+            return jnp.sum(gradient**2)
+
+        return jax.grad(of)(features)
+
+    split = square(
+        lambda f, k: lsm.sharded.lsoftmax_loss(f, k, labels, lam=LAM, **options(layout, mesh)),
+        COLUMNS,
+    )
+    whole = square(lambda f, k: lsm.lsoftmax_loss(f, k, labels, lam=LAM, margin=MARGIN), CLASSES)
+    oracle.assert_close(split, whole, 1e-11)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_the_flax_heads_on_a_mesh(axis_type):
+    layout = LAYOUTS["data by model"]
+    mesh = make_mesh(layout, axis_type)
+    features, _, labels, _ = placed(layout, mesh, jnp.float32)
+    axes = {"class_axis": "model", "batch_axes": "data"}
+    with jax.set_mesh(mesh):
+        head = nnx.LSoftmaxDense(DIM, CLASSES, margin=MARGIN, rngs=flax_nnx.Rngs(0), **axes)
+        kernel = head.kernel[...]
+        assert kernel.shape == (DIM, 44)
+        assert {shard.data.shape for shard in kernel.addressable_shards} == {(DIM, 11)}
+        loss, gradient = flax_nnx.jit(
+            flax_nnx.value_and_grad(lambda head: jnp.sum(head.loss(features, labels, LAM)))
+        )(head)
+        logits = flax_nnx.jit(lambda head: head(features, labels, LAM))(head)
+        twin = linen.LSoftmaxDense(CLASSES, MARGIN, **axes)
+        params = {"params": {"kernel": kernel}}
+        linen_loss = jax.jit(
+            lambda params: twin.apply(params, features, labels, LAM, method=twin.loss)
+        )(params)
+        spec = flax_linen.get_partition_spec(jax.eval_shape(twin.init, jax.random.key(0), features))
+    real = np.asarray(kernel)[:, :CLASSES]
+    plain = jnp.asarray(np.asarray(features)), jnp.asarray(real), jnp.asarray(np.asarray(labels))
+    whole, dkernel = jax.value_and_grad(
+        lambda kernel: jnp.sum(
+            lsm.lsoftmax_loss(plain[0], kernel, plain[2], margin=MARGIN, lam=LAM)
+        )
+    )(plain[1])
+    assert spec["params"]["kernel"] == P(None, "model")
+    np.testing.assert_allclose(loss, whole, rtol=1e-5)
+    np.testing.assert_allclose(np.sum(np.asarray(linen_loss)), whole, rtol=1e-5)
+    oracle.assert_close(np.asarray(gradient["kernel"][...])[:, :CLASSES], dkernel, 1e-5)
+    exact = lsm.lsoftmax_logits(*plain, margin=MARGIN, lam=LAM)
+    oracle.assert_close(logits, exact, 1e-5)
+
+
+MISTAKES = {
+    "axis": ({"class_axis": "models"}, ValueError, "class_axis"),
+    "batch axis": ({"batch_axes": "rows"}, ValueError, "batch_axes"),
+    "too many classes": ({"classes": COLUMNS + 1}, ValueError, "classes"),
+    "no classes": ({"classes": 0}, ValueError, "classes"),
+}
+
+
+@pytest.mark.parametrize("change, error, name", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named(change, error, name):
+    layout = LAYOUTS["data by model"]
+    mesh = make_mesh(layout)
+    features, kernel, labels, _ = placed(layout, mesh, jnp.float32)
+    with pytest.raises(error, match=name):
+        lsm.sharded.lsoftmax_loss(features, kernel, labels, **(options(layout, mesh) | change))
+
+
+def test_sizes_that_the_mesh_does_not_divide_are_named():
+    layout = LAYOUTS["data by model"]
+    mesh = make_mesh(layout)
+    features, kernel, labels, _ = (np.asarray(a) for a in placed(layout, mesh, jnp.float32))
+    with pytest.raises(ValueError, match="kernel must have a multiple of 4 columns.*classes=43"):
+        lsm.sharded.lsoftmax_loss(
+            features, kernel[:, :CLASSES], labels, **(options(layout, mesh) | {"classes": None})
+        )
+    with pytest.raises(ValueError, match="features must have a multiple of 2 rows"):
+        lsm.sharded.lsoftmax_loss(features[:15], kernel, labels[:15], **options(layout, mesh))
+    with pytest.raises(ValueError, match="mesh must be given"):
+        lsm.sharded.lsoftmax_loss(
+            features, kernel, labels, **(options(layout, mesh) | {"mesh": None})
+        )
