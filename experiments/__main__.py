@@ -12,8 +12,10 @@ from rich.table import Table
 
 from experiments import measure, models, quickstart, train
 from experiments.align import align
+from experiments.benchmarks.head import bench
 from experiments.configs import CONFIGS, Config
 from experiments.embed import embed
+from experiments.scale import scale
 from experiments.train_faces import train_faces
 from experiments.verify_faces import verify_faces
 
@@ -143,6 +145,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "embed": embed,
     "verify": verify_faces,
     "align": align,
+    "bench": bench,
+    "scale": scale,
 }
 
 

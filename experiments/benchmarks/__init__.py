@@ -1,0 +1,1 @@
+"""Times, memory and compiled programs of the heads, beside what others offer."""

@@ -1,0 +1,252 @@
+"""What `bench head` times: the same head, written in all the ways one might."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpy.typing import NDArray
+
+import lsoftmax_jax as lsm
+
+RATE, MOMENTUM, DECAY = 1e-3, 0.9, 5e-4
+UNLIMITED = 2**60
+
+
+class Shape(NamedTuple):
+    batch: int
+    dim: int
+    classes: int
+
+    def __str__(self) -> str:
+        return f"({self.batch}, {self.dim}, {self.classes})"
+
+
+class Problem(NamedTuple):
+    """One head's operands. The weights make the loss a mean."""
+
+    features: jax.Array
+    kernel: jax.Array
+    labels: jax.Array
+    weights: jax.Array
+    lam: jax.Array
+
+
+class Arm(NamedTuple):
+    """One way to compute a step.
+
+    `step(features, state, labels, weights, lam)` gives the loss, the features' gradient, and the
+    kernel's gradient, the state being the kernel; or, if it `updates`, the next state, which takes
+    the memory of the last one.
+    """
+
+    name: str
+    products: int  # of batch x dim x classes multiply-adds
+    loss: Literal["none", "plain", "margin"]
+    step: Callable[..., tuple[jax.Array, jax.Array, Any]]
+    updates: bool = False
+    start: Callable[[jax.Array], Any] = lambda kernel: kernel
+
+
+PLAIN = "optax softmax"
+PLAIN_SGD = "optax softmax, optax SGD"
+THREE, FOUR = "3 bare products", "4 bare products"
+ONE_SHOT = "loss_sum, one-shot"
+RECOMPUTED = "loss_sum, class blocks"
+STORED = "loss_sum, class blocks, stored"
+FUSED_SGD = "lsoftmax_sgd"
+LITERAL = "literal arccos"
+
+
+def problem(shape: Shape, dtype: jnp.dtype, lam: float) -> Problem:
+    """Features of unit scale and a kernel of the usual initialisation."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((shape.batch, shape.dim), np.float32)
+    kernel = rng.standard_normal((shape.dim, shape.classes), np.float32)
+    kernel *= np.float32(shape.dim**-0.5)
+    return Problem(
+        jnp.asarray(features, dtype),
+        jnp.asarray(kernel, dtype),
+        jnp.asarray(rng.integers(shape.classes, size=shape.batch), jnp.int32),
+        jnp.full(shape.batch, 1 / shape.batch, jnp.float32),
+        jnp.float32(lam),
+    )
+
+
+def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
+    """All arms for a shape, the measure of the others first; blocks only where they make sense."""
+
+    def loss_sum(margin: int, **plan: Any) -> Callable[..., jax.Array]:
+        def loss(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
+            return lsm.lsoftmax_loss_sum(
+                features, kernel, labels, weights, margin=margin, lam=lam, **plan
+            )
+
+        return loss
+
+    def per_example(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
+        losses = lsm.lsoftmax_loss(
+            features, kernel, labels, margin=margin, lam=lam, memory_budget=UNLIMITED
+        )
+        return jnp.sum(weights * losses)
+
+    def logits(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
+        z = lsm.lsoftmax_logits(features, kernel, labels, margin=margin, lam=lam)
+        return cross_entropy(z, labels, weights)
+
+    def literal(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
+        z = literal_logits(features, kernel, labels, lam, margin)
+        return cross_entropy(z, labels, weights)
+
+    def literal_scan(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
+        @jax.checkpoint
+        def body(total: Any, rows: Any) -> tuple[Any, None]:
+            features, labels, weights = rows
+            return total + literal(features, kernel, labels, weights, lam), None
+
+        rows = features, labels, weights
+        pieces = jax.tree.map(lambda r: r.reshape(-1, rows_at_once, *r.shape[1:]), rows)
+        return jax.lax.scan(body, jnp.float32(0), pieces)[0]
+
+    def fused_sgd(features: Any, state: Any, labels: Any, weights: Any, lam: Any) -> Any:
+        kernel, momentum = state
+        loss, dfeatures, kernel, momentum = lsm.lsoftmax_sgd(
+            features,
+            kernel,
+            momentum,
+            labels,
+            weights,
+            margin=margin,
+            lam=lam,
+            learning_rate=RATE,
+            decay=MOMENTUM,
+            weight_decay=DECAY,
+            class_block=class_block,
+        )
+        return loss, dfeatures, (kernel, momentum)
+
+    one_shot = loss_sum(margin, memory_budget=UNLIMITED)
+    rows_at_once = shape.batch // next(pieces for pieces in (4, 2, 1) if shape.batch % pieces == 0)
+    listed = [
+        Arm(PLAIN, 3, "plain", gradients(plain_loss)),
+        Arm(THREE, 3, "none", three_products),
+        Arm(FOUR, 4, "none", four_products),
+        Arm("loss_sum, m = 1", 3, "plain", gradients(loss_sum(1, memory_budget=UNLIMITED))),
+        Arm("lsoftmax_loss, one-shot", 3, "margin", gradients(per_example)),
+        Arm(ONE_SHOT, 3, "margin", gradients(one_shot)),
+    ]
+    if shape.classes >= 2 * class_block:
+        by_rows = loss_sum(margin, row_block=rows_at_once)
+        recomputed = loss_sum(margin, class_block=class_block, keep_exponentials=False)
+        stored = loss_sum(margin, class_block=class_block, keep_exponentials=True)
+        listed += [
+            Arm("loss_sum, row blocks", 3, "margin", gradients(by_rows)),
+            Arm(RECOMPUTED, 4, "margin", gradients(recomputed)),
+            Arm(STORED, 3, "margin", gradients(stored)),
+        ]
+    listed += [
+        Arm("lsoftmax_logits, optax", 3, "margin", gradients(logits)),
+        Arm(LITERAL, 3, "margin", gradients(literal)),
+        Arm(f"{LITERAL}, scan, jax.checkpoint", 4, "margin", gradients(literal_scan)),
+        Arm(PLAIN_SGD, 3, "plain", with_sgd(plain_loss), True, sgd_state),
+        Arm(f"{ONE_SHOT}, optax SGD", 3, "margin", with_sgd(one_shot), True, sgd_state),
+        Arm(FUSED_SGD, 4, "margin", fused_sgd, True, lambda k: (jnp.copy(k), jnp.zeros_like(k))),
+    ]
+    return listed
+
+
+def gradients(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
+    def step(*operands: Any) -> tuple[jax.Array, jax.Array, Any]:
+        value, (dfeatures, dkernel) = jax.value_and_grad(loss, (0, 1))(*operands)
+        return value, dfeatures, dkernel
+
+    return step
+
+
+def with_sgd(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
+    def step(features: Any, state: Any, *rest: Any) -> tuple[jax.Array, jax.Array, Any]:
+        kernel, state = state
+        value, dfeatures, dkernel = gradients(loss)(features, kernel, *rest)
+        updates, state = sgd().update(dkernel, state, kernel)
+        return value, dfeatures, (optax.apply_updates(kernel, updates), state)
+
+    return step
+
+
+def sgd() -> optax.GradientTransformation:
+    return optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(RATE, momentum=MOMENTUM))
+
+
+def sgd_state(kernel: jax.Array) -> Any:
+    return jnp.copy(kernel), sgd().init(kernel)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    logits = logits.astype(jnp.float32)
+    return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def plain_loss(
+    features: jax.Array, kernel: jax.Array, labels: jax.Array, weights: jax.Array, lam: jax.Array
+) -> jax.Array:
+    return cross_entropy(features @ kernel, labels, weights)
+
+
+def literal_logits(
+    features: jax.Array, kernel: jax.Array, labels: jax.Array, lam: jax.Array, margin: int
+) -> jax.Array:
+    """The paper's formula as it is usually written: every cosine, an arccos, a scatter."""
+    rows = jnp.arange(features.shape[0])
+    plain = (features @ kernel).astype(jnp.float32)
+    feature_norm = jnp.linalg.norm(features.astype(jnp.float32), axis=1)
+    kernel_norm = jnp.linalg.norm(kernel.astype(jnp.float32), axis=0)
+    cosine = plain / (feature_norm[:, None] * kernel_norm[None, :])
+    theta = jnp.arccos(jnp.clip(cosine[rows, labels], -1 + 1e-7, 1 - 1e-7))
+    k = jax.lax.stop_gradient(jnp.floor(margin * theta / jnp.pi))
+    psi = (-1.0) ** k * jnp.cos(margin * theta) - 2 * k
+    large = feature_norm * kernel_norm[labels] * psi
+    target = (lam * plain[rows, labels] + large) / (1 + lam)
+    return plain.at[rows, labels].set(target)
+
+
+def three_products(
+    features: jax.Array, kernel: jax.Array, labels: jax.Array, weights: jax.Array, lam: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The least that exact gradients can cost: the products alone."""
+    z = features @ kernel
+    return z[0, 0], z @ kernel.T, features.T @ z
+
+
+def four_products(
+    features: jax.Array, kernel: jax.Array, labels: jax.Array, weights: jax.Array, lam: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where the logits are not kept: another product of that size."""
+    # Of other rows, or the compiler would find the two logits equal.
+    again = features[::-1]
+    z = again @ kernel
+    return jnp.max(features @ kernel), z @ kernel.T, again.T @ z
+
+
+def literal_loss(given: Problem, margin: int) -> float:
+    """The paper's formula in NumPy and float64, a few rows at a time."""
+    features, kernel = (np.asarray(a.astype(jnp.float32), np.float64) for a in given[:2])
+    labels, lam = np.asarray(given.labels), float(given.lam)
+    losses = []
+    for start in range(0, len(labels), 64):
+        rows, y = features[start : start + 64], labels[start : start + 64]
+        z, columns = rows @ kernel, kernel[:, y].T
+        norms = np.sqrt(np.sum(rows**2, axis=1)) * np.sqrt(np.sum(columns**2, axis=1))
+        cosine = np.sum(rows * columns, axis=1) / norms
+        here = np.arange(len(y)), y
+        z[here] = norms * (lam * cosine + literal_psi(cosine, margin)) / (1 + lam)
+        peak = z.max(axis=1)
+        losses.append(peak + np.log(np.sum(np.exp(z - peak[:, None]), axis=1)) - z[here])
+    return float(np.concatenate(losses) @ np.asarray(given.weights, np.float64))
+
+
+def literal_psi(cosine: NDArray[np.float64], margin: int) -> NDArray[np.float64]:
+    theta = np.arccos(np.clip(cosine, -1, 1))
+    k = np.clip(np.floor(margin * theta / np.pi), 0, margin - 1)
+    return (-1.0) ** k * np.cos(margin * theta) - 2 * k

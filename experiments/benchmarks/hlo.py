@@ -1,0 +1,107 @@
+"""What a compiled program's text says for certain: products, large copies, communication."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from jax.stages import Compiled
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.+?) ([a-z][\w-]*)\((.*)$", re.MULTILINE)
+_ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+)\[([\d,]*)\]")
+_LIBRARY_PRODUCT = re.compile(r'custom_call_target="[^"]*(?:matmul|gemm)')
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+
+# Seen by users as time and memory, and absent from a head that is written well.
+MOVES = ("copy", "copy-start", "pad", "scatter", "transpose")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Collective(NamedTuple):
+    """One collective of a step, as a device sees it."""
+
+    kind: str
+    size: int  # bytes of its result on each device
+    devices: int  # that take part together
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends, around a ring."""
+        share = (self.devices - 1) / self.devices
+        if self.kind == "all-reduce":
+            return 2 * share * self.size
+        # Its result is one device's part of what goes around.
+        return (self.devices if self.kind == "reduce-scatter" else 1) * share * self.size
+
+
+class Facts(NamedTuple):
+    """What can be gated on: it does not depend on the machine's load."""
+
+    temporary_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    reused_bytes: int  # of arguments that outputs take the place of
+    dots: int  # matrix products in the program's text; a loop's count once
+    large_moves: dict[str, int]  # copies and the like, of at least as many elements as asked
+
+
+def facts(compiled: Compiled, elements: int) -> Facts:
+    """Facts of a program; a move is large from so many elements on."""
+    text = compiled.as_text() or ""
+    memory: Any = compiled.memory_analysis()
+    moves = dict.fromkeys(MOVES, 0)
+    for shape, operation, _ in _instructions(text):
+        if operation in moves and max(_elements(shape), default=0) >= elements:
+            moves[operation] += 1
+    return Facts(
+        temporary_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        reused_bytes=memory.alias_size_in_bytes,
+        dots=dots(text),
+        large_moves={name: count for name, count in moves.items() if count},
+    )
+
+
+def dots(text: str) -> int:
+    """Matrix products in a program's text, those handed to a library included."""
+    return sum(
+        operation == "dot" or (operation == "custom-call" and bool(_LIBRARY_PRODUCT.search(rest)))
+        for _, operation, rest in _instructions(text)
+    )
+
+
+def collectives(compiled: Compiled, devices: int) -> list[Collective]:
+    """The collectives of a program for so many devices, without those of one device."""
+    found = []
+    for shape, operation, rest in _instructions(compiled.as_text() or ""):
+        kind = operation.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        groups = _GROUPS.search(rest)
+        together = devices
+        if groups:
+            together = int(groups[1]) if groups[1] else len(groups[2].split(","))
+        arrays = _ARRAY.findall(shape)
+        if kind == "all-gather" and operation != kind:
+            arrays = arrays[len(arrays) // 2 :]  # the first half are its operands
+        if together > 1:
+            found.append(Collective(kind, sum(_bytes(*array) for array in arrays), together))
+    return found
+
+
+def _instructions(text: str) -> Iterator[tuple[str, str, str]]:
+    """(shape, operation, the line's rest) of every instruction."""
+    for match in _INSTRUCTION.finditer(text):
+        yield match[1], match[2], match[3]
+
+
+def _elements(shape: str) -> list[int]:
+    return [
+        math.prod(map(int, filter(None, sizes.split(",")))) for _, sizes in _ARRAY.findall(shape)
+    ]
+
+
+def _bytes(dtype: str, sizes: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype.removeprefix("b")))
+    return bits // 8 * math.prod(map(int, filter(None, sizes.split(","))))

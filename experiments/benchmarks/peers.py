@@ -1,0 +1,104 @@
+"""The same head in PyTorch, timed in a process of its own.
+
+Imports nothing of this project and no JAX, so that any Python with torch can run it:
+
+    python peers.py versions
+    python peers.py OPERANDS.npz MARGIN REPETITIONS ARM
+
+prints JSON: the versions of what is installed; an arm's loss, the seconds of each repetition, and
+by how many bytes the process grew at its first step, gradients included.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LARGE_MARGIN = "pytorch-metric-learning LargeMarginSoftmaxLoss"
+SOFTMAX = "torch softmax"
+PACKAGES = ("torch", "pytorch-metric-learning")
+
+
+def main(operands: Path, margin: int, repetitions: int, arm: str) -> None:
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    with np.load(operands, allow_pickle=False) as file:
+        features, kernel = (torch.from_numpy(file[name]) for name in ("features", "kernel"))
+        labels = torch.from_numpy(file["labels"]).long()
+    features.requires_grad_()
+    build = large_margin if arm == LARGE_MARGIN else softmax
+    kernel, loss = build(kernel, margin)
+
+    def step() -> float:
+        features.grad = kernel.grad = None
+        value = loss(features, labels)
+        value.backward()
+        return float(value)
+
+    step_on_little(build, margin)
+    before = peak_bytes()
+    value = step()
+    growth = peak_bytes() - before
+    step()
+    seconds = []
+    for _ in range(repetitions):
+        begun = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begun)
+    print(json.dumps({"loss": value, "seconds": seconds, "growth_bytes": growth}))
+
+
+def softmax(kernel: Any, margin: int) -> tuple[Any, Callable[..., Any]]:
+    import torch
+
+    kernel = torch.nn.Parameter(kernel)
+    return kernel, lambda x, y: torch.nn.functional.cross_entropy(x @ kernel, y)
+
+
+def large_margin(kernel: Any, margin: int) -> tuple[Any, Callable[..., Any]]:
+    import torch
+    from pytorch_metric_learning.losses import LargeMarginSoftmaxLoss
+
+    loss = LargeMarginSoftmaxLoss(kernel.shape[1], kernel.shape[0], margin=margin, scale=1)
+    loss.W = torch.nn.Parameter(kernel)
+    return loss.W, loss
+
+
+def step_on_little(build: Callable[..., Any], margin: int) -> None:
+    """Starts the library's threads, which would count as growth."""
+    import torch
+
+    _, loss = build(torch.randn(8, 16), margin)
+    loss(torch.randn(32, 8).requires_grad_(), torch.zeros(32).long()).backward()
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["versions"]:
+        print(json.dumps(versions() if find_spec("torch") else {}))
+    else:
+        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,0 +1,170 @@
+"""`bench head`: what it writes, what it refuses to time, and how it reads compiled programs."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import oracle
+from experiments.__main__ import main
+from experiments.benchmarks import arms, head, hlo, peers
+from experiments.benchmarks.arms import Arm, Shape
+from experiments.benchmarks.head import Target
+
+SHAPE = Shape(16, 8, 12)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench")
+    shape = [str(size) for size in SHAPE]
+    command = ["bench", "head", "--shapes", *shape, "--repetitions", "2", "--class-block", "5"]
+    assert main([*command, "--out", str(out)]) == 0
+    (file,) = out.iterdir()
+    return json.loads(file.read_text())
+
+
+def test_every_arm_is_measured(result):
+    (entry,) = result["shapes"]
+    timed = {row["arm"]: row for row in entry["arms"]}
+    assert entry["shape"] == list(SHAPE)
+    assert timed.keys() >= {arm.name for arm in arms.arms(SHAPE, 4, 5)}
+    for row in timed.values():
+        median, low, high = row["milliseconds"]
+        assert 0 < low <= median <= high
+    assert timed[arms.PLAIN]["ratio"] == [1, 1, 1]
+    assert timed[arms.FUSED_SGD]["baseline"] == arms.PLAIN_SGD
+    assert timed[arms.ONE_SHOT]["dots"] == 3
+    assert result["config"]["repetitions"] == 2 and "date" in result and "commit" in result
+
+
+def test_targets_are_judged_where_both_arms_ran(result):
+    for target in result["shapes"][0]["targets"]:
+        if target["reached"] is None:
+            assert target["met"] is None and target["against"] == peers.LARGE_MARGIN
+        else:
+            assert target["met"] == (target["reached"] <= target["limit"])
+
+
+def test_both_tables_show_every_row(result):
+    (entry,) = result["shapes"]
+    assert head.arms_table(entry, "f32").row_count == len(entry["arms"])
+    assert head.targets_table(entry).row_count == len(entry["targets"])
+
+
+ROWS = [
+    {"arm": "a", "baseline": "b", "milliseconds": [3.0], "ratio": [0.5], "temporary_bytes": 100}
+    | {"output_bytes": 20},
+    {"arm": "b", "baseline": "b", "milliseconds": [4.0], "ratio": [1.0], "temporary_bytes": 400},
+    {"arm": "torch", "baseline": "b", "milliseconds": [12.0], "growth_bytes": 600},
+]
+JUDGED = {
+    "by rounds": (Target("a", "time", 0.5, "b"), 0.5, True),
+    "by medians": (Target("a", "time", 0.2, "torch"), 0.25, False),
+    "memory": (Target("a", "memory", 0.25, "b"), 0.25, True),
+    "memory with outputs": (Target("a", "memory", 0.1, "torch"), 0.2, False),
+    "extra arrays": (Target("b", "extra", 0.5, "a"), 300 / (4 * 5 * 10), False),
+    "not there": (Target("c", "time", 1.0, "b"), None, None),
+}
+
+
+@pytest.mark.parametrize("target, reached, met", JUDGED.values(), ids=JUDGED)
+def test_judge(target, reached, met):
+    judged = head.judge(target, Shape(5, 1, 10), ROWS)
+    assert (judged["reached"], judged["met"]) == (reached, met)
+
+
+def test_an_arm_that_disagrees_is_not_timed():
+    given = arms.problem(SHAPE, jnp.float32, 0.0)
+    right = Arm(arms.PLAIN, 3, "plain", arms.gradients(arms.plain_loss))
+
+    def doubled(*operands):
+        loss, dfeatures, dkernel = right.step(*operands)
+        return loss, dfeatures, 2 * dkernel
+
+    with pytest.raises(ValueError, match="margin's loss is not timed: its loss is"):
+        wrong = Arm("margin's loss", 3, "margin", right.step)
+        head.prepare([wrong], given, SHAPE, "f32", 4)
+    with pytest.raises(ValueError, match="doubled is not timed: its length of dkernel"):
+        wrong = right._replace(name="doubled", step=doubled)
+        head.prepare([right, wrong], given, SHAPE, "f32", 4)
+
+
+def test_the_literal_loss_is_the_oracle():
+    given = arms.problem(SHAPE, jnp.float32, 2.0)
+    losses = oracle.loss(*(jax.device_get(a) for a in given[:3]), 4, 2.0)
+    chex.assert_trees_all_close(arms.literal_loss(given, 4), losses.mean(), rtol=1e-6)
+
+
+TEXT = """
+%body (p: f32[4,8]) -> f32[4,8] {
+  %dot.1 = f32[4,8]{1,0} dot(%p, %q), lhs_contracting_dims={1}
+}
+ENTRY %main {
+  %copy.2 = f32[8,5]{0,1:T(8,128)} copy(%a)
+  %copy.3 = f32[3]{0} copy(%b)
+  ROOT %c = (bf16[16,4]{1,0}, u8[64]{0}) custom-call(%a), custom_call_target="__cublas$lt$matmul"
+  %d = f32[4]{0} custom-call(%a), custom_call_target="topk"
+  %g = bf16[8,6]{1,0} all-gather(%a), replica_groups=[2,4]<=[8], dimensions={0}
+  %s = (f32[2]{0}, f32[8]{0}) all-gather-start(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %r = f32[6]{0} reduce-scatter(%a), replica_groups={{0,1},{2,3},{4,5},{6,7}}
+  %m = (f32[10]{0}, f32[]) all-reduce(%a, %b), replica_groups={}
+  %n = f32[10]{0} all-reduce(%a), replica_groups={{0},{1}}
+}
+"""
+
+
+@dataclasses.dataclass
+class FakeCompiled:
+    text: str
+
+    def as_text(self):
+        return self.text
+
+    def memory_analysis(self):
+        sizes = ("temp", "argument", "output", "alias")
+        return type("Sizes", (), {f"{name}_size_in_bytes": 7 for name in sizes})
+
+
+def test_facts_of_a_program():
+    found = hlo.facts(FakeCompiled(TEXT), 40)
+    assert found.dots == 2 and found.large_moves == {"copy": 1} and found.temporary_bytes == 7
+
+
+def test_collectives_of_a_program():
+    found = hlo.collectives(FakeCompiled(TEXT), 8)
+    assert [(c.kind, c.size, c.devices) for c in found] == [
+        ("all-gather", 96, 4),
+        ("all-gather", 32, 4),
+        ("reduce-scatter", 24, 2),
+        ("all-reduce", 44, 8),
+    ]
+    assert [c.sent for c in found] == [72, 24, 24, 77]
+
+
+MISTAKES = {
+    "no class": (["--shapes", "4", "4", "0"], "shapes"),
+    "margin": (["--margin", "0"], "margin"),
+    "lam": (["--lam", "-1"], "lam"),
+    "python": (["--peers-python", "no-such-python"], "peers_python"),
+}
+
+
+@pytest.mark.parametrize("flags, name", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_message(flags, name, tmp_path, capsys):
+    assert main(["bench", "head", *flags, "--out", str(tmp_path)]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_torch_computes_the_same_loss():
+    pytest.importorskip("pytorch_metric_learning")
+    given = arms.problem(SHAPE, jnp.float32, 0.0)
+    found = head.peer_times(Path(sys.executable), given, 4, 1)
+    chex.assert_trees_all_close(
+        found[peers.LARGE_MARGIN]["loss"], arms.literal_loss(given, 4), rtol=1e-4
+    )

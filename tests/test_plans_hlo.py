@@ -1,0 +1,73 @@
+"""What every plan takes, read off the compiled program; nothing runs, so load does not matter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lsoftmax_jax as lsm
+from experiments.benchmarks import arms, hlo
+from experiments.benchmarks.arms import Shape
+
+SOME, MANY = Shape(512, 512, 10575), Shape(512, 256, 102400)
+BLOCK = 1024
+
+
+def operands(shape, dtype=jnp.float32):
+    return (
+        jax.ShapeDtypeStruct((shape.batch, shape.dim), dtype),
+        jax.ShapeDtypeStruct((shape.dim, shape.classes), dtype),
+        jax.ShapeDtypeStruct((shape.batch,), jnp.int32),
+        jax.ShapeDtypeStruct((shape.batch,), jnp.float32),
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
+
+
+@functools.cache
+def facts(name, shape):
+    arm = next(arm for arm in arms.arms(shape, 4, BLOCK) if arm.name == name)
+    features, kernel, *rest = operands(shape)
+    state = jax.eval_shape(arm.start, kernel)
+    step = jax.jit(arm.step, donate_argnums=(1,) if arm.updates else ())
+    return hlo.facts(step.lower(features, state, *rest).compile(), shape.dim * shape.classes)
+
+
+@pytest.mark.parametrize("name", [arms.ONE_SHOT, "lsoftmax_loss, one-shot"])
+def test_the_one_shot_keeps_one_array_where_autodiff_keeps_two(name):
+    plain, ours = facts(arms.PLAIN, SOME), facts(name, SOME)
+    assert ours.temporary_bytes <= 0.51 * plain.temporary_bytes
+    assert ours.dots == 3 and ours.large_moves == {}
+
+
+@pytest.mark.parametrize(
+    "name, share, dots",
+    [(arms.RECOMPUTED, 0.01, 4), (arms.STORED, 0.52, 3), ("loss_sum, row blocks", 0.39, 3)],
+)
+def test_blocks_at_many_classes(name, share, dots):
+    plain, ours = facts(arms.PLAIN, MANY), facts(name, MANY)
+    assert ours.temporary_bytes <= share * plain.temporary_bytes
+    assert ours.dots == dots and ours.large_moves == {}
+
+
+def test_sgd_inside_the_head_has_no_gradient_of_the_kernel_and_copies_nothing():
+    ours = facts(arms.FUSED_SGD, MANY)
+    assert ours.temporary_bytes <= 8e6
+    assert ours.reused_bytes == 2 * 4 * MANY.dim * MANY.classes
+    assert ours.dots == 4 and ours.large_moves == {}
+
+
+def test_few_classes_keep_at_most_one_further_array():
+    shape = Shape(256, 512, 100)
+    plain, ours = facts(arms.PLAIN, shape), facts(arms.ONE_SHOT, shape)
+    assert ours.temporary_bytes - plain.temporary_bytes <= 1.1 * 4 * shape.batch * shape.classes
+    assert ours.dots == 3 and ours.large_moves == {}
+
+
+@pytest.mark.parametrize("loss", [lsm.lsoftmax_loss_sum, lsm.lsoftmax_loss])
+def test_without_gradients_only_the_logits_are_computed(loss):
+    features, kernel, labels, *_ = operands(SOME)
+    compiled = jax.jit(functools.partial(loss, margin=4)).lower(features, kernel, labels).compile()
+    found = hlo.facts(compiled, SOME.dim * SOME.classes)
+    assert found.dots == 1 and found.large_moves == {}
+    assert found.temporary_bytes <= 1.1 * 4 * SOME.batch * SOME.classes
