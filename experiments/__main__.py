@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -13,24 +13,18 @@ from rich.table import Table
 from experiments import measure, models, quickstart, train
 from experiments.align import align
 from experiments.benchmarks.head import bench
-from experiments.configs import CONFIGS, Config
+from experiments.configs import CONFIGS, Named
 from experiments.embed import embed
+from experiments.figures import figures
+from experiments.queue import INTERRUPTED, reproduce
+from experiments.report import report
 from experiments.scale import scale
 from experiments.train_faces import train_faces
+from experiments.tune import tune
 from experiments.verify_faces import verify_faces
 
 # A mistake of the user is one message; this shows where it was raised.
 TRACEBACK = "EXPERIMENTS_TRACEBACK"
-INTERRUPTED = 130
-
-if TYPE_CHECKING:
-    Named = Config
-else:
-    Named = tyro.extras.subcommand_type_from_defaults(
-        CONFIGS,
-        {name: config.summary for name, config in CONFIGS.items()},
-        prefix_names=False,
-    )
 
 
 def quickstart_(out: Path = quickstart.OUT) -> int:
@@ -141,6 +135,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "list": list_,
     "train": train_,
     "evaluate": evaluate,
+    "reproduce": reproduce,
+    "tune": tune,
+    "report": report,
+    "figures": figures,
     "train-faces": train_faces,
     "embed": embed,
     "verify": verify_faces,

@@ -37,6 +37,12 @@ class Checkpoints:
         if step != self._manager.latest_step():
             self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
 
+    def rewind(self, step: int) -> None:
+        """Deletes the checkpoints of later steps."""
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)
+
     def latest(self, like: State, mesh: Mesh) -> State | None:
         """The newest state, replicated over a mesh; None if there is none.
 
@@ -52,3 +58,10 @@ class Checkpoints:
             like._asdict(),
         )
         return State(**self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
+
+
+def steps_in(folder: Path) -> set[int]:
+    """The steps of the checkpoints in a folder, which need not be there."""
+    if not folder.exists():
+        return set()
+    return {entry.step for entry in ocp.path.step.standard_name_format().find_all(folder)}

@@ -11,8 +11,9 @@ images' mean image is what is subtracted.
 """
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import tyro
 from tyro.conf import Suppress
 
 from experiments.data import CLASSES
@@ -82,7 +83,7 @@ class Config:
     examples: int | None = None
     """Use only the first so many images of each split."""
     validation: bool = False
-    """Hold the last 5,000 training images out and test on those."""
+    """Hold the last 5,000 training images out, or a tenth where that is less; test on those."""
     init: str | None = None
     """Start from the weights of this run, such as mnist-softmax-seed0 in the same --out."""
 
@@ -300,3 +301,13 @@ def _first_run() -> list[Config]:
 CONFIGS: dict[str, Config] = {
     config.name: config for config in [*_table_cells(), *_figure_cells(), *_first_run()]
 }
+
+# The type of a command's argument: the name of a configuration, then flags that change it.
+if TYPE_CHECKING:
+    Named = Config
+else:
+    Named = tyro.extras.subcommand_type_from_defaults(
+        CONFIGS,
+        {name: config.summary for name, config in CONFIGS.items()},
+        prefix_names=False,
+    )

@@ -62,13 +62,16 @@ class Dataset(NamedTuple):
     fingerprint: str
 
     def with_validation(self) -> "Dataset":
-        """Holds the last 5,000 training images out, in place of the test split."""
-        if len(self.train.labels) <= VALIDATION:
+        """Holds the last training images out, in place of the test split.
+
+        They are 5,000, or a tenth of them where that is less.
+        """
+        count = min(VALIDATION, len(self.train.labels) // 10)
+        if count == 0:
             raise ValueError(
-                f"validation needs more than {VALIDATION} training images, "
-                f"got {len(self.train.labels)}"
+                f"validation needs at least 10 training images, got {len(self.train.labels)}"
             )
-        kept, held = slice(None, -VALIDATION), slice(-VALIDATION, None)
+        kept, held = slice(None, -count), slice(-count, None)
         return self._replace(train=self.train.rows(kept), test=self.train.rows(held))
 
     def first(self, count: int) -> "Dataset":

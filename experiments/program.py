@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
 from experiments import data, measure, models
@@ -23,7 +24,8 @@ class Program(NamedTuple):
 
     Attributes:
       create: seed -> a fresh `training.State`; may be vmapped.
-      updates: (state, `data.OnDevice`, length) -> (state, metrics), from `training.repeat`.
+      updates: (states, `data.OnDevice`s, length) -> (states, metrics), lists with one entry a seed,
+        all at the same step; jitted, the length static and the states donated.
       examine: (state, images, labels, where) -> (sums, (features, plain logits)).
       mean: subtracted from the images.
     """
@@ -88,9 +90,42 @@ def build(config: Config, train: data.Split, mesh: Mesh) -> Program:
 
     return Program(
         create=lambda seed: training.create(model(seed), sgd)[1],
-        updates=training.repeat(step, batch, mesh),
+        updates=_of_seeds(training.repeat(step, batch, mesh), mesh),
         examine=training.compile_step(examine, mesh, donate=False),
         mean=mean,
+    )
+
+
+def _of_seeds(updates: Any, mesh: Mesh) -> Any:
+    """Makes the updates of one seed those of several: lists in, lists out."""
+
+    def several(
+        states: list[training.State], sources: list[data.OnDevice], length: int
+    ) -> tuple[list[training.State], list[training.StepMetrics]]:
+        def unstacked(tree: Any) -> list[Any]:
+            leaves, structure = jax.tree.flatten(tree)
+            return [jax.tree.unflatten(structure, row) for row in zip(*leaves, strict=True)]
+
+        if len(states) == 1:
+            state, metrics = updates(states[0], sources[0], length)
+            return [state], [metrics]
+
+        def of_one(state: training.State, key: jax.Array, order: jax.Array) -> Any:
+            return updates(state, sources[0]._replace(key=key, order=order), length)
+
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        keys = jnp.stack([source.key for source in sources])
+        orders = jnp.stack([source.order for source in sources])
+        state, metrics = jax.vmap(of_one)(stacked, keys, orders)
+        return unstacked(state), unstacked(metrics)
+
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(
+        several,
+        in_shardings=(replicated, replicated),
+        out_shardings=replicated,
+        static_argnums=2,
+        donate_argnums=0,
     )
 
 

@@ -92,13 +92,14 @@ def test_tfds_is_decoded_once(tfds_dir, tmp_path, monkeypatch):
     assert data.load("mnist", tfds_dir).fingerprint == decoded.fingerprint
 
 
-def test_validation_is_held_out_of_training():
-    train = data.Split(np.zeros((6000, 1, 1, 1), np.uint8), np.arange(6000, dtype=np.int32))
-    held = data.Dataset(train, train.rows(slice(3)), "").with_validation()
-    assert len(held.train.labels) == 1000
-    np.testing.assert_array_equal(held.test.labels, np.arange(1000, 6000))
-    with pytest.raises(ValueError, match="more than 5000 training images, got 1000"):
-        held.with_validation()
+@pytest.mark.parametrize("count, held", [(60_000, 5000), (50_000, 5000), (1297, 129)])
+def test_validation_is_held_out_of_training(count, held):
+    train = data.Split(np.zeros((count, 1, 1, 1), np.uint8), np.arange(count, dtype=np.int32))
+    split = data.Dataset(train, train.rows(slice(3)), "").with_validation()
+    np.testing.assert_array_equal(split.train.labels, np.arange(count - held))
+    np.testing.assert_array_equal(split.test.labels, np.arange(count - held, count))
+    with pytest.raises(ValueError, match="at least 10 training images, got 9"):
+        data.Dataset(train.rows(slice(9)), train, "").with_validation()
 
 
 def labels_of(feed, steps):

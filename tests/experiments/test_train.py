@@ -76,16 +76,16 @@ def test_stopped_run_continues_to_the_same_bits(unbroken, tmp_path):
 
 def test_broken_run_continues_from_its_checkpoint_to_the_same_bits(unbroken, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        steps, advance = itertools.count(), train.Session.advance
+        steps, advance = itertools.count(), train.Group.advance
 
-        def broken(session):
+        def broken(group):
             if next(steps) == 7:
                 raise KeyboardInterrupt
-            return advance(session)
+            return advance(group)
 
         # Saves after step 1 and then no more, so that the log is ahead of the checkpoint.
-        clock = itertools.chain([0.0] * 2, itertools.repeat(100.0))
-        patch.setattr(train.Session, "advance", broken)
+        clock = itertools.chain([0.0], itertools.repeat(100.0))
+        patch.setattr(train.Group, "advance", broken)
         patch.setattr(train, "time", FakeTime(clock))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
