@@ -149,7 +149,7 @@ def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
     listed += [
         Arm("lsoftmax_logits, optax", 3, "margin", gradients(logits)),
         Arm(LITERAL, 3, "margin", gradients(literal)),
-        Arm(f"{LITERAL}, scan, jax.checkpoint", 4, "margin", gradients(literal_scan)),
+        Arm("literal, scan, checkpoint", 4, "margin", gradients(literal_scan)),
         Arm(PLAIN_SGD, 3, "plain", with_sgd(plain_loss), True, sgd_state),
         Arm(f"{ONE_SHOT}, optax SGD", 3, "margin", with_sgd(one_shot), True, sgd_state),
         Arm(FUSED_SGD, 4, "margin", fused_sgd, True, lambda k: (jnp.copy(k), jnp.zeros_like(k))),
