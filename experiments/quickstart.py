@@ -19,7 +19,7 @@ from experiments import measure, train
 from experiments.configs import CONFIGS
 from experiments.files import replacing
 
-OUT = train.RESULTS / "quickstart"
+OUT = Path(__file__).parent.parent / "quickstart"
 RUNS = {"softmax": CONFIGS["digits-softmax"], "L-Softmax, m = 4": CONFIGS["digits-m4"]}
 
 

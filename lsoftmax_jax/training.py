@@ -249,8 +249,8 @@ def _unit(array: jax.Array) -> jax.Array:
 def data_mesh(devices: int | None = None) -> Mesh:
     """A mesh of the first ``devices`` devices (all by default) with the one axis "data".
 
-    >>> data_mesh(1).shape
-    OrderedDict({'data': 1})
+    >>> dict(data_mesh(1).shape)
+    {'data': 1}
     """
     chosen = jax.devices()[:devices]
     return jax.make_mesh((len(chosen),), (DATA_AXIS,), (AxisType.Auto,), devices=chosen)

@@ -35,8 +35,8 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture
 def strict() -> Iterator[None]:
-    """No implicit dtype promotion."""
-    with jax.numpy_dtype_promotion("strict"):
+    """No implicit promotion of dtypes, nor of ranks."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
 
 
