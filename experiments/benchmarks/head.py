@@ -147,10 +147,10 @@ def prepare(listed: list[Arm], given: Problem, shape: Shape, dtype: str, margin:
         if arm.loss == "none":
             continue
         wanted = exact[margin if arm.loss == "margin" else 1]
-        check(arm, "loss", run.loss, wanted, TOLERANCE[dtype])
+        check(arm.name, "loss", run.loss, wanted, TOLERANCE[dtype])
         for part, value in length.items():
             first = lengths.setdefault((arm.loss, part), value)
-            check(arm, f"length of {part}", value, first, TOLERANCE[dtype])
+            check(arm.name, f"length of {part}", value, first, TOLERANCE[dtype])
     return runs
 
 
@@ -200,10 +200,10 @@ def norm(array: jax.Array) -> float:
     return float(jnp.linalg.norm(array.astype(jnp.float32)))
 
 
-def check(arm: Arm, what: str, value: float | None, wanted: float, tolerance: float) -> None:
+def check(name: str, what: str, value: float | None, wanted: float, tolerance: float) -> None:
     if value is None or not abs(value - wanted) <= tolerance * abs(wanted):
         raise ValueError(
-            f"{arm.name} is not timed: its {what} is {value}, expected {wanted} "
+            f"{name} computes something else: its {what} is {value}, expected {wanted} "
             f"within a share of {tolerance}"
         )
 
@@ -330,7 +330,11 @@ def peer_times(
         features, kernel, labels = (np.asarray(array) for array in given[:3])
         np.savez(file, features=features, kernel=kernel, labels=labels)
         arguments = str(file), str(margin), str(repetitions)
-        return {name: json.loads(_peer(python, *arguments, name)) for name in names}
+        timed = {name: json.loads(_peer(python, *arguments, name)) for name in names}
+    for name, peer in timed.items():
+        wanted = every.literal_loss(given, margin if name == peers.LARGE_MARGIN else 1)
+        check(name, "loss", peer["loss"], wanted, TOLERANCE["f32"])
+    return timed
 
 
 def peer_rows(
