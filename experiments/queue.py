@@ -89,7 +89,7 @@ def keep_compiled() -> None:
 
 
 class Budget:
-    """When to stop: on request, or while there is still time for twice the longest pause so far.
+    """When to stop: on request, or while there is still time for twice the longest dispatch so far.
 
     Args:
       seconds: from now to the deadline.
@@ -99,19 +99,20 @@ class Budget:
     def __init__(self, seconds: float, asked: Callable[[], bool] = lambda: False) -> None:
         self._deadline = time.perf_counter() + seconds
         self._asked = asked
-        self._last: float | None = None
+        self._questions, self._last = 0, 0.0
         self._longest = 0.0
         self._ended = False
 
     def allows(self, seconds: float) -> bool:
         """Whether a run may begin whose first update comes after so many seconds."""
-        self._last = None
+        self._questions = 0
         return not self._ended and self._deadline - time.perf_counter() > seconds
 
     def over(self) -> bool:
-        """Asked before every dispatch of a run, whose pauses it learns from."""
+        """Asked before every dispatch of a run, to learn how long they take."""
         now = time.perf_counter()
-        if self._last is not None:
+        self._questions += 1
+        if self._questions > 2:  # the first dispatch of a run compiles
             self._longest = max(self._longest, now - self._last)
         self._last = now
         self._ended = self._asked() or self._deadline - now <= 2 * self._longest

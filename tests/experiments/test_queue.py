@@ -153,12 +153,14 @@ def test_mistakes_end_with_2(words, message, capsys):
 
 
 def test_budget_stops_before_its_end(monkeypatch):
-    clock = itertools.count(0, 10)
-    monkeypatch.setattr(queue.time, "perf_counter", lambda: next(clock))
-    budget = Budget(65)  # until 65; every question takes 10
-    assert budget.allows(50) and not budget.allows(50)
+    times = iter([0, 1, 1, 21, 23, 24, 24])
+    monkeypatch.setattr(queue.time, "perf_counter", lambda: next(times))
+    budget = Budget(27)
+    assert budget.allows(25)
+    # Compiling took 20, a dispatch 2: at 23 there is no time for two more.
     assert [budget.over() for _ in range(3)] == [False, False, True]
     assert not budget.allows(0)
+    assert not Budget(9).allows(9)
 
 
 def test_request_to_stop_ends_the_queue(tmp_path):

@@ -1,0 +1,110 @@
+"""The report says what the results say, and nothing that was not run."""
+
+import pytest
+
+from experiments import report, result
+from experiments.__main__ import main
+from experiments.report import BEGIN, END
+
+
+def run_of(name, seed, error, **changes):
+    status = "finished" if error is not None else "diverged"
+    outcome = {
+        "name": name,
+        "seed": seed,
+        "status": status,
+        "diverged": None if error is not None else {"step": 7, "lam": 12.5},
+        "reduced": bool(changes),
+        "changes": changes,
+        "device": "one GPU",
+        "data": {"fingerprint": "same"},
+    }
+    measured = {} if error is None else {"train": {"error": 0.0}, "test": {"error": error}}
+    return outcome | measured
+
+
+RUNS = [
+    run_of("mnist-m4", 0, 0.30),
+    run_of("mnist-m4", 1, 0.40),
+    run_of("mnist-m4", 2, None),
+    run_of("mnist-m2", 0, 0.375),
+    run_of("mnist-m4", 0, 9.0, steps=8, lam={"base": 1.0, "gamma": 0.5}),
+]
+FACES = {
+    "kind": "verification",
+    "protocol": "unrestricted, no outside data",
+    "pairs": 600,
+    "tested_folds": [3],
+    "people_trained_on": 5000,
+    "metrics": {
+        "accuracy": 0.9,
+        "standard_error": None,
+        "auc": 0.95,
+        "equal_error_rate": 0.11,
+        "tar_at_far": {"0.1": 0.8},
+    },
+}
+
+
+def write(folder, outcomes):
+    for number, outcome in enumerate(outcomes):
+        result.save(folder / f"r{number}.json", outcome)
+
+
+@pytest.fixture
+def lines(tmp_path):
+    write(tmp_path, [*RUNS, FACES])
+    return report.tables(report.load_results(tmp_path)).splitlines()
+
+
+def test_readme_is_what_the_results_say():
+    assert main(["report", "--check"]) == 0
+
+
+def test_cell_is_mean_and_sample_deviation_over_seeds(lines):
+    mean_of_two = "| one GPU | 0.31 | 0.35 ± 0.07 | 0.00 ± 0.00 | 2 |"
+    assert f"| `mnist-m4` | Table 2, MNIST, m4 | confirmed {mean_of_two}" in lines
+    assert "| `mnist-m2` | Table 2, MNIST, m2 | confirmed | one GPU | 0.32 | 0.38 | 0.00 | 1 |" in (
+        lines
+    )
+
+
+def test_what_did_not_run_is_blank(lines):
+    assert "| `cifar10-hinge` | Table 3, CIFAR10, hinge | recalled |  | 9.91 |  |  |  |" in lines
+    assert "| `fig7-32` | Fig. 7, 32 filters |  |  |  |  |  |  |" in lines
+
+
+def test_reduced_and_diverged_runs_stand_apart(lines):
+    changed = "steps 8, lam.base 1.0, lam.gamma 0.5"
+    assert f"| `mnist-m4` | {changed} | one GPU | 9.00 | 0.00 | 1 |" in lines
+    assert "| `mnist-m4` |  | 2 | 7 | 12.5 |" in lines
+
+
+def test_verification_names_its_protocol(lines):
+    row = "| `r5` | unrestricted, no outside data | 5000 | 600 in 1 | 90.00 | 11.00 | 0.9500 |"
+    assert f"{row} 0.1: 80.00 |" in lines
+    assert "| L-Softmax, m = 4 | confirmed | 98.71 |" in lines
+
+
+def test_runs_on_different_data_have_no_mean(tmp_path):
+    other = run_of("mnist-m4", 1, 0.40) | {"data": {"fingerprint": "other"}}
+    write(tmp_path, [RUNS[0], other])
+    with pytest.raises(ValueError, match=r"different data.*r0\.json, r1\.json"):
+        report.tables(report.load_results(tmp_path))
+
+
+def test_report_writes_between_the_markers_and_checks(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write(tmp_path, RUNS)
+    words = ["report", "--out", str(tmp_path), "--readme", str(readme)]
+    assert main([*words, "--check"]) == 1 and "old" in readme.read_text()
+    assert main(words) == 0 and main([*words, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
+    assert "0.35 ± 0.07" in text and "old" not in text
+    write(tmp_path, [run_of("mnist-m4", 0, 0.5)])
+    assert main([*words, "--check"]) == 1
+    readme.write_text("no markers")
+    assert main(words) == 2
+    assert "must hold the lines" in capsys.readouterr().err
