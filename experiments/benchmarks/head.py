@@ -87,13 +87,14 @@ def bench(
         },
     }
     measured: list[dict[str, Any]] = []
+    half = -(-repetitions // 2)
     for shape in map(Shape._make, shapes):
         given = every.problem(shape, DTYPES[dtype], lam)
         load = os.getloadavg()[0]
-        before = peer_times(peers_python, given, margin, repetitions)
+        before = peer_times(peers_python, given, margin, half)
         runs = prepare(every.arms(shape, margin, class_block), given, shape, dtype, margin)
         take_times(runs, given, repetitions, str(shape))
-        after = peer_times(peers_python, given, margin, repetitions)
+        after = peer_times(peers_python, given, margin, half)
         rows = [summary(run, runs) for run in runs] + peer_rows(before, after, runs)
         measured.append(
             {
