@@ -15,7 +15,10 @@ fold, everything that is fitted (mean, optional PCA, threshold) is fitted on the
 """
 
 import math
+import os
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.preprocessing import StandardScaler, normalize
+from threadpoolctl import threadpool_limits
 
 FALSE_ACCEPT_RATES = (1e-3, 1e-2)
 
@@ -139,9 +143,12 @@ def verify(
     if not len(tested) or not np.isin(tested, folds).all():
         raise ValueError(f"tested must be some of the folds {folds}; got {tested}")
     accuracy, thresholds, seen_scores, seen_same = [], [], [], []
-    for held_out in tested:
-        test = fold == held_out
-        scores = pair_scores(first, second, fitted_on=~test, components=components)
+    tests = [fold == held_out for held_out in tested]
+    # One BLAS thread a fold: where cores are shared, several spend their time on waiting.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as threads:
+        scored = partial(pair_scores, first, second, components=components)
+        fold_scores = list(threads.map(lambda test: scored(fitted_on=~test), tests))
+    for test, scores in zip(tests, fold_scores, strict=True):
         threshold = best_threshold(scores[~test], same[~test])
         thresholds.append(threshold)
         accuracy.append(np.mean((scores[test] >= threshold) == same[test]))
