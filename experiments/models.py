@@ -126,7 +126,7 @@ class PReLU(nnx.Module):
     """max(0, inputs) + slope * min(0, inputs), one slope per channel (Flax's shares one)."""
 
     def __init__(self, channels: int) -> None:
-        self.slope = nnx.Param(jnp.full((channels,), 0.25))
+        self.slope = nnx.Param(jnp.full((channels,), 0.25, jnp.float32))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         return jnp.where(inputs >= 0, inputs, self.slope[...] * inputs)

@@ -3,9 +3,9 @@
 Files under ``out``: ``RUN.json`` is a finished run's result; ``runs/RUN/`` holds its checkpoints,
 ``metrics.jsonl`` and TensorBoard events. A run stopped at any point, even by SIGKILL, continues
 from its checkpoint and ends, on the same devices, in the same bits as an unbroken one: batches, λ
-and learning rate go by the step, and a checkpoint falls between the same dispatches. (XLA promises
-the same bits on a GPU only with XLA_FLAGS=--xla_gpu_deterministic_ops=true.) Seeds that train
-together differ from seeds alone by rounding only.
+and learning rate go by the step, and a checkpoint falls between the same dispatches. (Seen on CPUs;
+a GPU's sums may come in another order unless XLA_FLAGS has --xla_gpu_deterministic_ops=true.) Seeds
+that train together differ from seeds alone by rounding only.
 """
 
 import signal
