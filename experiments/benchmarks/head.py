@@ -8,7 +8,6 @@ A ratio is the median over the rounds of the ratio to the same round's baseline.
 import json
 import math
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -72,19 +71,20 @@ def bench(
         raise ValueError(f"margin must be >= 1 and lam >= 0, got {margin} and {lam}")
     begun, console = datetime.now(UTC), Console(width=max(Console().width, 132))
     place = f"head-{jax.default_backend()}-{dtype}-{begun:%Y%m%d-%H%M}.json"
+    config = {
+        "dtype": dtype,
+        "margin": margin,
+        "lam": lam,
+        "class_block": class_block,
+        "repetitions": repetitions,
+    }
     result = {
         "kind": "bench head",
         "date": begun.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+        "command": f"python -m experiments bench {what}{written(shapes, config)}",
         **provenance(1),
         "peer_versions": peer_versions(peers_python),
-        "config": {
-            "dtype": dtype,
-            "margin": margin,
-            "lam": lam,
-            "class_block": class_block,
-            "repetitions": repetitions,
-        },
+        "config": config,
     }
     measured: list[dict[str, Any]] = []
     half = -(-repetitions // 2)
@@ -109,6 +109,13 @@ def bench(
         console.print(arms_table(measured[-1], dtype))
         console.print(targets_table(measured[-1]))
     print(f"{out / place} written")
+
+
+def written(shapes: tuple[tuple[int, int, int], ...], config: dict[str, Any]) -> str:
+    """The flags that repeat a benchmark, without the folders of one machine."""
+    sizes = " ".join(str(size) for shape in shapes for size in shape)
+    flags = {"shapes": sizes} | config
+    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in flags.items())
 
 
 # Preparing and timing.

@@ -41,6 +41,8 @@ def test_every_arm_is_measured(result):
     assert timed[arms.PLAIN]["ratio"] == [1, 1, 1]
     assert timed[arms.FUSED_SGD]["baseline"] == arms.PLAIN_SGD
     assert timed[arms.ONE_SHOT]["dots"] == 3
+    assert result["command"].endswith("--class-block 5 --repetitions 2")
+    assert "--shapes 16 8 12 --dtype f32" in result["command"]
     assert result["config"]["repetitions"] == 2 and "date" in result and "commit" in result
 
 
