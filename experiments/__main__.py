@@ -16,6 +16,7 @@ from experiments.benchmarks.head import bench
 from experiments.configs import CONFIGS, Named
 from experiments.embed import embed
 from experiments.figures import figures
+from experiments.processes import Meeting, joined
 from experiments.queue import INTERRUPTED, reproduce
 from experiments.report import report
 from experiments.scale import scale
@@ -69,8 +70,25 @@ def train_(
     out: Path = train.RESULTS,
     devices: int | None = None,
     checkpoint_seconds: float = 60.0,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    cluster: bool = False,
+    heartbeat_seconds: int = 100,
 ) -> int:
     """Trains one configuration, or continues it, and writes its result.
+
+    On many hosts the same command runs in every process, with --out on a file system that all of
+    them see. On SLURM, one process a GPU:
+
+        srun --ntasks-per-node=8 --gpus-per-node=8 python -m experiments train mnist-m4 --cluster
+
+    On Cloud TPU, --cluster on every host; anywhere else, on host number I of N:
+
+        python -m experiments train mnist-m4 --coordinator HOST0:9876 --processes N --process I
+
+    Where a process is lost the others end too, and the same command continues from the last
+    checkpoint, on any number of processes and devices.
 
     Args:
       config: which one; its flags change it, and its result says so.
@@ -78,8 +96,14 @@ def train_(
       out: folder of the results.
       devices: train on the first so many; all by default.
       checkpoint_seconds: time between two checkpoints.
+      coordinator: HOST:PORT of process 0, with a free port that all can reach.
+      processes: how many train together.
+      process: the number of this one, from 0 on.
+      cluster: ask SLURM, Cloud TPU or Open MPI for coordinator, processes and process.
+      heartbeat_seconds: how long a process may be silent before the others give it up.
     """
-    with train.interruptible() as stop:
+    meeting = Meeting(coordinator, processes, process, cluster, heartbeat_seconds)
+    with joined(meeting), train.interruptible() as stop:
         outcome = train.run(
             config,
             folder=data,
@@ -88,18 +112,18 @@ def train_(
             checkpoint_seconds=checkpoint_seconds,
             stop=stop,
         )
-    if outcome is None:
-        return INTERRUPTED
-    if outcome["status"] == "diverged":
-        return 1
-    label = "reduced run, " if outcome["reduced"] else ""
-    console = Console()
-    console.print(measures_table(f"{config.run_name}, {label}last iterate", outcome))
-    console.print(
-        f"{outcome['images_per_second']:.0f} images/s on {outcome['device']}, "
-        f"{100 * outcome['outside_step']:.1f} % of the loop's time outside the step"
-    )
-    return 0
+        if outcome is None:
+            return INTERRUPTED
+        if outcome["status"] == "diverged":
+            return 1
+        label = "reduced run, " if outcome["reduced"] else ""
+        console = Console()
+        console.print(measures_table(f"{config.run_name}, {label}last iterate", outcome))
+        console.print(
+            f"{outcome['images_per_second']:.0f} images/s on {outcome['device']}, "
+            f"{100 * outcome['outside_step']:.1f} % of the loop's time outside the step"
+        )
+        return 0
 
 
 def evaluate(

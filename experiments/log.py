@@ -34,16 +34,22 @@ class Log:
     Args:
       folder: of the run.
       step: the step the run continues at; lines of a later one are dropped.
+      writes: whether files are written at all; of several processes only one may.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, writes: bool = True) -> None:
         self.lines = [line for line in _read(folder / "metrics.jsonl") if line["step"] <= step]
+        self._writes = writes
+        if not writes:
+            return
         with replacing(folder / "metrics.jsonl") as file:
             file.writelines(map(_encode, self.lines))
         self._file = (folder / "metrics.jsonl").open("ab")
         self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1)
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
 
@@ -57,6 +63,8 @@ class Log:
         rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
         line = {"kind": kind, "step": step, **finite(rounded), "seconds": asdict(seconds)}
         self.lines.append(line)
+        if not self._writes:
+            return
         self._file.write(_encode(line))
         self._file.flush()
         for name, value in values.items():

@@ -142,7 +142,10 @@ def evaluate(
 ) -> tuple[training.Sums, NDArray, NDArray]:
     """Sums, features and plain logits of a whole split."""
     size = mesh.size * -(-500 // mesh.size)
-    batches = [program.examine(state, *rows) for rows in data.padded_batches(split, size)]
+    batches = [
+        program.examine(state, *training.place(rows, mesh, P(training.DATA_AXIS)))
+        for rows in data.padded_batches(split, size)
+    ]
     sums = jax.tree.map(lambda *parts: np.sum(jax.device_get(parts)), *[b[0] for b in batches])
     features, logits = (
         np.concatenate(jax.device_get(parts))[: len(split.labels)]

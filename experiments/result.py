@@ -28,7 +28,7 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def provenance(devices: int) -> dict[str, Any]:
-    """Commit, versions and hardware of this process, that computes on so many devices."""
+    """Commit, versions and hardware of a run on so many devices of all processes together."""
     packages = ("jax", "jaxlib", "flax", "optax")
     kind = jax.devices()[0].device_kind
     return {
@@ -37,6 +37,7 @@ def provenance(devices: int) -> dict[str, Any]:
         | {package: version(package) for package in packages},
         "device": f"{kind}, {os.cpu_count()} cores" if kind == "cpu" else kind,
         "devices": devices,
+        "processes": jax.process_count(),
     }
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
-from experiments import data, models, result
+from experiments import data, models, processes, result
 from experiments.checkpoint import Checkpoints
 from experiments.configs import Config
 from experiments.log import Log, Seconds, finite
@@ -69,7 +69,8 @@ class Shared(NamedTuple):
         with clock.spent("setup"):
             dataset = load(config, folder)
             program = build(config, dataset.train, mesh)
-            train = data.Split(*jax.device_put(tuple(dataset.train), NamedSharding(mesh, P())))
+            processes.check_same(dataset.fingerprint, "data")
+            train = data.Split(*training.place(tuple(dataset.train), mesh, P()))
         return Shared(dataset, train, program, mesh, clock)
 
 
@@ -112,7 +113,7 @@ class Session:
                 self._checkpoints.rewind(step)
             self.state = self._first_state()
             self.step = int(self.state.step)
-            self.log = Log(place, self.step)
+            self.log = Log(place, self.step, writes=processes.is_first())
 
     def __enter__(self) -> "Session":
         return self
@@ -172,7 +173,9 @@ class Session:
             **measured,
             "curves": {kind: self.log.curve(kind) for kind in ("train", "test")},
         }
-        result.save(self._out / f"{config.run_name}.json", outcome)
+        if processes.is_first():
+            result.save(self._out / f"{config.run_name}.json", outcome)
+        processes.wait("result")
 
     def _first_state(self) -> training.State:
         """That of the checkpoint, else that of the run to start from, else a fresh one."""
@@ -181,7 +184,7 @@ class Session:
         state = self._checkpoints.latest(jax.eval_shape(create, 0), mesh)
         if state is not None:
             return state
-        fresh = jax.jit(create)(self.config.seed)
+        fresh = jax.jit(create, out_shardings=NamedSharding(mesh, P()))(self.config.seed)
         return fresh if init is None else warm_start(fresh, self._out / "runs" / init, mesh)
 
     def _evaluate(self, split: data.Split) -> tuple[training.Sums, NDArray, NDArray]:
@@ -246,6 +249,7 @@ def _claim(place: Path, config: Config) -> None:
     """Notes in a run's folder what is trained there; refuses a folder of something else."""
     file = place / "config.json"
     if not file.exists():
-        result.save(file, config.to_json())
+        if processes.is_first():
+            result.save(file, config.to_json())
     elif result.load(file) != config.to_json():
         raise ValueError(f"{place} belongs to another state of this configuration; remove it")

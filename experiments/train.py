@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import result
+from experiments import processes, result
 from experiments.checkpoint import Checkpoints, steps_in
 from experiments.configs import Config
 from experiments.program import build, load, means, measures
@@ -145,7 +145,9 @@ def run_seeds(
         if config not in missing:
             print(f"{config.run_name} is finished; delete {files[config]} to train it again")
     if missing:
-        warn_if_lam_stays(missing[0])
+        if processes.is_first():
+            warn_if_lam_stays(missing[0])
+        processes.check_same(str(missing), "configuration")
         mesh = training.data_mesh(devices)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         pace = Pace(
@@ -181,7 +183,7 @@ def _train(group: Group, pace: Pace, stop: Callable[[], bool]) -> bool:
     saved = time.perf_counter()
     with _bar(group) as bar:
         while group.sessions and group.step < steps:
-            if stop():
+            if processes.agreed(stop()):
                 for session in group.sessions:
                     session.save()
                 bar.write(f"stopped at step {group.step}; the same command continues there")
@@ -191,7 +193,8 @@ def _train(group: Group, pace: Pace, stop: Callable[[], bool]) -> bool:
             if last or group.step % every == 0:
                 for session in group.sessions:
                     session.test()
-            if last or time.perf_counter() - saved > pace.checkpoint_seconds:
+            due = time.perf_counter() - saved > pace.checkpoint_seconds
+            if last or processes.agreed(due):
                 for session in group.sessions:
                     session.save()
                 saved = time.perf_counter()
@@ -256,7 +259,13 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 def _bar(group: Group) -> Any:
     config, others = group.sessions[0].config, len(group.sessions) - 1
     name = config.run_name + (f" and {others} more" if others else "")
-    return tqdm(total=config.steps, initial=group.step, desc=name, unit=" steps")
+    return tqdm(
+        total=config.steps,
+        initial=group.step,
+        desc=name,
+        unit=" steps",
+        disable=not processes.is_first(),
+    )
 
 
 def _show(bar: Any, metrics: list[training.StepMetrics], batch: int) -> None:

@@ -22,6 +22,7 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
+from numpy.typing import NDArray
 
 DATA_AXIS = "data"
 
@@ -249,11 +250,38 @@ def _unit(array: jax.Array) -> jax.Array:
 def data_mesh(devices: int | None = None) -> Mesh:
     """A mesh of the first ``devices`` devices (all by default) with the one axis "data".
 
+    Under `jax.distributed` the devices are those of all processes, and each must have one in it.
+
+    Raises:
+      ValueError: if a process has no device in the mesh.
+
     >>> dict(data_mesh(1).shape)
     {'data': 1}
     """
     chosen = jax.devices()[:devices]
+    if len({device.process_index for device in chosen}) < jax.process_count():
+        raise ValueError(
+            f"devices must reach into all {jax.process_count()} processes, got {devices} "
+            f"of {jax.device_count()}"
+        )
     return jax.make_mesh((len(chosen),), (DATA_AXIS,), (AxisType.Auto,), devices=chosen)
+
+
+def place(arrays: Any, mesh: Mesh, spec: P) -> Any:
+    """A tree of host arrays on the devices of a mesh, which may be those of several processes.
+
+    Every process passes the same arrays; each copies its own devices' parts and sends nothing.
+
+    >>> import numpy as np
+    >>> place(np.arange(3), data_mesh(1), P()).shape
+    (3,)
+    """
+
+    def one(array: NDArray) -> jax.Array:
+        sharding = NamedSharding(mesh, spec)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree.map(one, arrays)
 
 
 def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> Any:

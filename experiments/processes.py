@@ -1,0 +1,122 @@
+"""Several processes that train as one: how they meet, agree, wait for each other and part.
+
+All of them run the same code on the same host arrays, and the arrays on the mesh are replicated, so
+they take the same turns by themselves wherever these depend on numbers alone. What depends on time
+or signals has to be `agreed`. Their files must be in one file system that all of them see; the
+first process alone writes logs and results and speaks.
+"""
+
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+class Meeting(NamedTuple):
+    """Where processes meet; a process of its own by default.
+
+    Attributes:
+      coordinator: HOST:PORT of the first process.
+      processes: their number.
+      process: the number of this one, from 0 on.
+      cluster: ask SLURM, Cloud TPU or Open MPI for the other three.
+      heartbeat_seconds: how long a process may be silent before the others give it up.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    cluster: bool = False
+    heartbeat_seconds: int = 100
+
+
+@contextmanager
+def joined(meeting: Meeting) -> Iterator[None]:
+    """Joins the others before this process has used a device; ends it if it loses them.
+
+    Raises:
+      ValueError: if the meeting is not fully described, or no cluster is found.
+    """
+    if not _wanted(meeting):
+        yield
+        return
+    try:
+        jax.distributed.initialize(
+            meeting.coordinator,
+            meeting.processes,
+            meeting.process,
+            heartbeat_timeout_seconds=meeting.heartbeat_seconds,
+            shutdown_timeout_seconds=meeting.heartbeat_seconds,
+        )
+    except ValueError as error:
+        if not meeting.cluster:
+            raise
+        raise ValueError(
+            f"--cluster found none ({error}); name it by --coordinator, --processes and --process"
+        ) from error
+    try:
+        if is_first():
+            yield
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                yield
+    except jax.errors.JaxRuntimeError as error:
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} cannot go on, most "
+            "likely because another one ended; the same command on any number of processes "
+            f"continues from the last checkpoint\n{error}",
+            file=sys.stderr,
+            flush=True,
+        )
+        # An ordinary exit would wait for the lost process, and then abort.
+        os._exit(1)
+
+
+def _wanted(meeting: Meeting) -> bool:
+    """Whether there is a meeting at all; ValueError if half of one is described."""
+    coordinator, processes, process = explicit = meeting[:3]
+    if meeting.heartbeat_seconds < 1:
+        raise ValueError(f"heartbeat-seconds must be >= 1, got {meeting.heartbeat_seconds}")
+    if explicit == (None, None, None):
+        return meeting.cluster
+    if meeting.cluster:
+        raise ValueError("--cluster finds coordinator, processes and process: give none of them")
+    if coordinator is None or processes is None or process is None:
+        raise ValueError(
+            "--coordinator, --processes and --process belong together, got "
+            f"coordinator {coordinator}, processes {processes}, process {process}"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
+    if not 0 <= process < processes:
+        raise ValueError(f"process must be in 0..{processes - 1}, got {process}")
+    return True
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all; true for one alone."""
+    return jax.process_index() == 0
+
+
+def agreed(wish: bool) -> bool:
+    """Whether any process wishes it; every one must ask."""
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(wish))))
+
+
+def wait(place: str) -> None:
+    """Returns when every process has come to this place."""
+    multihost_utils.sync_global_devices(place)
+
+
+def check_same(text: str, what: str) -> None:
+    """Raises ValueError if processes have different texts."""
+    sums = multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode())))
+    if np.any(sums != sums[0]):
+        raise ValueError(f"all processes need the same {what}, they have different ones")
