@@ -425,5 +425,5 @@ def targets_table(entry: dict[str, Any]) -> Table:
 
 
 def spread(values: list[float]) -> str:
-    median, low, high = values
-    return f"{median:.3g} ({low:.3g} to {high:.3g})"
+    median, low, high = (f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values)
+    return f"{median} ({low} to {high})"
