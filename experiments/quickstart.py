@@ -38,7 +38,7 @@ def run(out: Path = OUT, stop: Callable[[], bool] = lambda: False) -> bool:
     picture = draw(outcomes, out / "features.png")
     console = Console()
     console.print(table(outcomes))
-    console.print(f"picture: {picture}")
+    console.print(f"picture: {picture}", soft_wrap=True)
     return True
 
 

@@ -255,15 +255,14 @@ def test_killed_process_continues_to_the_same_bits(unbroken, tmp_path):
 
 
 def cells():
-    """One configuration for every network, the losses in turn."""
-    chosen = {}
-    for config in CONFIGS.values():
-        chosen.setdefault(config.network, []).append(config)
-    return [configs[i % len(configs)] for i, configs in enumerate(chosen.values())]
+    """Every configuration; CI runs one network of each data set."""
+    sampled = {"mnist-m4", "cifar100-m3", "released-cifar10plus-hinge"}
+    for name, config in CONFIGS.items():
+        yield pytest.param(config, id=name, marks=[pytest.mark.ci] if name in sampled else [])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", cells(), ids=lambda config: config.name)
+@pytest.mark.parametrize("config", list(cells()))
 def test_cell_runs_at_toy_size(config, tmp_path):
     rng = np.random.default_rng(0)
     arrays = {}
@@ -272,8 +271,17 @@ def test_cell_runs_at_toy_size(config, tmp_path):
         arrays[f"{split}_images"] = rng.integers(0, 256, shape, dtype=np.uint8)
         arrays[f"{split}_labels"] = rng.integers(0, config.classes, 64)
     np.savez(tmp_path / f"{config.dataset}.npz", **arrays)
-    outcome = run(tmp_path, replace(toy(config), dtype="bf16"), folder=tmp_path)
+    dtype = "bf16" if config.margin == 3 else "f32"
+    outcome = run(tmp_path, replace(toy(config), dtype=dtype), folder=tmp_path)
     assert outcome["status"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_released_mnist_recipe_trains(tfds_dir, tmp_path):
+    small = {"steps": 240, "batch": 64, "width": 1 / 8, "examples": 6000}
+    outcome = run(tmp_path, replace(CONFIGS["released-mnist-m4"], **small), folder=tfds_dir)
+    assert outcome["test"]["error"] < 10
 
 
 class FakeTime:
