@@ -397,12 +397,19 @@ def _sum_fwd(
 
 def _sum_bwd(
     setting: Setting, residuals: tuple[jax.Array, ...], cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, None, jax.Array, jax.Array]:
-    dfeatures, dkernel, dlam, loss = (
+) -> tuple[jax.Array | None, ...]:
+    return scaled_gradients(residuals, cotangent)
+
+
+def scaled_gradients(
+    gradients: tuple[jax.Array, ...], cotangent: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    """What a sum's backward pass returns from (dfeatures, dkernel, dlam, dweights)."""
+    dfeatures, dkernel, dlam, dweights = (
         (cotangent * gradient.astype(cotangent.dtype)).astype(gradient.dtype)
-        for gradient in residuals
+        for gradient in gradients
     )
-    return dfeatures, dkernel, None, dlam, loss
+    return dfeatures, dkernel, None, dlam, dweights
 
 
 _sum.defvjp(_sum_fwd, _sum_bwd)
