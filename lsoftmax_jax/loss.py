@@ -275,11 +275,11 @@ class Knobs(NamedTuple):
             return Plan(row_block=min(self.row_block, max(batch, 1)), keep_exponentials=False)
         cells, wide = batch * classes, max(dtype.itemsize, 4)
         keep, block = self.keep_exponentials, self.class_block
-        if block is None and keep is None:
+        if block is None and keep is not False:
             rows = self.memory_budget // (wide * classes)
             if batch <= rows:
                 return Plan()
-            if rows_cost_no_more and rows >= _FEWEST_ROWS:
+            if keep is None and rows_cost_no_more and rows >= _FEWEST_ROWS:
                 return Plan(row_block=rows // 64 * 64, keep_exponentials=False)
         if keep is None:
             keep = dtype.itemsize * cells <= self.memory_budget

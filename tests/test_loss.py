@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import lsoftmax_jax as lsm
+from lsoftmax_jax.algebra import Plan
+from lsoftmax_jax.loss import Knobs
 from tests import oracle
 from tests.oracle import as_arrays, assert_close
 
@@ -871,3 +873,25 @@ def test_two_kinds_of_blocks_at_once_are_refused():
 def test_soft_labels_are_refused_in_words(rule, dtype):
     with pytest.raises((TypeError, ValueError), match="margin belongs to one class"):
         rule(**{**GOOD, "labels": np.ones((B, C), dtype)})
+
+
+@pytest.mark.parametrize(
+    "knobs, summed, plan",
+    [
+        ((2**30, None, None, None), True, Plan()),
+        ((2**30, None, None, True), False, Plan()),
+        ((1024 * 10**5 * 3, None, None, None), True, Plan(row_block=768, keep_exponentials=False)),
+        ((1024 * 10**5 * 3, None, None, None), False, Plan(None, 8192, False)),
+        ((2**22, None, None, None), True, Plan(None, 512, False)),
+        ((2**22, None, None, True), True, Plan(None, 512, True)),
+        ((2**30, None, None, False), True, Plan(None, 8192, False)),
+        ((2**30, 300, None, None), True, Plan(row_block=300, keep_exponentials=False)),
+        ((2**30, None, 10**6, None), False, Plan(None, 10**5, True)),
+    ],
+)
+def test_the_budget_chooses_the_plan(knobs, summed, plan):
+    """For 1024 rows and 100,000 classes in float32, 410 MB of logits."""
+    chosen = (
+        Knobs(*knobs).checked().plan(1024, 10**5, jnp.dtype(jnp.float32), rows_cost_no_more=summed)
+    )
+    assert chosen == plan
