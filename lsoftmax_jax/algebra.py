@@ -42,12 +42,18 @@ class Statistics(NamedTuple):
     """What the loss saw of each row, at no second pass; no gradients flow through it.
 
     `plain_logit > max_logit` is the margin-free hit, the one to report as training accuracy.
+
+    Attributes:
+      target_cosine: cos(theta_y).
+      target_logit: the label's logit with margin and annealing.
+      plain_logit: features . kernel_y, the label's logit without.
+      max_logit: the largest other logit.
     """
 
-    target_cosine: jax.Array  # cos(theta_y)
-    target_logit: jax.Array  # with margin and annealing
-    plain_logit: jax.Array  # features . kernel_y
-    max_logit: jax.Array  # the largest other logit
+    target_cosine: jax.Array
+    target_logit: jax.Array
+    plain_logit: jax.Array
+    max_logit: jax.Array
 
 
 class Plan(NamedTuple):

@@ -166,9 +166,9 @@ def lsoftmax_loss_sum(
     Args:
       weights: (...,) real weights s of the examples, or None for ones; for a mean pass
         `jnp.full(labels.shape, 1 / labels.size)`. Their gradient is the loss of each example.
-      features, kernel, labels, margin, lam, where, label_smoothing, memory_budget, row_block,
-        class_block, keep_exponentials: as in `lsoftmax_loss`; row blocks need three matrix
-        products here and not four.
+      features, kernel, labels, margin, lam, where, label_smoothing: as in `lsoftmax_loss`.
+      memory_budget, row_block, class_block, keep_exponentials: as there, but row blocks need three
+        matrix products and not four.
 
     Returns:
       scalar, float32, or float64 for float64 operands.

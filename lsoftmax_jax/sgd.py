@@ -20,10 +20,17 @@ from lsoftmax_jax.loss import Call, check_weights
 
 
 class SgdStep(NamedTuple):
-    """What a step of `lsoftmax_sgd` gives back."""
+    """What a step of `lsoftmax_sgd` gives back.
 
-    loss: jax.Array  # scalar, the weighted sum of the losses before the update
-    dfeatures: jax.Array  # its gradient, for the backward pass of the rest of the model
+    Attributes:
+      loss: scalar, the weighted sum of the losses before the update.
+      dfeatures: its gradient, for the backward pass of the rest of the model.
+      kernel: after the update.
+      momentum: after the update.
+    """
+
+    loss: jax.Array
+    dfeatures: jax.Array
     kernel: jax.Array
     momentum: jax.Array
 

@@ -150,8 +150,8 @@ def lsoftmax_loss(
         with columns of any finite value and say how many `classes` are real. The filling takes no
         part and gets zero gradient.
       labels: (batch,) integers in [0, classes).
-      margin, lam, where, label_smoothing, statistics, memory_budget, row_block, class_block,
-        keep_exponentials: as in `lsoftmax_jax.lsoftmax_loss`; budget and blocks are per device.
+      margin, lam, where, label_smoothing, statistics: as in `lsoftmax_jax.lsoftmax_loss`.
+      memory_budget, row_block, class_block, keep_exponentials: as there, of each device.
       class_axis: mesh axis of the classes.
       batch_axes: mesh axes of the batch, which may include `class_axis`: then every device
         gathers the rows of its group.
@@ -213,9 +213,9 @@ def lsoftmax_loss_sum(
     Args:
       features, kernel, labels, class_axis, batch_axes, mesh, classes: as in `lsoftmax_loss` here.
       weights: (batch,) real weights of the examples, or None for ones.
-      margin, lam, where, label_smoothing, memory_budget, row_block, class_block,
-        keep_exponentials: as in `lsoftmax_jax.lsoftmax_loss_sum`; budget and blocks are per
-        device, and row blocks compute the logits twice.
+      margin, lam, where, label_smoothing: as in `lsoftmax_jax.lsoftmax_loss_sum`.
+      memory_budget, row_block, class_block, keep_exponentials: as there, of each device, but row
+        blocks compute the logits twice.
 
     Returns:
       scalar, float32, or float64 for float64 operands.
