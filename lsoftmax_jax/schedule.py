@@ -17,9 +17,11 @@ class LambdaPreset(NamedTuple):
     minimum: float = 0.0
 
 
-# As in the released prototxts; the MNIST one is for margin 4, the CIFAR ones for margin 2.
+#: As released for MNIST with margin 4.
 MNIST = LambdaPreset(base=1000.0, gamma=2.5e-5, power=35.0)
+#: As released for CIFAR10 with margin 2.
 CIFAR10 = LambdaPreset(base=1000.0, gamma=2e-5, power=45.0)
+#: As released for CIFAR10 with augmentation and margin 2.
 CIFAR10_PLUS = LambdaPreset(base=1000.0, gamma=1e-5, power=45.0)
 
 

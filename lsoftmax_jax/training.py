@@ -2,7 +2,7 @@ r"""Training and evaluation steps for any Flax NNX model that ends in a large-ma
 
 The model is called as ``model(images) -> features`` and carries the head as ``model.head``. The
 steps are pure functions of arrays, so that the same step runs under `jax.jit` on one device, under
-jit over a mesh (`compile_step`, `repeat`), under `jax.pmap` and under `jax.vmap` over seeds:
+jit over a mesh (`compile_step`, `repeat`), under `jax.pmap` and under `jax.vmap` over seeds::
 
     graphdef, state = create(model, optimizer)
     step = compile_step(train_step(graphdef, optimizer, annealed_lambda(1000, 2.5e-5, 35)), mesh)
