@@ -1,10 +1,11 @@
 """``python -m experiments COMMAND``; ``--help`` after any part of it says more."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from experiments import measure, models, quickstart, train
 from experiments.align import align
-from experiments.benchmarks.head import bench
+from experiments.benchmarks import head, step
 from experiments.configs import CONFIGS, Named
 from experiments.embed import embed
 from experiments.figures import figures
@@ -154,6 +155,27 @@ def measures_table(title: str, measured: dict[str, Any]) -> Table:
     return table
 
 
+def postponed(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """Binds the arguments without the call, whose errors tyro would take for its own."""
+
+    @functools.wraps(function)
+    def bound(**arguments: Any) -> Callable[[], None]:
+        return functools.partial(function, **arguments)
+
+    return bound
+
+
+Benchmark = (
+    Annotated[Any, tyro.conf.subcommand("head", constructor=postponed(head.bench))]
+    | Annotated[Any, tyro.conf.subcommand("step", constructor=postponed(step.bench))]
+)
+
+
+def bench(benchmark: Benchmark) -> None:
+    """Times what a margin costs, arms interleaved in one process; writes a table and a JSON."""
+    benchmark()
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "quickstart": quickstart_,
     "list": list_,
@@ -186,6 +208,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever reads, `head` say, has seen enough. Python would flush once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return code or 0
 
 

@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.stages import Compiled
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +41,6 @@ TOLERANCE = {"f32": 1e-4, "bf16": 3e-2}
 
 
 def bench(
-    what: tyro.conf.Positional[Literal["head"]],
     shapes: tuple[tuple[int, int, int], ...] = SHAPES,
     dtype: Literal["f32", "bf16"] = "f32",
     margin: int = 4,
@@ -55,7 +53,6 @@ def bench(
     """Times the head: every plan, optax's softmax, the literal formula, torch where it is.
 
     Args:
-      what: the benchmark.
       shapes: batch, feature length and classes, three numbers a shape.
       dtype: of features and kernel.
       margin: of the margin's arms.
@@ -81,7 +78,7 @@ def bench(
     result = {
         "kind": "bench head",
         "date": begun.isoformat(timespec="seconds"),
-        "command": f"python -m experiments bench {what}{written(shapes, config)}",
+        "command": f"python -m experiments bench head{written(shapes, config)}",
         **provenance(1),
         "peer_versions": peer_versions(peers_python),
         "config": config,

@@ -1,4 +1,4 @@
-"""`bench head`: what it writes, what it refuses to time, and how it reads compiled programs."""
+"""`bench`: what it writes, what it refuses to time, and how it reads compiled programs."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ import pytest
 
 import oracle
 from experiments.__main__ import main
-from experiments.benchmarks import arms, head, hlo, peers
+from experiments.benchmarks import arms, head, hlo, peers, step
 from experiments.benchmarks.arms import Arm, Shape
 from experiments.benchmarks.head import Target
 
@@ -176,6 +176,48 @@ def stand_in(loss):
         return json.dumps(timed)
 
     return given, printed
+
+
+def test_steps_are_timed_and_judged(tmp_path):
+    flags = ["--configurations", "mnist-m4", "--batch", "4", "--width", "0.0625"]
+    assert main(["bench", "step", *flags, "--repetitions", "2", "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())
+    assert found["command"].endswith(" ".join([*flags, "--repetitions", "2"]))
+    (entry,) = found["configurations"]
+    plain, no_margin, margin = entry["arms"]
+    assert [row["arm"] for row in entry["arms"]] == [step.PLAIN, step.NO_MARGIN, step.MARGIN]
+    assert plain["ratio"] == [1, 1, 1] and margin["loss"] > plain["loss"]
+    assert no_margin["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert margin["memory_ratio"] == margin["temporary_bytes"] / plain["temporary_bytes"]
+    for target, reached in zip(
+        entry["targets"], (margin["ratio"][0], margin["memory_ratio"]), strict=True
+    ):
+        assert target["reached"] == reached and target["met"] == (reached <= 1.02)
+    assert step.table(entry).row_count == 3
+
+
+def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):
+    def run(arm, config):
+        return SimpleNamespace(loss={step.PLAIN: 2.0, step.NO_MARGIN: 2.1, step.MARGIN: 3.0}[arm])
+
+    monkeypatch.setattr(step, "prepare_arm", run)
+    with pytest.raises(ValueError, match="m = 1 computes something else: its loss is 2.1"):
+        step.prepare(None)
+
+
+STEP_MISTAKES = {
+    "unknown": (["--configurations", "mnist-m5"], "'mnist-m5'"),
+    "no margin": (["--configurations", "mnist-softmax"], "mnist-softmax has no margin"),
+    "batch": (["--batch", "0"], "batch must be >= 1, got 0"),
+    "repetitions": (["--repetitions", "0"], "repetitions must be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("flags, message", STEP_MISTAKES.values(), ids=STEP_MISTAKES)
+def test_a_mistake_with_steps_is_one_message(flags, message, tmp_path, capsys):
+    assert main(["bench", "step", *flags, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_peers_are_checked_and_timed_before_and_after(monkeypatch):
