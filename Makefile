@@ -1,6 +1,6 @@
 # make quickstart   install into .venv, then train and compare both heads on embedded real digits
 # make test         install into .venv, then lint, type check and test
-# Other targets: lint, pytest, test-slow, test-lowest, test-newest, format, constraints.
+# Other targets: lint, pytest, test-slow, test-lowest, test-newest, parity, format, constraints.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test lint pytest test-slow test-lowest test-newest format constraints
+.PHONY: quickstart test lint pytest test-slow test-lowest test-newest parity format constraints
 
 quickstart: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments quickstart
@@ -48,6 +48,12 @@ test-newest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install -qq packaging
 	.venv-lowest/bin/python scripts/lowest.py pyproject.toml > $@
+
+# Loss, gradients and weights beside PyTorch's; what it measures is a result.
+parity:
+	$(MAKE) .venv-parity/test,peers.stamp VENV=.venv-parity
+	PARITY_JSON=experiments/results/parity/pytorch-metric-learning.json \
+	    .venv-parity/bin/pytest tests/test_peers.py
 
 format:
 	$(VENV)/bin/ruff check --fix .
