@@ -255,7 +255,7 @@ def one_device_step(job: Job) -> Callable[..., Any]:
             weight_decay=DECAY,
             class_block=job.class_block,
         )
-        return tuple(done)
+        return done[:4]
 
     return step
 

@@ -10,9 +10,11 @@ from lsoftmax_jax import arguments
 from lsoftmax_jax.algebra import (
     Columns,
     Plan,
+    Statistics,
     block_gradients,
     gradient_row,
     loss_and_z,
+    statistics_of,
     summarise,
 )
 from lsoftmax_jax.logits import along_columns, along_rows, column_sums, target_of
@@ -27,12 +29,15 @@ class SgdStep(NamedTuple):
       dfeatures: its gradient, for the backward pass of the rest of the model.
       kernel: after the update.
       momentum: after the update.
+      statistics: of each example before the update; `plain_logit > max_logit` is the margin-free
+        hit. At no cost where it is not used.
     """
 
     loss: jax.Array
     dfeatures: jax.Array
     kernel: jax.Array
     momentum: jax.Array
+    statistics: Statistics
 
 
 def lsoftmax_sgd(
@@ -139,7 +144,10 @@ def lsoftmax_sgd(
         carry = update(count * block, tail, carry)
     dfeatures, kernel, momentum = carry
     dfeatures = dfeatures.astype(features.dtype).reshape(*call.head.batch_shape, features.shape[1])
-    return SgdStep(jnp.sum(weights * loss), dfeatures, kernel, momentum)
+    seen = jax.tree.map(
+        lambda value: value.reshape(call.head.batch_shape), statistics_of(t, others)
+    )
+    return SgdStep(jnp.sum(weights * loss), dfeatures, kernel, momentum, seen)
 
 
 def _rate(name: str, value: ArrayLike, dtype: jnp.dtype) -> jax.Array:

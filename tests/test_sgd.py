@@ -47,6 +47,18 @@ def test_is_the_unfused_step(x64, block):
     oracle.assert_close(got.momentum, optax.tree.get(state, "trace"), 1e-12)
 
 
+def test_statistics_are_those_of_the_loss(x64):
+    features, kernel, momentum, labels, weights = problem(jnp.float64)
+    batch = features.reshape(1, BATCH, DIM), labels.reshape(1, BATCH)
+    done = lsm.lsoftmax_sgd(
+        batch[0], kernel, momentum, batch[1], weights.reshape(1, BATCH),
+        margin=MARGIN, lam=LAM, learning_rate=ETA, class_block=4,
+    )  # fmt: skip
+    _, seen = lsm.lsoftmax_loss(batch[0], kernel, batch[1], margin=MARGIN, lam=LAM, statistics=True)
+    assert seen.max_logit.shape == (1, BATCH)
+    jax.tree.map(lambda one, other: oracle.assert_close(one, other, 1e-14), done.statistics, seen)
+
+
 def test_masked_rows_leave_no_trace():
     features, kernel, momentum, labels, weights = problem(jnp.float32)
     where = jnp.ones(BATCH, bool).at[2].set(False)

@@ -112,7 +112,7 @@ def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
 
     def fused_sgd(features: Any, state: Any, labels: Any, weights: Any, lam: Any) -> Any:
         kernel, momentum = state
-        loss, dfeatures, kernel, momentum = lsm.lsoftmax_sgd(
+        done = lsm.lsoftmax_sgd(
             features,
             kernel,
             momentum,
@@ -125,7 +125,7 @@ def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
             weight_decay=DECAY,
             class_block=class_block,
         )
-        return loss, dfeatures, (kernel, momentum)
+        return done.loss, done.dfeatures, (done.kernel, done.momentum)
 
     one_shot = loss_sum(margin, memory_budget=UNLIMITED)
     rows_at_once = shape.batch // next(pieces for pieces in (4, 2, 1) if shape.batch % pieces == 0)
