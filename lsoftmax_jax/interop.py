@@ -103,8 +103,8 @@ def kernel_to_rows(kernel: ArrayLike) -> np.ndarray:
         `kernel[:, :classes]`: its kernel may have some more columns.
 
     Returns:
-      (classes, in_features), contiguous: a transposed view would be saved wrong, without an
-      error, by `safetensors.numpy.save_file`.
+      (classes, in_features), contiguous, a copy: safetensors 0.8.0 saves the numbers of a
+      transposed view in the wrong order, without an error.
 
     Raises:
       TypeError: `kernel` is not floating point.
@@ -116,7 +116,7 @@ def kernel_to_rows(kernel: ArrayLike) -> np.ndarray:
       >>> interop.kernel_to_rows(jnp.zeros((512, 10))).shape
       (10, 512)
 
-    Source: see `kernel_from_rows`.
+    Source: see `kernel_from_rows`; https://github.com/safetensors/safetensors/issues/825.
     """
     return np.ascontiguousarray(_matrix("kernel", kernel, _KERNEL).T)
 
