@@ -182,8 +182,11 @@ def from_caffe(
     Args:
       type: SINGLE, DOUBLE, TRIPLE or QUADRUPLE. The defaults are those of the authors'
         caffe.proto, by which λ stays at 1.
-      base, gamma, power, lambda_min: the constants; `annealed_lambda` checks them.
+      base: λ at t = 0; `annealed_lambda` checks this and the other constants.
+      gamma: how fast λ falls per forward pass.
+      power: exponent.
       iteration: forward passes done before the first, >= 0.
+      lambda_min: λ never falls below it.
 
     Returns:
       the margin, and the constants of the schedule, `annealed_lambda(*constants)`.
