@@ -1,6 +1,8 @@
 # make quickstart   install into .venv, then train and compare both heads on embedded real digits
 # make test         install into .venv, then lint, type check and test
-# Other targets: lint, pytest, test-slow, test-lowest, test-newest, parity, format, constraints.
+# make docs         install into .venv, then build the documentation into site/
+# Other targets: lint, pytest, test-slow, test-lowest, test-newest, parity, format, notebooks,
+# constraints.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,12 +12,16 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test lint pytest test-slow test-lowest test-newest parity format constraints
+.PHONY: quickstart test docs lint pytest test-slow test-lowest test-newest parity format notebooks constraints
 
 quickstart: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments quickstart
 
 test: lint pytest
+
+docs: $(VENV)/docs.stamp
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -W --keep-going -q docs site
+	@echo "site/index.html written"
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
@@ -59,6 +65,10 @@ parity:
 format:
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# The notebooks, from the scripts beside them.
+notebooks: $(VENV)/test.stamp
+	$(VENV)/bin/python scripts/notebooks.py experiments/notebooks
 
 # Pin what a fresh install of the test extra resolves to. They hold for make and CI, not for users.
 constraints:

@@ -1,0 +1,160 @@
+"""The guide's figures, drawn by the library itself, each for a light and a dark page."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+import lsoftmax_jax as lsm
+from experiments.files import replacing
+from lsoftmax_jax import schedule
+
+# After Okabe and Ito, those that stand out from white and from black; lines differ in dashes too.
+COLORS = ("#0072B2", "#C98500", "#009E73", "#CC79A7", "#D55E00")
+DASHES: Sequence[Any] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)))
+INKS = {"light": "#1f2328", "dark": "#e6e6e6"}
+
+
+def style(ink: str) -> dict[Any, Any]:
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    return dict.fromkeys(inked, ink) | {
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "font.size": 11,
+        "axes.titlesize": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "docs",  # the same figure gives the same bytes
+    }
+
+
+def write(folder: Path) -> None:
+    """NAME-light.svg and NAME-dark.svg of every figure."""
+    for name, draw in FIGURES.items():
+        for page, ink in INKS.items():
+            with rc_context(style(ink)), replacing(folder / f"{name}-{page}.svg") as file:
+                draw().savefig(file, format="svg", metadata={"Date": None})
+
+
+def lines(panel: Axes, across: NDArray, curves: dict[str, Any]) -> None:
+    """One line a curve; the label is its key."""
+    for (label, values), color, dashes in zip(curves.items(), COLORS, DASHES, strict=False):
+        panel.plot(across, values, color=color, linestyle=dashes, label=label)
+
+
+def psi_by_angle() -> Figure:
+    """psi for several margins."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    panel = figure.add_subplot(xlabel="angle θ, degrees", ylabel="ψ(θ)", xlim=(0, 180))
+    degrees = np.linspace(0, 180, 721)
+    cosine = jnp.cos(jnp.radians(degrees))
+    curves = {f"m = {m}" + " (cos θ)" * (m == 1): lsm.psi(cosine, m) for m in (1, 2, 3, 4, 6)}
+    lines(panel, degrees, curves)
+    panel.set_xticks(range(0, 181, 30))
+    panel.legend()
+    return figure
+
+
+def psi_and_slope() -> Figure:
+    """psi and its derivative against the cosine: finite to the ends, zero at the inner knots."""
+    figure = Figure(figsize=(8.6, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    cosine = jnp.linspace(-1, 1, 801)
+    margins = (1, 2, 3, 4)
+
+    def slope(margin: int) -> jax.Array:
+        return jax.jvp(lambda c: lsm.psi(c, margin), (cosine,), (jnp.ones_like(cosine),))[1]
+
+    lines(left, np.asarray(cosine), {f"m = {m}": lsm.psi(cosine, m) for m in margins})
+    lines(right, np.asarray(cosine), {f"m = {m}": slope(m) for m in margins})
+    left.set(xlabel="cos θ", title="ψ")
+    right.set(xlabel="cos θ", title="dψ / d cos θ", ylim=(0, 16.5))
+    left.legend()
+    return figure
+
+
+def annealed_target() -> Figure:
+    """The target logit between plain and full margin, for a feature and a column of length 1."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    panel = figure.add_subplot(xlabel="angle θ, degrees", ylabel="target logit", xlim=(0, 180))
+    degrees = np.linspace(0, 180, 361)
+    radians = np.radians(degrees)
+    features = np.stack([np.cos(radians), np.sin(radians)], axis=-1).astype(np.float32)
+    kernel, labels = jnp.array([[1.0], [0.0]]), np.zeros(len(degrees), int)
+
+    def target(lam: float) -> jax.Array:
+        return lsm.lsoftmax_logits(features, kernel, labels, margin=4, lam=lam)[:, 0]
+
+    named = {"λ = ∞ (softmax)": np.inf, "λ = 20": 20.0, "λ = 5": 5.0, "λ = 1": 1.0}
+    curves = {label: target(lam) for label, lam in (named | {"λ = 0 (full margin)": 0.0}).items()}
+    lines(panel, degrees, curves)
+    panel.set_xticks(range(0, 181, 30))
+    panel.legend()
+    return figure
+
+
+def presets() -> Figure:
+    """λ of the released constants, step by step."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    panel = figure.add_subplot(xlabel="update", ylabel="λ", yscale="log", ylim=(1e-2, 1.5e3))
+    steps = np.arange(0, 18_001, 50)
+    named = {
+        "MNIST, m = 4": schedule.MNIST,
+        "CIFAR10, m = 2": schedule.CIFAR10,
+        "CIFAR10+, m = 2": schedule.CIFAR10_PLUS,
+        "CIFAR10+ with minimum 5": schedule.CIFAR10_PLUS._replace(minimum=5.0),
+    }
+    lines(panel, steps, {name: lsm.annealed_lambda(*p)(steps) for name, p in named.items()})
+    panel.set_xlim(0, steps[-1])
+    panel.legend()
+    return figure
+
+
+def regions() -> Figure:
+    """Two classes in the plane: where each is ahead when its own label carries the margin."""
+    figure = Figure(figsize=(8.6, 3.5), layout="constrained")
+    angles = np.radians([125, 55])
+    kernel = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+    for panel, margin in zip(figure.subplots(1, 3), (1, 2, 4), strict=True):
+        draw_regions(panel, kernel, margin)
+        panel.set_title("softmax (m = 1)" if margin == 1 else f"m = {margin}")
+    return figure
+
+
+def draw_regions(panel: Axes, kernel: NDArray, margin: int) -> None:
+    across, up = np.linspace(-1.15, 1.15, 231), np.linspace(0, 1.25, 126)
+    features = np.stack(np.meshgrid(across, up), axis=-1).astype(np.float32)
+    for label, color in enumerate((COLORS[0], COLORS[4])):
+        labels = np.full(features.shape[:-1], label)
+        logits = lsm.lsoftmax_logits(features, kernel, labels, margin=margin)
+        lead = np.asarray(logits[..., label] - logits[..., 1 - label])
+        panel.contourf(across, up, lead, levels=(0, np.inf), colors=[color], alpha=0.25)
+        panel.contour(across, up, lead, levels=(0,), colors=[color], linewidths=1.5)
+        x, y = kernel[:, label]
+        arrow = {"arrowstyle": "-|>", "color": color, "linewidth": 1.8}
+        panel.annotate("", (x, y), (0, 0), arrowprops=arrow)
+        panel.text(1.13 * x, 1.13 * y, f"$w_{label + 1}$", ha="center", va="center")
+    panel.set(aspect="equal", xticks=(), yticks=())
+    panel.grid(visible=False)
+    panel.spines[:].set_visible(False)
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "psi": psi_by_angle,
+    "slope": psi_and_slope,
+    "annealed": annealed_target,
+    "presets": presets,
+    "regions": regions,
+}
