@@ -47,6 +47,8 @@ class LSoftmaxDense(linen.Module):
       (2, 10)
       >>> head.apply(params, features, labels, lam=5.0, method=head.loss).shape
       (2,)
+
+    Source: Liu et al., ICML 2016.
     """
 
     classes: int

@@ -53,6 +53,8 @@ class LSoftmaxDense(nnx.Module):
       ((2, 10), (2, 10))
       >>> head.loss(features, labels, lam=5.0).shape
       (2,)
+
+    Source: Liu et al., ICML 2016.
     """
 
     def __init__(

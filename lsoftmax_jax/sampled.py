@@ -118,25 +118,42 @@ def _permuted(key: jax.Array, classes: int, count: int) -> jax.Array:
 
 
 def take_columns(kernel: jax.Array, sample: Sample) -> jax.Array:
-    """The sampled columns (D, batch + negatives) of kernel, zero where there is none.
+    """The sampled columns of a kernel, or of an array like it, such as its momentum.
 
-    >>> import jax.numpy as jnp, lsoftmax_jax as lsm
-    >>> sample = lsm.sampled.Sample(jnp.array([1, 3]), jnp.array([0, -jnp.inf]), jnp.array([0]))
-    >>> lsm.sampled.take_columns(jnp.eye(3), sample).tolist()
-    [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+    Args:
+      kernel: (D, classes).
+      sample: from `sample_classes`.
+
+    Returns:
+      (D, batch + negatives), zero where `sample` has no class.
+
+    Example:
+      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> sample = lsm.sampled.Sample(jnp.array([1, 3]), jnp.array([0, -jnp.inf]), jnp.array([0]))
+      >>> lsm.sampled.take_columns(jnp.eye(3), sample).tolist()
+      [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
     """
     return kernel.at[:, sample.ids].get(mode="fill", fill_value=0)
 
 
 def put_columns(kernel: jax.Array, sample: Sample, columns: jax.Array) -> jax.Array:
-    """kernel with its sampled columns replaced; donate it and nothing else is touched.
+    """The kernel with its sampled columns replaced; donate it and nothing else is touched.
 
     The optimiser state of the kernel is kept in step the same way: take, update, put.
 
-    >>> import jax.numpy as jnp, lsoftmax_jax as lsm
-    >>> sample = lsm.sampled.Sample(jnp.array([1, 3]), jnp.array([0, -jnp.inf]), jnp.array([0]))
-    >>> lsm.sampled.put_columns(jnp.eye(3), sample, jnp.full((3, 2), 9.0))[0].tolist()
-    [1.0, 9.0, 0.0]
+    Args:
+      kernel: (D, classes).
+      sample: from `sample_classes`.
+      columns: (D, batch + negatives), cast to the dtype of `kernel`.
+
+    Returns:
+      (D, classes), as `kernel`.
+
+    Example:
+      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> sample = lsm.sampled.Sample(jnp.array([1, 3]), jnp.array([0, -jnp.inf]), jnp.array([0]))
+      >>> lsm.sampled.put_columns(jnp.eye(3), sample, jnp.full((3, 2), 9.0))[0].tolist()
+      [1.0, 9.0, 0.0]
     """
     return kernel.at[:, sample.ids].set(columns.astype(kernel.dtype), mode="drop")
 

@@ -249,11 +249,24 @@ def lsoftmax_loss_sum(
 def padded_columns(classes: int, class_axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
     """The least number of kernel columns >= classes that the mesh axis divides.
 
-    >>> import jax, lsoftmax_jax as lsm
-    >>> lsm.sharded.padded_columns(10575, "model", jax.sharding.AbstractMesh((8,), ("model",)))
-    10576
+    Args:
+      classes: number of classes.
+      class_axis: the mesh axis that the classes are sharded over.
+      mesh: by default that of `jax.set_mesh`.
+
+    Returns:
+      the number of columns that the kernel of a sharded head has.
+
+    Raises:
+      ValueError: there is no mesh, or it has no such axis.
+
+    Example:
+      >>> import jax, lsoftmax_jax as lsm
+      >>> lsm.sharded.padded_columns(10575, "model", jax.sharding.AbstractMesh((8,), ("model",)))
+      10576
     """
-    shards = _mesh(mesh).shape[class_axis]
+    classes = arguments.check_size("classes", classes)
+    shards = _layout(mesh, class_axis, ()).mesh.shape[class_axis]
     return -(-classes // shards) * shards
 
 

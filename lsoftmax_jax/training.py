@@ -103,13 +103,21 @@ def create(
 ) -> tuple[nnx.GraphDef[Any], State]:
     """The model's structure, and its arrays with a fresh optimizer state as a `State`.
 
-    >>> import optax
-    >>> from flax import nnx
-    >>> from lsoftmax_jax.nnx import LSoftmaxDense
-    >>> head = LSoftmaxDense(8, 10, margin=4, rngs=nnx.Rngs(0))
-    >>> graphdef, state = create(head, optax.sgd(0.1))
-    >>> state.params["kernel"].shape
-    (8, 10)
+    Args:
+      model: any NNX module; the steps call it as ``model(images)`` and use its ``head``.
+      optimizer: an Optax transformation.
+
+    Returns:
+      (graphdef, state): the structure, static, and step 0 of all arrays.
+
+    Example:
+      >>> import optax
+      >>> from flax import nnx
+      >>> from lsoftmax_jax.nnx import LSoftmaxDense
+      >>> head = LSoftmaxDense(8, 10, margin=4, rngs=nnx.Rngs(0))
+      >>> graphdef, state = create(head, optax.sgd(0.1))
+      >>> state.params["kernel"].shape
+      (8, 10)
     """
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     params, other = map(nnx.to_pure_dict, states)
@@ -117,7 +125,23 @@ def create(
 
 
 def restore_model(graphdef: nnx.GraphDef[Any], state: State) -> Any:
-    """The NNX model of a trained state, set to inference."""
+    """The NNX model of a trained state, set to inference.
+
+    Args:
+      graphdef: the model's structure, from `create`.
+      state: of any step.
+
+    Returns:
+      the module; its arrays are those of the state, not copies.
+
+    Example:
+      >>> import optax
+      >>> from flax import nnx
+      >>> from lsoftmax_jax.nnx import LSoftmaxDense
+      >>> head = LSoftmaxDense(8, 10, margin=4, rngs=nnx.Rngs(0))
+      >>> restore_model(*create(head, optax.sgd(0.1)))(jnp.ones((2, 8))).shape
+      (2, 10)
+    """
     model = nnx.merge(graphdef, state.params, state.other)
     model.eval()
     return model
@@ -131,7 +155,11 @@ def train_step(
     loss: Loss | None = None,
     axis_name: str | None = None,
 ) -> TrainStep:
-    """Builds the pure function that makes one update on the batch's mean loss.
+    r"""Builds the pure function that makes one update on the batch's mean loss.
+
+    .. math:: p_{t+1} = p_t + U\left(\nabla_p \frac1B \sum_i \ell_i(p_t, \lambda_t)\right)
+
+    with the optimizer's update U, the large-margin loss of the head, and λ of the state's step.
 
     Args:
       graphdef: the model's structure, from `create`.
@@ -145,6 +173,28 @@ def train_step(
       the real rows of a padded batch; the model is then called as ``model(images, where=where)`` so
       that its batch statistics can leave the padding out too. (Under ``axis_name`` Flax averages
       the devices' statistics with equal weight, exact where each has as many real rows.)
+
+    Raises:
+      TypeError, ValueError: when the step is traced, as `lsoftmax_jax.lsoftmax_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> from lsoftmax_jax import annealed_lambda
+      >>> from lsoftmax_jax.nnx import LSoftmaxDense
+      >>> class Model(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.head = LSoftmaxDense(3, 2, margin=4, rngs=rngs)
+      ...     def __call__(self, images):
+      ...         return images
+      >>> sgd = optax.sgd(0.1)
+      >>> graphdef, state = create(Model(nnx.Rngs(0)), sgd)
+      >>> step = train_step(graphdef, sgd, annealed_lambda(1000.0, 2.5e-5, 35.0))
+      >>> state, metrics = step(state, jnp.ones((4, 3)), jnp.array([0, 1, 1, 1]))
+      >>> int(state.step), round(float(metrics.lam), 2), float(metrics.sums.examples)
+      (1, 999.13, 4.0)
+
+    Source: Liu et al., ICML 2016; λ by the step as in the authors' released code.
     """
 
     def total(tree: Any) -> Any:
@@ -183,10 +233,36 @@ def train_step(
 def eval_step(
     graphdef: nnx.GraphDef[Any], *, loss: Loss | None = None, axis_name: str | None = None
 ) -> EvalStep:
-    """Builds ``step(state, images, labels, where=None) -> Sums``, the margin-free evaluation.
+    """Builds the pure function that evaluates a batch without a margin.
 
-    The loss is the plain softmax cross-entropy (the head's loss at λ = infinity) unless ``loss`` is
-    given, as in `train_step`. Padding rows of a last batch are left out by ``where``.
+    The loss is the plain softmax cross-entropy (the head's loss at λ = infinity).
+
+    Args:
+      graphdef: the model's structure, from `create`.
+      loss: (plain logits, labels) -> per-example loss, in place of the cross-entropy.
+      axis_name: the axis to sum over when the step runs under `jax.pmap` or `jax.shard_map`.
+
+    Returns:
+      ``step(state, images, labels, where=None) -> Sums``; padding rows of a last batch are left
+      out by ``where`` (batch,).
+
+    Raises:
+      TypeError, ValueError: when the step is traced, as `lsoftmax_jax.lsoftmax_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> from lsoftmax_jax.nnx import LSoftmaxDense
+      >>> class Model(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.head = LSoftmaxDense(3, 2, margin=4, rngs=rngs)
+      ...     def __call__(self, images):
+      ...         return images
+      >>> graphdef, state = create(Model(nnx.Rngs(0)), optax.sgd(0.1))
+      >>> where = jnp.array([True, True, False])
+      >>> sums = eval_step(graphdef)(state, jnp.eye(3), jnp.array([0, 1, 0]), where)
+      >>> float(sums.examples), bool(sums.correct <= 2)
+      (2.0, True)
     """
 
     def step(
@@ -202,7 +278,29 @@ def eval_step(
 def embed_step(
     graphdef: nnx.GraphDef[Any],
 ) -> Callable[[State, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Builds ``step(state, images) -> (features, plain logits)``, the network at inference."""
+    """Builds the pure function that gives a batch's features, the network at inference.
+
+    Args:
+      graphdef: the model's structure, from `create`.
+
+    Returns:
+      ``step(state, images) -> (features, plain logits)``, of shapes (batch, D) and
+      (batch, classes).
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> from lsoftmax_jax.nnx import LSoftmaxDense
+      >>> class Model(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.head = LSoftmaxDense(3, 2, margin=4, rngs=rngs)
+      ...     def __call__(self, images):
+      ...         return images
+      >>> graphdef, state = create(Model(nnx.Rngs(0)), optax.sgd(0.1))
+      >>> features, logits = embed_step(graphdef)(state, jnp.eye(3))
+      >>> features.shape, logits.shape
+      ((3, 3), (3, 2))
+    """
 
     def step(state: State, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = restore_model(graphdef, state)
@@ -248,15 +346,21 @@ def _unit(array: jax.Array) -> jax.Array:
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
-    """A mesh of the first ``devices`` devices (all by default) with the one axis "data".
+    """A mesh with the one axis "data".
 
-    Under `jax.distributed` the devices are those of all processes, and each must have one in it.
+    Args:
+      devices: how many, the first ones; all by default. Under `jax.distributed` they are those of
+        all processes, and each must have one in the mesh.
+
+    Returns:
+      the mesh; its axis is of Auto type.
 
     Raises:
-      ValueError: if a process has no device in the mesh.
+      ValueError: a process has no device in the mesh.
 
-    >>> dict(data_mesh(1).shape)
-    {'data': 1}
+    Example:
+      >>> dict(data_mesh(1).shape)
+      {'data': 1}
     """
     chosen = jax.devices()[:devices]
     if len({device.process_index for device in chosen}) < jax.process_count():
@@ -270,11 +374,22 @@ def data_mesh(devices: int | None = None) -> Mesh:
 def place(arrays: Any, mesh: Mesh, spec: P) -> Any:
     """A tree of host arrays on the devices of a mesh, which may be those of several processes.
 
-    Every process passes the same arrays; each copies its own devices' parts and sends nothing.
+    Args:
+      arrays: the same in every process; each copies its own devices' parts and sends nothing.
+      mesh: of any axes.
+      spec: how each array is split, for all the same.
 
-    >>> import numpy as np
-    >>> place(np.arange(3), data_mesh(1), P()).shape
-    (3,)
+    Returns:
+      the tree as `jax.Array`s.
+
+    Raises:
+      ValueError: an axis of an array does not divide over its part of the mesh.
+
+    Example:
+      >>> import numpy as np
+      >>> from jax.sharding import PartitionSpec
+      >>> place(np.arange(3), data_mesh(1), PartitionSpec("data")).shape
+      (3,)
     """
 
     def one(array: NDArray) -> jax.Array:
@@ -287,9 +402,31 @@ def place(arrays: Any, mesh: Mesh, spec: P) -> Any:
 def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> Any:
     """`step` compiled for a mesh with a "data" axis, of Auto or Explicit type.
 
-    The state is replicated and, with ``donate``, its memory reused for the new one; images, labels
-    and where are split along "data", whose size must divide the batch. For an `eval_step` pass
-    ``donate=False``: its state is needed again.
+    Args:
+      step: from `train_step` or `eval_step`.
+      mesh: the state is replicated on it; images, labels and where are split along "data".
+      donate: reuse the state's memory for the new one. For an `eval_step` pass False: its state
+        is needed again.
+
+    Returns:
+      a function of the arguments of `step`, compiled when first called.
+
+    Raises:
+      ValueError: in calls, if the size of "data" does not divide the batch.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> from lsoftmax_jax.nnx import LSoftmaxDense
+      >>> class Model(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.head = LSoftmaxDense(3, 2, margin=4, rngs=rngs)
+      ...     def __call__(self, images):
+      ...         return images
+      >>> graphdef, state = create(Model(nnx.Rngs(0)), optax.sgd(0.1))
+      >>> evaluate = compile_step(eval_step(graphdef), data_mesh(1), donate=False)
+      >>> float(evaluate(state, jnp.eye(3), jnp.array([0, 1, 0])).examples)
+      3.0
     """
     replicated, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(DATA_AXIS))
     compiled = jax.jit(
@@ -320,6 +457,26 @@ def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = Non
     Returns:
       ``many(state, data, length) -> (state, metrics)``, jitted with the length static and the state
       donated; metrics are `StepMetrics` with a leading axis of that length.
+
+    Raises:
+      TypeError, ValueError: when traced, as `lsoftmax_jax.lsoftmax_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> from lsoftmax_jax.nnx import LSoftmaxDense
+      >>> class Model(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.head = LSoftmaxDense(3, 2, margin=4, rngs=rngs)
+      ...     def __call__(self, images):
+      ...         return images
+      >>> sgd = optax.sgd(0.1)
+      >>> graphdef, state = create(Model(nnx.Rngs(0)), sgd)
+      >>> step = train_step(graphdef, sgd, lambda step: jnp.float32(5.0))
+      >>> many = repeat(step, lambda step, data: data, data_mesh(1))
+      >>> state, metrics = many(state, (jnp.eye(3), jnp.array([0, 1, 0])), 2)
+      >>> int(state.step), metrics.sums.loss.shape
+      (2, (2,))
     """
     rows = P(DATA_AXIS) if _is_explicit(mesh) else NamedSharding(mesh, P(DATA_AXIS))
     if loop is None:

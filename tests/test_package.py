@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import tomllib
@@ -13,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lsoftmax_jax
+from lsoftmax_jax import interop, sampled, sharded, training
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -47,6 +49,25 @@ def test_imports_run_one_way(package):
 def test_the_library_imports_no_experiment():
     for path in (ROOT / "lsoftmax_jax").rglob("*.py"):
         assert not imported(path, "experiments"), path.name
+
+
+# Public to the heads, not to users.
+OF_THE_HEADS = {sharded.placed_columns, sharded.real_logits}
+FUNCTIONS = {
+    function
+    for module in (lsoftmax_jax, interop, sampled, sharded, training)
+    for name, function in inspect.getmembers(module, inspect.isfunction)
+    if not name.startswith("_") and module in (lsoftmax_jax, inspect.getmodule(function))
+} - OF_THE_HEADS
+
+
+@pytest.mark.parametrize("function", sorted(FUNCTIONS, key=str), ids=lambda f: f.__name__)
+def test_docstrings_say_what_goes_in_what_comes_out_and_show_it(function):
+    for part in ("\n    Args:\n", "\n    Returns:\n", "\n    Example:\n      >>> "):
+        assert part in function.__doc__, part.strip()
+    described = function.__doc__.partition("Args:")[2]
+    for name in inspect.signature(function).parameters:
+        assert re.search(rf"^      .*\b{name}\b", described, re.M), name
 
 
 def test_constraints_pin_every_dependency_within_its_declared_range():

@@ -296,6 +296,14 @@ def test_mistakes_are_named(change, error, name):
         lsm.sharded.lsoftmax_loss(features, kernel, labels, **(options(layout, mesh) | change))
 
 
+def test_padded_columns_names_its_mistakes():
+    mesh = jax.sharding.AbstractMesh((8,), ("model",))
+    with pytest.raises(ValueError, match="class_axis must be axes of the mesh.*got 'models'"):
+        lsm.sharded.padded_columns(10, "models", mesh)
+    with pytest.raises(ValueError, match="classes must be .*got 0"):
+        lsm.sharded.padded_columns(0, "model", mesh)
+
+
 def test_sizes_that_the_mesh_does_not_divide_are_named():
     layout = LAYOUTS["data by model"]
     mesh = make_mesh(layout)
