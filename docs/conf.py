@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
@@ -48,5 +49,13 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
+def without_blank_ends(app: Sphinx, page: nodes.document) -> None:
+    """A doctest in Markdown ends in a blank line, which nobody has to see."""
+    for block in page.findall(nodes.literal_block):
+        block.rawsource = block.rawsource.rstrip()
+        block[:] = [nodes.Text(block.rawsource)]
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("doctree-read", without_blank_ends)
     app.connect("builder-inited", lambda app: figures.write(HERE / "figures"))

@@ -18,7 +18,7 @@ from lsoftmax_jax import schedule
 
 # After Okabe and Ito, those that stand out from white and from black; lines differ in dashes too.
 COLORS = ("#0072B2", "#C98500", "#009E73", "#CC79A7", "#D55E00")
-DASHES: Sequence[Any] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)))
+DASHES: Sequence[Any] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (4, 1)))
 INKS = {"light": "#1f2328", "dark": "#e6e6e6"}
 
 
@@ -124,7 +124,7 @@ def presets() -> Figure:
 
 def regions() -> Figure:
     """Two classes in the plane: where each is ahead when its own label carries the margin."""
-    figure = Figure(figsize=(8.6, 3.5), layout="constrained")
+    figure = Figure(figsize=(8.6, 2.0), layout="constrained")
     angles = np.radians([125, 55])
     kernel = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
     for panel, margin in zip(figure.subplots(1, 3), (1, 2, 4), strict=True):

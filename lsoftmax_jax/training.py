@@ -380,7 +380,7 @@ def place(arrays: Any, mesh: Mesh, spec: P) -> Any:
       spec: how each array is split, for all the same.
 
     Returns:
-      the tree as `jax.Array`s.
+      The tree, each leaf a `jax.Array`.
 
     Raises:
       ValueError: an axis of an array does not divide over its part of the mesh.
