@@ -17,6 +17,7 @@ from experiments.benchmarks import head, step
 from experiments.configs import CONFIGS, Named
 from experiments.embed import embed
 from experiments.figures import figures
+from experiments.pairs import pairs
 from experiments.processes import Meeting, joined
 from experiments.queue import INTERRUPTED, reproduce
 from experiments.report import report
@@ -189,6 +190,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "embed": embed,
     "verify": verify_faces,
     "align": align,
+    "pairs": pairs,
     "bench": bench,
     "scale": scale,
 }
