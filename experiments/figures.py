@@ -132,7 +132,10 @@ def draw_geometry(_: Runs) -> Figure:
     panels = figure.subplots(2, len(LENGTHS), sharex=True, sharey=True)
     for row, margin in zip(panels, (1, 2), strict=True):
         for panel, (title, lengths) in zip(row, LENGTHS.items(), strict=True):
-            draw_regions(panel, plane_kernel(lengths), margin)
+            kernel = plane_kernel(lengths)
+            draw_regions(panel, kernel, margin)
+            if margin > 1:
+                _name_margin(panel, kernel, margin)
             head = "softmax" if margin == 1 else f"L-Softmax, m = {margin}"
             panel.set_title(f"{head}, {title}")
     dashed = Line2D([], [], color="0.3", linestyle="--", label="the boundary of softmax")
@@ -146,19 +149,19 @@ def plane_kernel(lengths: tuple[float, float]) -> NDArray:
     return np.stack([np.cos(angles), np.sin(angles)]) * np.asarray(lengths)
 
 
-def lead(features: NDArray, kernel: NDArray, label: int, margin: int) -> NDArray:
+def lead(features: NDArray, kernel: NDArray, label: int, margin: int, lam: float = 0.0) -> NDArray:
     """How far the margin logit of a label is above the other class's, for features (..., 2)."""
     labels = jnp.full(features.shape[:-1], label)
-    logits = lsm.lsoftmax_logits(features, kernel, labels, margin=margin)
+    logits = lsm.lsoftmax_logits(features, kernel, labels, margin=margin, lam=lam)
     return np.asarray(logits[..., label] - logits[..., 1 - label])
 
 
-def draw_regions(panel: Axes, kernel: NDArray, margin: int) -> None:
+def draw_regions(panel: Axes, kernel: NDArray, margin: int, lam: float = 0.0) -> None:
     """Where the logit of each class, with its margin, is ahead; dashed, the boundary without."""
     across, up = np.linspace(-1.2, 1.2, 241), np.linspace(0, 1.45, 146)
     features = np.stack(np.meshgrid(across, up), axis=-1).astype(np.float32)
     for label, color in enumerate(("tab:blue", "tab:red")):
-        ahead = lead(features, kernel, label, margin)
+        ahead = lead(features, kernel, label, margin, lam)
         panel.contourf(across, up, ahead, levels=(0, np.inf), colors=[color], alpha=0.14)
         if margin > 1:
             panel.contour(across, up, ahead, levels=(0,), colors=[color], linewidths=1.4)
@@ -170,8 +173,6 @@ def draw_regions(panel: Axes, kernel: NDArray, margin: int) -> None:
     panel.contour(across, up, plain, levels=(0,), colors="0.3", linewidths=1.4, linestyles=style)
     panel.set(aspect="equal", xticks=(), yticks=())
     panel.spines[:].set_visible(False)
-    if margin > 1:
-        _name_margin(panel, kernel, margin)
 
 
 def _name_margin(panel: Axes, kernel: NDArray, margin: int) -> None:
@@ -221,7 +222,7 @@ def draw_curves(runs: Runs, lines: dict[str, str]) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, split in zip(panels, ("train", "test"), strict=True):
-        for (config, label), color in zip(lines.items(), COLORS, strict=True):
+        for (config, label), color in zip(lines.items(), COLORS, strict=False):
             curves = [outcome["curves"][split] for outcome in runs[config]]
             steps = curves[0]["step"]
             errors = np.array([curve["error"] for curve in curves])

@@ -44,7 +44,8 @@ def run(out: Path = OUT, stop: Callable[[], bool] = lambda: False) -> bool:
 
 def table(outcomes: dict[str, dict[str, Any]]) -> Table:
     """Measures of the test split, one column a loss."""
-    shown = Table("500 test digits", title="The same network with two losses")
+    count = next(iter(outcomes.values()))["count"]
+    shown = Table(f"{count:,} test digits", title="The same network with two losses")
     for title in outcomes:
         shown.add_column(title, justify="right")
     for name, key in measure.TITLES.items():
@@ -53,6 +54,13 @@ def table(outcomes: dict[str, dict[str, Any]]) -> Table:
 
 
 def draw(outcomes: dict[str, dict[str, Any]], file: Path) -> Path:
+    """Writes the picture as PNG."""
+    with replacing(file) as unfinished:
+        picture(outcomes).savefig(unfinished, format="png", dpi=160)
+    return file
+
+
+def picture(outcomes: dict[str, dict[str, Any]]) -> Figure:
     """The test features in the plane, one panel a loss, in the manner of the paper's Fig. 2."""
     figure = Figure(figsize=(5.2 * len(outcomes), 5.6), layout="constrained")
     panels = figure.subplots(1, len(outcomes), squeeze=False)[0]
@@ -63,9 +71,7 @@ def draw(outcomes: dict[str, dict[str, Any]], file: Path) -> Path:
             f"mean target angle {measured['target_angle']:.1f}°",
             fontsize=11,
         )
-    with replacing(file) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=160)
-    return file
+    return figure
 
 
 def draw_features(panel: Axes, measured: dict[str, Any]) -> None:

@@ -18,6 +18,9 @@ README = Path(__file__).parent / "README.md"
 BEGIN = "<!-- report: written by python -m experiments report -->"
 END = "<!-- report: end -->"
 
+PAPER = "Tables 2 to 4, recipe `paper`"
+REDUCED = "Reduced runs, not comparable with the paper"
+
 # What the paper reports on LFW; its training set, CASIA-WebFace, is no longer distributed.
 LFW = (
     ("softmax", 96.53, "recalled"),
@@ -75,6 +78,11 @@ def tables(outcomes: Sequence[Outcome]) -> str:
     Args:
       outcomes: results of runs and of verifications.
     """
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in sections(outcomes).items())
+
+
+def sections(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """The tables as Markdown, by title."""
     faces = [o for o in outcomes if o.get("kind") == "verification"]
     runs = [o for o in outcomes if o.get("kind") != "verification"]
     full = [o for o in runs if not o["reduced"]]
@@ -86,20 +94,14 @@ def tables(outcomes: Sequence[Outcome]) -> str:
             released.append(config)
         elif config.cell.startswith("Table"):
             paper.append(config)
-    return "\n\n".join(
-        [
-            _section("Tables 2 to 4, recipe `paper`", _cells(paper, full)),
-            _section("Tables 2 to 4, recipe of the released prototxts", _cells(released, full)),
-            _section("Runs of Fig. 2 and Fig. 7", _cells(figures, full)),
-            _section("Reduced runs, not comparable with the paper", _reduced(runs)),
-            _section("Diverged runs", _diverged(runs)),
-            _section("LFW", _lfw_paper(), _verifications(faces)),
-        ]
-    )
-
-
-def _section(title: str, *parts: str) -> str:
-    return "\n\n".join([f"### {title}", *parts])
+    return {
+        PAPER: _cells(paper, full),
+        "Tables 2 to 4, recipe of the released prototxts": _cells(released, full),
+        "Runs of Fig. 2 and Fig. 7": _cells(figures, full),
+        REDUCED: _reduced(runs),
+        "Diverged runs": _diverged(runs),
+        "LFW": f"{_lfw_paper()}\n\n{_verifications(faces)}",
+    }
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) -> str:

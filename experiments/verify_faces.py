@@ -1,7 +1,7 @@
 """Verifies faces: embeddings of a folder scored on a file of pairs, as table, JSON and ROC."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,25 +67,24 @@ def verify_faces(
         source.embeddings.embeddings[rows] for rows in rows_of(listed, source.embeddings.names)
     )
     result = verify(first, second, listed.same, listed.fold, components=components, tested=tested)
-    save(
-        out,
-        {
-            "kind": "verification",
-            "protocol": protocol,
-            "tested_folds": tested,
-            "pairs": int(np.isin(listed.fold, tested).sum()),
-            "people_trained_on": len(source.trained_on),
-            "command": command_line(),
-            "config": source.config | {"components": components},
-            "training": source.training,
-            "seed": source.config.get("seed"),
-            **provenance(jax.device_count()),
-            "metrics": metrics(result),
-            "curve": curve(result),
-        },
-    )
+    outcome = {
+        "kind": "verification",
+        "protocol": protocol,
+        "tested_folds": tested,
+        "pairs": int(np.isin(listed.fold, tested).sum()),
+        "people_trained_on": len(source.trained_on),
+        "command": command_line(),
+        "config": source.config | {"components": components},
+        "training": source.training,
+        "seed": source.config.get("seed"),
+        **provenance(jax.device_count()),
+        "metrics": metrics(result),
+        "curve": curve(result),
+    }
+    save(out, outcome)
     with replacing(out.with_suffix(".svg")) as file, rc_context({"svg.hashsalt": "roc"}):
-        roc_figure(result).savefig(file, format="svg", metadata={"Date": None})
+        figure = roc_figure({out.stem: outcome})
+        figure.savefig(file, format="svg", metadata={"Date": None})
     print_table(result, tested)
     print(f"{out} and {out.with_suffix('.svg').name} written")
 
@@ -146,22 +145,23 @@ def curve(result: Verification) -> dict[str, list[float]]:
     }
 
 
-def roc_figure(result: Verification) -> Figure:
-    """True against false accepts, these on a logarithmic axis."""
-    figure = Figure(figsize=(5, 4), layout="constrained")
+def roc_figure(outcomes: Mapping[str, dict[str, Any]]) -> Figure:
+    """True against false accepts of results by title; false accepts on a logarithmic axis."""
+    figure = Figure(figsize=(5.4, 4.2), layout="constrained")
     axes = figure.add_subplot(
         xscale="log",
         xlim=(LOWEST_RATE, 1),
         ylim=(0, 1),
         xlabel="false accepts (FAR)",
         ylabel="true accepts (TAR)",
-        title=f"AUC {result.auc:.4f}, EER {result.equal_error_rate:.4f}",
     )
-    points = curve(result)
-    rates = points["false_accepts"]
-    axes.plot(rates, points["true_accepts"])
+    for title, outcome in outcomes.items():
+        seen, points = outcome["metrics"], outcome["curve"]
+        label = f"{title}: AUC {seen['auc']:.4f}, EER {seen['equal_error_rate']:.4f}"
+        axes.plot(points["false_accepts"], points["true_accepts"], label=label)
+    rates = np.geomspace(LOWEST_RATE, 1, CURVE_POINTS)
     axes.plot(rates, rates, color="0.7", linestyle=":", label="chance")
-    axes.legend()
+    axes.legend(loc="upper left", fontsize="small")
     axes.grid(alpha=0.3)
     return figure
 

@@ -1,0 +1,224 @@
+"""The notebooks are made from their scripts, and run from top to bottom in a fresh kernel."""
+
+import ast
+import base64
+import io
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+
+from scripts import install
+from scripts.notebooks import text
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "experiments" / "notebooks"
+NAMES = ("tour", "devices", "reproduce", "faces")
+URL = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+BLOB = f"{URL}/blob/main/"
+each = pytest.mark.parametrize("name", NAMES)
+
+
+def badge(name: str) -> str:
+    """The Markdown of a notebook's Colab badge."""
+    place = BLOB.removeprefix("https://github.com")
+    colab = "https://colab.research.google.com"
+    image = f"[![Open in Colab]({colab}/assets/colab-badge.svg)]"
+    return f"{image}({colab}/github{place}experiments/notebooks/{name}.ipynb)"
+
+
+def test_the_folder_holds_pairs():
+    for suffix in (".py", ".ipynb"):
+        assert {file.stem for file in FOLDER.glob(f"*{suffix}")} == set(NAMES)
+
+
+@each
+def test_notebook_is_its_script_without_outputs(name):
+    script = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent")
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert len(notebook.cells) == len(script.cells)
+    for cell, expected in zip(notebook.cells, script.cells, strict=True):
+        assert (cell.cell_type, cell.source) == (expected.cell_type, expected.source)
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+    assert (FOLDER / f"{name}.ipynb").read_text() == text(FOLDER / f"{name}.py"), "make notebooks"
+
+
+@each
+def test_notebook_begins_with_badge_and_installation(name):
+    title, installation = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent").cells[:2]
+    assert title.source.splitlines()[2] == badge(name)
+    first = jupytext.read(FOLDER / f"{NAMES[0]}.py", fmt="py:percent")
+    assert installation.source == first.cells[1].source
+    assert f'"{URL}"' in installation.source and "scripts" in installation.source
+    assert badge(name) in (ROOT / "experiments" / "README.md").read_text()
+
+
+@each
+def test_links_into_the_repository_lead_somewhere(name):
+    script = (FOLDER / f"{name}.py").read_text()
+    links = re.findall(re.escape(BLOB) + r"([^)\s#]+)", script)
+    assert links and all((ROOT / link).exists() for link in links), links
+    elsewhere = re.sub(re.escape(URL), "", script)
+    assert "github.com/" not in elsewhere
+
+
+@each
+def test_a_notebook_defines_no_model_and_no_loss(name):
+    layers = {"Module", "Conv", "Linear", "Dense", "Sequential"}
+    losses = {"psi", "exp", "logsumexp", "log_softmax", "softmax_cross_entropy"}
+    nodes = list(ast.walk(ast.parse((FOLDER / f"{name}.py").read_text())))
+    assert not any(isinstance(node, ast.ClassDef) for node in nodes)
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert not used & (layers | losses)
+
+
+def test_installing_leaves_a_new_enough_jax_alone_and_moves_an_old_one_with_its_plugin():
+    lowest = install.lowest_jax()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", lowest)
+    assert install.requirements({"jax": lowest, "libtpu": "1"}, lowest) == [f"jax=={lowest}"]
+    old = {"jax": "0.7.2"}
+    assert install.requirements(old, "0.10.0") == []
+    for name, extra in install.PLUGINS.items():
+        assert install.requirements(old | {name: "0.7.2"}, "0.10.0") == [f"{extra}>=0.10.0"]
+
+
+# What the test of each notebook needs to know, asked in its kernel after the last cell.
+QUESTIONS = {
+    "tour": """{
+        "data": DATA,
+        "error": {title: outcome["error"] for title, outcome in tested.items()},
+        "angle": {title: outcome["target_angle"] for title, outcome in tested.items()},
+        "accuracy": [margin_free, with_margin],
+        "linen": linen_losses,
+    }""",
+    "devices": """{
+        "devices": DEVICES,
+        "losses": {name: values.tolist() for name, values in losses.items()},
+        "kernel": str(class_last.params["head"]["kernel"].sharding.spec),
+        "collectives": [[c.kind, c.size] for c in collectives],
+    }""",
+    "reproduce": """{
+        "stopped": stopped is None,
+        "name": config.run_name,
+        "steps": config.steps,
+        "reduced": saved["reduced"],
+        "error": saved["test"]["error"],
+    }""",
+    "faces": """{
+        "faces": str(FACES),
+        "auc": {name: outcome["metrics"]["auc"] for name, outcome in verified.items()},
+        "tested": verified["network"]["tested_folds"],
+        "embeddings": embedded.embeddings.shape,
+        "seen": sorted(unseen & run.people),
+    }""",
+}
+
+
+class Executed:
+    """A notebook after its execution: printed text, pictures, and the answer to its question."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+        question = f"print(__import__('json').dumps({QUESTIONS[name]}))"
+        notebook.cells.append(nbformat.v4.new_code_cell(question, id="question"))
+        resources = {"metadata": {"path": str(folder)}}
+        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+        *cells, asked = (cell for cell in notebook.cells if cell.cell_type == "code")
+        outputs = [output for cell in cells for output in cell.outputs]
+        self.printed = "".join(output.get("text", "") for output in outputs)
+        self.pictures = [
+            Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"])))
+            for output in outputs
+            if "image/png" in output.get("data", {})
+        ]
+        self.tables = [
+            output["data"]["text/markdown"]
+            for output in outputs
+            if "text/markdown" in output.get("data", {})
+        ]
+        self.answer: dict[str, Any] = json.loads(asked.outputs[0]["text"])
+
+
+def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int) -> Executed:
+    """Runs a notebook in an empty folder; checks what holds for all of them."""
+    monkeypatch.setenv("PYTHONWARNINGS", "default")
+    notebook = Executed(name, folder)
+    assert "Warning" not in notebook.printed
+    assert [file.name for file in folder.iterdir()] in ([], ["out"])
+    assert len(notebook.pictures) == pictures
+    for picture in notebook.pictures:
+        assert picture.width > 600 and picture.height > 300
+        assert np.asarray(picture.convert("L")).std() > 10, "an empty picture"
+    return notebook
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_tour(tmp_path, monkeypatch):
+    tour = executed("tour", tmp_path, monkeypatch, pictures=5)
+    seen = tour.answer
+    assert f"data: {seen['data']}" in tour.printed
+    softmax, large = "softmax", "L-Softmax, m = 4"
+    assert seen["error"].keys() == {softmax, large}
+    assert max(seen["error"].values()) < 15
+    assert seen["angle"][large] < 0.75 * seen["angle"][softmax]
+    margin_free, with_margin = seen["accuracy"]
+    assert 0.9 < margin_free and with_margin <= margin_free
+    assert seen["linen"][-1] < 0.5 * seen["linen"][0]
+    assert len(list((tmp_path / "out" / "tour").glob("*.json"))) == 2
+
+
+@pytest.mark.slow
+def test_devices(tmp_path, monkeypatch):
+    seen = executed("devices", tmp_path, monkeypatch, pictures=1).answer
+    assert seen["devices"] == 4
+    one, *others = (np.array(values) for values in seen["losses"].values())
+    assert len(others) == 3
+    assert one[-1] < 0.5 * one[0]
+    for losses in others:
+        np.testing.assert_allclose(losses, one, rtol=1e-2)
+        np.testing.assert_allclose(losses[:10], one[:10], rtol=1e-5)
+    assert "model" in seen["kernel"]
+    assert 0 < len(seen["collectives"]) <= 5
+    logits = 4 * 1024 * 10_000
+    assert all(size < logits / 2 for _, size in seen["collectives"])
+
+
+@pytest.mark.slow
+def test_reproduce(tmp_path, monkeypatch):
+    notebook = executed("reproduce", tmp_path, monkeypatch, pictures=1)
+    seen = notebook.answer
+    assert seen["stopped"] and seen["reduced"]
+    assert "stopped at step 20; the same command continues there" in notebook.printed
+    out = tmp_path / "out" / "reproduce"
+    log = out / "runs" / seen["name"] / "metrics.jsonl"
+    lines = map(json.loads, log.read_text().splitlines())
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps == list(range(1, seen["steps"] + 1))
+    assert seen["error"] < 50  # of ten classes
+    assert f"{seen['error']:.2f}" in notebook.tables[0]
+    assert json.loads((out / f"{seen['name']}.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_faces(tmp_path, monkeypatch):
+    notebook = executed("faces", tmp_path, monkeypatch, pictures=2)
+    seen = notebook.answer
+    stand_in = seen["faces"].startswith("out")
+    assert ("handwritten digits take their place" in notebook.printed) == stand_in
+    assert seen["auc"]["network"] > 0.6 and seen["auc"]["pixels"] > 0.6
+    assert seen["tested"] == [2] and seen["seen"] == []
+    count, length = seen["embeddings"]
+    assert count > 50 and length == 128
+    assert (tmp_path / "out" / "faces" / "embeddings.npz").exists()
+    assert "TAR" in notebook.printed
