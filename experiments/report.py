@@ -7,6 +7,7 @@ Reduced runs have a table of their own and never count for a cell; diverged ones
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ END = "<!-- report: end -->"
 
 PAPER = "Tables 2 to 4, recipe `paper`"
 REDUCED = "Reduced runs, not comparable with the paper"
+PAIRED = "Against softmax with the same seed"
+TUNED = "λ by the error on the validation split"
 
 # What the paper reports on LFW; its training set, CASIA-WebFace, is no longer distributed.
 LFW = (
@@ -42,7 +45,7 @@ def report(out: Path = train.RESULTS, readme: Path = README, check: bool = False
       check: write nothing; exit with 1 if the tables are not those of the results.
     """
     before = readme.read_text()
-    after = updated(before, tables(load_results(out)))
+    after = updated(before, tables([*load_results(out), *load_results(out / "tune")]))
     if before == after:
         print(f"{readme} is up to date")
         return 0
@@ -76,7 +79,7 @@ def tables(outcomes: Sequence[Outcome]) -> str:
     """All tables as Markdown.
 
     Args:
-      outcomes: results of runs and of verifications.
+      outcomes: results of runs, of tunings and of verifications.
     """
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in sections(outcomes).items())
 
@@ -84,7 +87,9 @@ def tables(outcomes: Sequence[Outcome]) -> str:
 def sections(outcomes: Sequence[Outcome]) -> dict[str, str]:
     """The tables as Markdown, by title."""
     faces = [o for o in outcomes if o.get("kind") == "verification"]
-    runs = [o for o in outcomes if o.get("kind") != "verification"]
+    tunings = [o for o in outcomes if o.get("kind") == "tuning"]
+    # A tuning's candidates are no results: they were tested on training images held out.
+    runs = [o for o in outcomes if "kind" not in o and "validation" not in o["changes"]]
     full = [o for o in runs if not o["reduced"]]
     paper, released, figures = [], [], []
     for config in CONFIGS.values():
@@ -99,6 +104,8 @@ def sections(outcomes: Sequence[Outcome]) -> dict[str, str]:
         "Tables 2 to 4, recipe of the released prototxts": _cells(released, full),
         "Runs of Fig. 2 and Fig. 7": _cells(figures, full),
         REDUCED: _reduced(runs),
+        PAIRED: _against_softmax(runs),
+        TUNED: _tunings(tunings),
         "Diverged runs": _diverged(runs),
         "LFW": f"{_lfw_paper()}\n\n{_verifications(faces)}",
     }
@@ -134,10 +141,57 @@ def _reduced(runs: Sequence[Outcome]) -> str:
     rows = []
     for (name, changes), group in groups.items():
         _check_same_data(group)
-        measured = [_errors(group, "test"), _errors(group, "train"), _count(group)]
-        rows.append([f"`{name}`", changes, _devices(group), *measured])
-    headers = ("configuration", "changed", "device", "test error %", "train error %", "seeds")
-    return _table(headers, rows, 3)
+        measured = [_errors(group, "test"), _errors(group, "train"), *_angles(group)]
+        rows.append([f"`{name}`", changes, _devices(group), *measured, _count(group)])
+    headers = ("configuration", "changed", "device", "test error %", "train error %")
+    angles = ("to the column", "intra-class", "inter-class")
+    return (
+        f"{_table((*headers, *angles, 'seeds'), rows, 6)}\n\nAngles of the test features, degrees."
+    )
+
+
+def _against_softmax(runs: Sequence[Outcome]) -> str:
+    """Paired: the runs of a seed begin with the same weights and see the same batches."""
+    finished = {(o["name"], _changes(o), o["seed"]): o for o in runs if o["status"] == "finished"}
+    differences = defaultdict(list)
+    for (name, changes, seed), outcome in finished.items():
+        softmax = finished.get((_softmax_of(name), changes, seed))
+        if softmax is not None and softmax is not outcome:
+            _check_same_data([softmax, outcome])
+            more = outcome["test"]["error"] - softmax["test"]["error"]
+            differences[name, changes].append(more)
+    rows = [
+        [f"`{name}`", changes, _spread(found), f"{sum(d < 0 for d in found)} of {len(found)}"]
+        for (name, changes), found in differences.items()
+    ]
+    headers = ("configuration", "changed", "test error less softmax's, points", "lower")
+    return _table(headers, rows, 2)
+
+
+def _softmax_of(name: str) -> str | None:
+    """The configuration that differs from this one in the loss alone, and has no margin."""
+    listed = ("name", "cell", "reported", "standing", "time", "hinge", "margin")
+    for other in CONFIGS.values():
+        if other.margin == 1 and not other.hinge:
+            taken = {field: getattr(other, field) for field in listed}
+            if replace(CONFIGS[name], **taken) == other:
+                return other.name
+    return None
+
+
+def _tunings(tunings: Sequence[Outcome]) -> str:
+    rows = []
+    for outcome in tunings:
+        config = Config.from_json(outcome["config"])
+        changes = _changes({"changes": config.changes})
+        for candidate in outcome["candidates"]:
+            lam, best = candidate["lam"], candidate["lam"] == outcome["best"]
+            constants = [f"{lam[name]:g}" for name in ("base", "gamma", "power", "minimum")]
+            errors = candidate["validation_errors"]
+            shown = f"**{_spread(errors)}**" if best else _spread(errors)
+            rows.append([f"`{config.name}`", changes, *constants, shown, str(len(errors))])
+    headers = ("configuration", "changed", "base", "gamma", "power", "minimum")
+    return _table((*headers, "validation error %", "seeds"), rows, 6)
 
 
 def _diverged(runs: Sequence[Outcome]) -> str:
@@ -184,12 +238,20 @@ def _check_same_data(runs: Sequence[Outcome]) -> None:
 
 
 def _errors(runs: Sequence[Outcome], split: str) -> str:
-    """Mean ± sample standard deviation; without the latter for one run, empty for none."""
-    errors = [outcome[split]["error"] for outcome in runs]
-    if not errors:
+    return _spread([outcome[split]["error"] for outcome in runs])
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation; without the latter for one value, empty for none."""
+    if not values:
         return ""
-    spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
-    return f"{statistics.mean(errors):.2f}{spread}"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _angles(runs: Sequence[Outcome]) -> list[str]:
+    names = ("target_angle", "intra_class_angle", "inter_class_angle")
+    return [f"{statistics.mean(outcome['test'][name] for outcome in runs):.1f}" for name in names]
 
 
 def _changes(outcome: Outcome) -> str:

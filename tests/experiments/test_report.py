@@ -1,9 +1,12 @@
 """The report says what the results say, and nothing that was not run."""
 
+from dataclasses import replace
+
 import pytest
 
 from experiments import report, result
 from experiments.__main__ import main
+from experiments.configs import CONFIGS
 from experiments.report import BEGIN, END
 
 
@@ -19,8 +22,10 @@ def run_of(name, seed, error, **changes):
         "device": "one GPU",
         "data": {"fingerprint": "same"},
     }
-    measured = {} if error is None else {"train": {"error": 0.0}, "test": {"error": error}}
-    return outcome | measured
+    if error is None:
+        return outcome
+    angles = {"target_angle": 10.04, "intra_class_angle": 8.0, "inter_class_angle": 90.0}
+    return outcome | {"train": {"error": 0.0}, "test": {"error": error} | angles}
 
 
 RUNS = [
@@ -76,8 +81,48 @@ def test_what_did_not_run_is_blank(lines):
 
 def test_reduced_and_diverged_runs_stand_apart(lines):
     changed = "steps 8, lam.base 1.0, lam.gamma 0.5"
-    assert f"| `mnist-m4` | {changed} | one GPU | 9.00 | 0.00 | 1 |" in lines
+    assert f"| `mnist-m4` | {changed} | one GPU | 9.00 | 0.00 | 10.0 | 8.0 | 90.0 | 1 |" in lines
     assert "| `mnist-m4` |  | 2 | 7 | 12.5 |" in lines
+
+
+def test_losses_are_compared_seed_by_seed(tmp_path):
+    softmax = [run_of("mnist-softmax", seed, error, steps=8) for seed, error in enumerate((2, 4))]
+    margin = [
+        run_of("mnist-m2", seed, error, steps=8) for seed, error in ((0, 1), (1, 3.5), (2, 9))
+    ]
+    other = [
+        run_of("mnist-m2", 0, 1.0, steps=9),
+        run_of("fig2-m1", 0, 5.0),
+        run_of("fig2-m3", 0, 6),
+    ]
+    write(tmp_path, [*softmax, *margin, *other])
+    table = report.sections(report.load_results(tmp_path))[report.PAIRED].splitlines()[2:]
+    assert table == [
+        "| `mnist-m2` | steps 8 | -0.75 ± 0.35 | 2 of 2 |",
+        "| `fig2-m3` |  | 1.00 | 0 of 1 |",
+    ]
+
+
+def test_tunings_show_every_candidate_and_count_for_no_cell(tmp_path):
+    config = CONFIGS["mnist-m4"]
+    schedules = [config.lam._asdict(), config.lam._replace(minimum=5.0)._asdict()]
+    tuning = {
+        "kind": "tuning",
+        "config": replace(config, steps=8).to_json(),
+        "best": schedules[1],
+        "candidates": [
+            {"lam": lam, "validation_errors": errors}
+            for lam, errors in zip(schedules, ([2.0], [1.0, 1.5]), strict=True)
+        ],
+    }
+    candidate = run_of("mnist-m4", 0, 2.0, validation=True)
+    write(tmp_path, [tuning, candidate])
+    found = report.sections(report.load_results(tmp_path))
+    assert found[report.TUNED].splitlines()[2:] == [
+        "| `mnist-m4` | steps 8 | 1000 | 2.5e-05 | 35 | 0 | 2.00 | 1 |",
+        "| `mnist-m4` | steps 8 | 1000 | 2.5e-05 | 35 | 5 | **1.25 ± 0.35** | 2 |",
+    ]
+    assert found[report.REDUCED].startswith("None yet.")
 
 
 def test_verification_names_its_protocol(lines):
