@@ -185,7 +185,9 @@ class Convolutions(nnx.Module):
             for layer in others:
                 outputs = layer(outputs, where)
         if self.stage.pool:
-            outputs = nnx.max_pool(outputs, (2, 2), strides=(2, 2), padding=self.padding)
+            outputs = nnx.max_pool(
+                outputs, window_shape=(2, 2), strides=(2, 2), padding=self.padding
+            )
         return outputs
 
 

@@ -1,12 +1,14 @@
 """The large-margin softmax head as a Flax NNX module."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import sharded
@@ -82,8 +84,11 @@ class LSoftmaxDense(nnx.Module):
             return
         shape = in_features, sharded.padded_columns(classes, class_axis, mesh)
 
-        # Under jit, where no device ever holds more than its shard.
-        @jax.jit
+        # Under jit, where no device ever holds more than its shard. An Explicit mesh that is not
+        # set by jax.set_mesh is not enough for jit to know the devices.
+        placed = NamedSharding(mesh, P(None, class_axis)) if isinstance(mesh, Mesh) else None
+
+        @functools.partial(jax.jit, out_shardings=placed)
         def create(key: jax.Array) -> nnx.Param[jax.Array]:
             kernel = kernel_init(key, shape, param_dtype)
             return nnx.Param(kernel, out_sharding=(None, class_axis), mesh=mesh)

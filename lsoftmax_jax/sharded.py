@@ -45,7 +45,7 @@ from lsoftmax_jax.loss import (
 from lsoftmax_jax.margin import Target
 
 
-class Layout(NamedTuple):
+class _Layout(NamedTuple):
     """How the operands lie on the mesh. Static."""
 
     mesh: Mesh | AbstractMesh
@@ -298,18 +298,18 @@ def _mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
 
 def _layout(
     mesh: Mesh | AbstractMesh | None, class_axis: str, batch_axes: str | tuple[str, ...]
-) -> Layout:
+) -> _Layout:
     mesh = _mesh(mesh)
     batch_axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
     for name, axes in (("class_axis", (class_axis,)), ("batch_axes", batch_axes)):
         for axis in axes:
             if axis not in mesh.axis_names:
                 raise ValueError(f"{name} must be axes of the mesh {mesh.axis_names}, got {axis!r}")
-    return Layout(mesh, class_axis, batch_axes)
+    return _Layout(mesh, class_axis, batch_axes)
 
 
 def _checked(
-    layout: Layout,
+    layout: _Layout,
     features: ArrayLike,
     kernel: ArrayLike,
     labels: ArrayLike,
@@ -341,7 +341,7 @@ def _checked(
     return Call.checked(features, kernel, labels, margin, lam, where, label_smoothing, classes)
 
 
-def _plan(layout: Layout, call: Call, knobs: Knobs) -> Any:
+def _plan(layout: _Layout, call: Call, knobs: Knobs) -> Any:
     batch, columns = call.size
     for axis in layout.data_axes:
         batch //= layout.mesh.shape[axis]
@@ -349,7 +349,7 @@ def _plan(layout: Layout, call: Call, knobs: Knobs) -> Any:
     return knobs.plan(batch, columns, call.head.kernel.dtype, rows_cost_no_more=False)
 
 
-def _placed(layout: Layout, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _placed(layout: _Layout, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
     features, kernel, labels, _ = call.head
     return (
         _place(layout, features, layout.rows),
@@ -358,7 +358,7 @@ def _placed(layout: Layout, call: Call) -> tuple[jax.Array, jax.Array, jax.Array
     )
 
 
-def _place(layout: Layout, array: jax.Array, spec: P) -> jax.Array:
+def _place(layout: _Layout, array: jax.Array, spec: P) -> jax.Array:
     """On a mesh with Explicit axes shard_map takes no operand that is placed otherwise."""
     if AxisType.Explicit not in layout.mesh.axis_types:
         return array
@@ -370,7 +370,7 @@ def _place(layout: Layout, array: jax.Array, spec: P) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss(
-    layout: Layout,
+    layout: _Layout,
     setting: Setting,
     features: jax.Array,
     kernel: jax.Array,
@@ -381,7 +381,7 @@ def _loss(
 
 
 def _loss_fwd(
-    layout: Layout,
+    layout: _Layout,
     setting: Setting,
     features: jax.Array,
     kernel: jax.Array,
@@ -405,7 +405,7 @@ def _loss_fwd(
 
 
 def _loss_bwd(
-    layout: Layout, setting: Setting, residuals: Any, cotangents: tuple[jax.Array, Statistics]
+    layout: _Layout, setting: Setting, residuals: Any, cotangents: tuple[jax.Array, Statistics]
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
     def local(kernel: Any, residuals: Any, cotangent: jax.Array) -> Any:
         features, labels, t, z, kept = jax.tree.map(lambda array: array[0], residuals)
@@ -432,7 +432,7 @@ _loss.defvjp(_loss_fwd, _loss_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum(
-    layout: Layout,
+    layout: _Layout,
     setting: Setting,
     features: jax.Array,
     kernel: jax.Array,
@@ -445,7 +445,7 @@ def _sum(
 
 
 def _sum_fwd(
-    layout: Layout,
+    layout: _Layout,
     setting: Setting,
     features: jax.Array,
     kernel: jax.Array,
@@ -471,7 +471,7 @@ def _sum_fwd(
 
 
 def _sum_bwd(
-    layout: Layout, setting: Setting, residuals: tuple[jax.Array, ...], cotangent: jax.Array
+    layout: _Layout, setting: Setting, residuals: tuple[jax.Array, ...], cotangent: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     return scaled_gradients(residuals, cotangent)
 
@@ -494,7 +494,7 @@ class _Shard(NamedTuple):
 
 
 def _forward(
-    layout: Layout,
+    layout: _Layout,
     setting: Setting,
     features: jax.Array,
     kernel: jax.Array,
@@ -515,7 +515,7 @@ def _forward(
     return _Shard(loss, z, others, t, labels, kept)
 
 
-def _exchange(layout: Layout, t: Target, others: Others) -> tuple[Target, Others]:
+def _exchange(layout: _Layout, t: Target, others: Others) -> tuple[Target, Others]:
     """Sums what each device knows of the target and the other logits, in one collective."""
     mine = jnp.stack([*others, t.logit, t.lam, t.cosine, t.plain])
     peaks, masses, totals, *target = jnp.moveaxis(jax.lax.all_gather(mine, layout.class_axis), 1, 0)
@@ -527,7 +527,7 @@ def _exchange(layout: Layout, t: Target, others: Others) -> tuple[Target, Others
 
 
 def _backward(
-    layout: Layout,
+    layout: _Layout,
     setting: Setting,
     features: jax.Array,
     kernel: jax.Array,
@@ -545,7 +545,9 @@ def _backward(
     return dfeatures.astype(features.dtype), _over_data(layout, dkernel)
 
 
-def _real_columns(layout: Layout, setting: Setting, kernel: jax.Array, start: jax.Array) -> Columns:
+def _real_columns(
+    layout: _Layout, setting: Setting, kernel: jax.Array, start: jax.Array
+) -> Columns:
     width = kernel.shape[1]
     if width * layout.mesh.shape[layout.class_axis] == setting.classes:
         return Columns(kernel)
@@ -555,7 +557,7 @@ def _real_columns(layout: Layout, setting: Setting, kernel: jax.Array, start: ja
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather(layout: Layout, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def _gather(layout: _Layout, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The rows of all devices along the class axis, in one collective, as bits."""
     if not layout.gathers:
         return arrays
@@ -571,12 +573,12 @@ def _gather(layout: Layout, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(outputs)
 
 
-def _gather_fwd(layout: Layout, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+def _gather_fwd(layout: _Layout, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
     return _gather(layout, *arrays), None
 
 
 def _gather_bwd(
-    layout: Layout, _: None, cotangents: tuple[jax.Array, ...]
+    layout: _Layout, _: None, cotangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array | None, ...]:
     # Bits have no derivative; only a second derivative of the loss comes here.
     def own(cotangent: jax.Array) -> jax.Array | None:
@@ -608,7 +610,7 @@ def _from_bits(piece: jax.Array, dtype: jnp.dtype, shape: tuple[int, ...]) -> ja
     return jax.lax.bitcast_convert_type(pieces, dtype)
 
 
-def _own_rows(layout: Layout, tree: Any) -> Any:
+def _own_rows(layout: _Layout, tree: Any) -> Any:
     if not layout.gathers:
         return tree
     shards = layout.mesh.shape[layout.class_axis]
@@ -621,11 +623,11 @@ def _own_rows(layout: Layout, tree: Any) -> Any:
     return jax.tree.map(own, tree)
 
 
-def _over_data(layout: Layout, array: jax.Array) -> jax.Array:
+def _over_data(layout: _Layout, array: jax.Array) -> jax.Array:
     return jax.lax.psum(array, layout.data_axes) if layout.data_axes else array
 
 
-def _on_devices(layout: Layout, local: Any, in_specs: Any, out_specs: Any) -> Any:
+def _on_devices(layout: _Layout, local: Any, in_specs: Any, out_specs: Any) -> Any:
     # What is gathered is the same on every device of the class axis, which JAX cannot know.
     return jax.shard_map(
         local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False

@@ -10,8 +10,8 @@ import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-# Never installed by the suite, and not on every platform.
-UNTESTED_EXTRAS = {"cuda", "tpu", "prepare"}
+# Never installed by the suite.
+UNTESTED_EXTRAS = {"cuda", "onnx", "peers", "prepare", "tpu"}
 
 
 def lower_bound(requirement: Requirement) -> str:

@@ -279,6 +279,24 @@ def test_the_flax_heads_on_a_mesh(axis_type):
     oracle.assert_close(logits, exact, 1e-5)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_the_flax_heads_on_a_mesh_that_is_given_and_not_set(axis_type):
+    layout = LAYOUTS["data by model"]
+    mesh = make_mesh(layout, axis_type)
+    features, _, labels, _ = placed(layout, mesh, jnp.float32)
+    axes = {"class_axis": "model", "batch_axes": "data", "mesh": mesh}
+    head = nnx.LSoftmaxDense(DIM, CLASSES, margin=MARGIN, rngs=flax_nnx.Rngs(0), **axes)
+    kernel = head.kernel[...]
+    assert kernel.sharding.spec == P(None, "model")
+    twin = linen.LSoftmaxDense(CLASSES, MARGIN, **axes)
+    assert twin.init(jax.random.key(0), features)["params"]["kernel"].value.shape == kernel.shape
+    params = {"params": {"kernel": kernel}}
+    twins = jax.jit(lambda p: twin.apply(p, features, labels, LAM, method=twin.loss))(params)
+    oracle.assert_close(jax.jit(lambda f: head.loss(f, labels, LAM))(features), twins, 1e-6)
+    plain = np.asarray(features), np.asarray(kernel)[:, :CLASSES], np.asarray(labels)
+    oracle.assert_close(twins, lsm.lsoftmax_loss(*plain, margin=MARGIN, lam=LAM), 1e-5)
+
+
 MISTAKES = {
     "axis": ({"class_axis": "models"}, ValueError, "class_axis"),
     "batch axis": ({"batch_axes": "rows"}, ValueError, "batch_axes"),
