@@ -91,7 +91,6 @@ def agreement(losses: dict[str, NDArray]) -> Figure:
             right.plot(np.abs(values - expected), color=color, label=name)
     left.set(title="loss", xlabel="update", yscale="log")
     right.set(title=f"distance from the loss of {first}", xlabel="update")
-    right.set_yscale("symlog", linthresh=1e-7)
     right.set_ylim(0, None)
     for panel in (left, right):
         panel.grid(alpha=0.25)
@@ -100,7 +99,9 @@ def agreement(losses: dict[str, NDArray]) -> Figure:
 
 
 def neighbours(faces: Faces, embeddings: Embeddings, queries: int = 5, nearest: int = 7) -> Figure:
-    """Images, a row each, and the nearest others by cosine: framed green if of the same person.
+    """Images, a row each, and the nearest others: framed green if of the same person.
+
+    Nearness is the cosine about the mean, as in `verify`.
 
     Args:
       faces: the folder that was embedded.
@@ -110,7 +111,7 @@ def neighbours(faces: Faces, embeddings: Embeddings, queries: int = 5, nearest: 
     """
     people = [name.partition("/")[0] for name in embeddings.names.tolist()]
     rows = np.linspace(0, len(people) - 1, queries + 2).astype(int)[1:-1]
-    directions = unit(embeddings.embeddings)
+    directions = unit(embeddings.embeddings - embeddings.embeddings.mean(axis=0))
     cosines = directions[rows] @ directions.T
     size = 1.15 * (nearest + 1), 1.32 * queries + 0.3
     figure = Figure(figsize=size, layout="constrained")

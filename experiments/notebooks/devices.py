@@ -8,7 +8,8 @@
 # CPU plays four devices, which shows what happens and says nothing about speed.
 
 # %%
-# In a clone there is nothing to install. Elsewhere, as in Colab, this fetches one.
+# In a clone there is nothing to install. Elsewhere, as in Colab, this fetches one; the runtime's
+# JAX stays if it is new enough. Should Colab ask for a restart, restart and run this again.
 import subprocess
 import sys
 from importlib.util import find_spec

@@ -8,7 +8,8 @@
 # [LFW](https://vis-www.cs.umass.edu/lfw/). Bring your own folder of `person/person_0001.jpg`.
 
 # %%
-# In a clone there is nothing to install. Elsewhere, as in Colab, this fetches one.
+# In a clone there is nothing to install. Elsewhere, as in Colab, this fetches one; the runtime's
+# JAX stays if it is new enough. Should Colab ask for a restart, restart and run this again.
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -125,8 +126,8 @@ roc_figure(verified)
 # ## Embeddings
 #
 # `embed` on the command line writes them for a folder. Here those of the people left out, who were
-# not trained on: on the left an image, beside it the nearest others by cosine; green where it is
-# the same person.
+# not trained on: on the left an image, beside it the nearest others, with the cosine; green where
+# it is the same person.
 
 # %%
 unseen = people_of_fold(read_pairs(PAIRS), LEFT_OUT)

@@ -9,7 +9,8 @@
 # one, which is not comparable with the paper and says so everywhere.
 
 # %%
-# In a clone there is nothing to install. Elsewhere, as in Colab, this fetches one.
+# In a clone there is nothing to install. Elsewhere, as in Colab, this fetches one; the runtime's
+# JAX stays if it is new enough. Should Colab ask for a restart, restart and run this again.
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -121,7 +122,8 @@ Markdown(f"### {title}\n\n{report.sections(outcomes)[title]}")
 # the paper's figures in this way.
 
 # %%
-figures.draw_curves(figures.finished(outcomes, config.reduced), {CELL: config.run_name})
+label = f"{CELL}, reduced" if config.reduced else CELL
+figures.draw_curves(figures.finished(outcomes, config.reduced), {CELL: label})
 
 # %% [markdown]
 # ## The whole row

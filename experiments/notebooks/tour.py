@@ -12,7 +12,8 @@
 # On a CPU it takes about a minute. It uses a GPU or TPU where the runtime has one.
 
 # %%
-# In a clone there is nothing to install. Elsewhere, as in Colab, this fetches one.
+# In a clone there is nothing to install. Elsewhere, as in Colab, this fetches one; the runtime's
+# JAX stays if it is new enough. Should Colab ask for a restart, restart and run this again.
 import subprocess
 import sys
 from importlib.util import find_spec

@@ -152,6 +152,7 @@ class Executed:
 def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int) -> Executed:
     """Runs a notebook in an empty folder; checks what holds for all of them."""
     monkeypatch.setenv("PYTHONWARNINGS", "default")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # on an accelerator they are not small
     notebook = Executed(name, folder)
     assert "Warning" not in notebook.printed
     assert [file.name for file in folder.iterdir()] in ([], ["out"])
