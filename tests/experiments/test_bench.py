@@ -197,6 +197,25 @@ def test_steps_are_timed_and_judged(tmp_path):
     assert step.table(entry).row_count == 3
 
 
+def test_the_readme_shows_the_committed_results():
+    readme = " ".join((head.OUT.parents[2] / "README.md").read_text().split())
+    (heads,) = head.OUT.glob("head-cpu-f32-*.json")
+    for entry in json.loads(heads.read_text())["shapes"]:
+        found = {row["arm"]: row for row in entry["arms"]}
+        ours, torch = found[arms.ONE_SHOT], found[peers.LARGE_MARGIN]
+        shape = ", ".join(map(str, entry["shape"]))
+        numbers = f"{ours['ratio'][0]:.2f} x | {ours['memory_ratio']:.2f} x"
+        assert f"| {shape} | {numbers} | {torch['ratio'][0]:.1f} x |" in readme
+        if entry["shape"][2] > 30_000:
+            blocks = found[arms.RECOMPUTED]
+            numbers = f"{blocks['ratio'][0]:.2f} x | {blocks['memory_ratio']:.2f} x"
+            assert f"| {shape}, blocks of 1024 classes | {numbers} | |" in readme
+    (steps,) = head.OUT.glob("step-cpu-*.json")
+    entries = json.loads(steps.read_text())["configurations"]
+    ratios = [f"{entry['targets'][0]['reached']:.2f}" for entry in entries]
+    assert f"{ratios[0]}, {ratios[1]} and {ratios[2]} times as long" in readme
+
+
 def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):
     def run(arm, config):
         return SimpleNamespace(loss={step.PLAIN: 2.0, step.NO_MARGIN: 2.1, step.MARGIN: 3.0}[arm])
