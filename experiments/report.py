@@ -152,14 +152,17 @@ def _reduced(runs: Sequence[Outcome]) -> str:
 
 def _against_softmax(runs: Sequence[Outcome]) -> str:
     """Paired: the runs of a seed begin with the same weights and see the same batches."""
-    finished = {(o["name"], _changes(o), o["seed"]): o for o in runs if o["status"] == "finished"}
+    finished = [outcome for outcome in runs if outcome["status"] == "finished"]
+    softmaxes = {(o["name"], _changes(o), o["seed"]): o for o in finished}
     differences = defaultdict(list)
-    for (name, changes, seed), outcome in finished.items():
-        softmax = finished.get((_softmax_of(name), changes, seed))
+    for outcome in finished:
+        changes = {name: value for name, value in outcome["changes"].items() if name != "lam"}
+        alike = _softmax_of(outcome["name"]), _changes({"changes": changes}), outcome["seed"]
+        softmax = softmaxes.get(alike)
         if softmax is not None and softmax is not outcome:
             _check_same_data([softmax, outcome])
             more = outcome["test"]["error"] - softmax["test"]["error"]
-            differences[name, changes].append(more)
+            differences[outcome["name"], _changes(outcome)].append(more)
     rows = [
         [f"`{name}`", changes, _spread(found), f"{sum(d < 0 for d in found)} of {len(found)}"]
         for (name, changes), found in differences.items()

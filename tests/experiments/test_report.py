@@ -95,11 +95,14 @@ def test_losses_are_compared_seed_by_seed(tmp_path):
         run_of("fig2-m1", 0, 5.0),
         run_of("fig2-m3", 0, 6),
     ]
-    write(tmp_path, [*softmax, *margin, *other])
+    # λ changes nothing without a margin.
+    annealed = run_of("mnist-m4", 0, 1.5, steps=8, lam={"minimum": 5.0})
+    write(tmp_path, [*softmax, *margin, *other, annealed])
     table = report.sections(report.load_results(tmp_path))[report.PAIRED].splitlines()[2:]
     assert table == [
         "| `mnist-m2` | steps 8 | -0.75 ± 0.35 | 2 of 2 |",
         "| `fig2-m3` |  | 1.00 | 0 of 1 |",
+        "| `mnist-m4` | steps 8, lam.minimum 5.0 | -0.50 | 1 of 1 |",
     ]
 
 
