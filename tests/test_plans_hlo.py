@@ -70,4 +70,5 @@ def test_without_gradients_only_the_logits_are_computed(loss):
     compiled = jax.jit(functools.partial(loss, margin=4)).lower(features, kernel, labels).compile()
     found = hlo.facts(compiled, SOME.dim * SOME.classes)
     assert found.dots == 1 and found.large_moves == {}
-    assert found.temporary_bytes <= 1.1 * 4 * SOME.batch * SOME.classes
+    # The logits, and a few arrays of the features' size: three with JAX 0.10.0, one with 0.10.2.
+    assert found.temporary_bytes <= 4 * SOME.batch * (SOME.classes + 4 * SOME.dim)
