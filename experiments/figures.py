@@ -63,17 +63,20 @@ def figures(out: Path = train.RESULTS, reduced: bool = False) -> int:
 
     Args:
       out: folder of the results.
-      reduced: draw from reduced runs, into the folder figures-reduced; each figure says so.
+      reduced: draw from reduced runs, into the folder figures-reduced; each figure says so. Those
+        that need no run are left out.
     """
     runs = finished(load_results(out), reduced)
     folder = out / ("figures-reduced" if reduced else "figures")
     for name, drawing in DRAWINGS.items():
+        if reduced and not drawing.needs:
+            continue
         if missing := [config for config in drawing.needs if config not in runs]:
             print(f"{name} left out, no finished run of {', '.join(missing)}")
             continue
         with rc_context(STYLE):
             figure = drawing.draw(runs)
-            if reduced and drawing.needs:
+            if reduced:
                 figure.suptitle("Reduced runs", color="tab:red")
             write(figure, folder / name)
         print(f"{folder / name}.svg and .png written")
@@ -92,7 +95,7 @@ def finished(outcomes: Sequence[Outcome], reduced: bool) -> Runs:
 def write(figure: Figure, file: Path) -> None:
     """As .svg and as .png."""
     with replacing(file.with_name(file.name + ".svg")) as vector:
-        figure.savefig(vector, format="svg", metadata={"Date": None})
+        figure.savefig(vector, format="svg", dpi=160, metadata={"Date": None})
     with replacing(file.with_name(file.name + ".png")) as pixels:
         figure.savefig(pixels, format="png", dpi=160)
 

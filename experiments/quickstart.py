@@ -86,7 +86,8 @@ def draw_features(panel: Axes, measured: dict[str, Any]) -> None:
         x, y = 0.97 * reach * direction
         panel.text(x, y, str(label), color=color, ha="center", va="center", fontweight="bold")
         x, y = points[labels == label].T
-        panel.scatter(x, y, s=11, color=color, alpha=0.75, linewidths=0, zorder=3)
+        # Thousands of points are smaller as pixels, in a vector graphic too.
+        panel.scatter(x, y, s=11, color=color, alpha=0.75, linewidths=0, zorder=3, rasterized=True)
     panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     panel.tick_params(labelsize=8, colors="0.45")
     panel.spines[:].set_color("0.8")

@@ -1,5 +1,6 @@
 """The report says what the results say, and nothing that was not run."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,15 @@ def lines(tmp_path):
 
 def test_readme_is_what_the_results_say():
     assert main(["report", "--check"]) == 0
+
+
+def test_findings_quote_the_tables_and_name_their_results():
+    text = (report.README.parent / "FINDINGS.md").read_text()
+    tables = report.README.read_text().partition(BEGIN)[2]
+    decimal = r"(?<![\w.])\d+\.\d+(?![\w.])"
+    assert set(re.findall(decimal, text)) <= set(re.findall(decimal, tables))
+    named = set(re.findall(r"\(results/([^)]+)\)", text))
+    assert named and all((report.README.parent / "results" / name).exists() for name in named)
 
 
 def test_cell_is_mean_and_sample_deviation_over_seeds(lines):
