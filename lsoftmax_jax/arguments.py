@@ -72,6 +72,8 @@ def check_features(features: ArrayLike, kernel: ArrayLike) -> tuple[jax.Array, j
 
 def check_labels(labels: ArrayLike, batch_shape: tuple[int, ...], classes: int) -> jax.Array:
     """Labels as int32, every value outside [0, classes) as -1."""
+    if labels is None:
+        raise TypeError("labels must be integers, got None")
     labels = jnp.asarray(labels)
     soft = labels.shape == (*batch_shape, classes) or jnp.issubdtype(labels.dtype, jnp.floating)
     if soft and labels.shape != batch_shape:

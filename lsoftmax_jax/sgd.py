@@ -107,6 +107,8 @@ def lsoftmax_sgd(
         raise ValueError(
             f"momentum must have the kernel's shape {kernel.shape}, got {momentum.shape}"
         )
+    if not jnp.issubdtype(momentum.dtype, jnp.floating):
+        raise TypeError(f"momentum must be floating point, got dtype {momentum.dtype}")
     block = min(arguments.check_size("class_block", class_block), kernel.shape[1])
     setting = call.setting(Plan(class_block=block, keep_exponentials=False))
     eta = _rate("learning_rate", learning_rate, call.lam.dtype)

@@ -356,12 +356,14 @@ def data_mesh(devices: int | None = None) -> Mesh:
       the mesh; its axis is of Auto type.
 
     Raises:
-      ValueError: a process has no device in the mesh.
+      ValueError: there are fewer devices, or a process has none in the mesh.
 
     Example:
       >>> dict(data_mesh(1).shape)
       {'data': 1}
     """
+    if devices is not None and not 1 <= devices <= jax.device_count():
+        raise ValueError(f"devices must be 1 to {jax.device_count()}, got {devices}")
     chosen = jax.devices()[:devices]
     if len({device.process_index for device in chosen}) < jax.process_count():
         raise ValueError(

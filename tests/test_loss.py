@@ -829,6 +829,7 @@ MISTAKES = [
     ("label_smoothing", 1.1, ValueError),
     ("label_smoothing", float("nan"), ValueError),
     ("label_smoothing", "0.1", TypeError),
+    ("labels", None, TypeError),
     ("where", np.ones(B + 1, bool), ValueError),
     ("where", np.ones((B, C), bool), ValueError),
     ("where", np.ones(B, np.int32), TypeError),

@@ -97,6 +97,7 @@ def test_no_gradient_and_no_copy_of_the_kernel():
 
 MISTAKES = {
     "momentum": ({"momentum": jnp.zeros((DIM, 3))}, ValueError),
+    "momentum must be floating": ({"momentum": jnp.zeros((DIM, CLASSES), int)}, TypeError),
     "class_block": ({"class_block": 0}, ValueError),
     "learning_rate": ({"learning_rate": jnp.ones(3)}, ValueError),
     "weights": ({"weights": jnp.ones(3)}, ValueError),

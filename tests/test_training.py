@@ -222,3 +222,9 @@ def test_tree_mode_of_nnx(graphdef_and_state, examples, single):
         for _ in range(3):
             state, _ = step(state, *examples)
     assert_close(state, single[0])
+
+
+@pytest.mark.parametrize("devices", [0, 99])
+def test_a_mesh_of_devices_that_are_not_there(devices):
+    with pytest.raises(ValueError, match=f"devices must be 1 to {jax.device_count()}, got"):
+        training.data_mesh(devices)
