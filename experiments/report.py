@@ -44,6 +44,8 @@ def report(out: Path = train.RESULTS, readme: Path = README, check: bool = False
       readme: the file.
       check: write nothing; exit with 1 if the tables are not those of the results.
     """
+    if not out.is_dir():
+        raise ValueError(f"out must be a folder of results, got {out}")
     before = readme.read_text()
     after = updated(before, tables([*load_results(out), *load_results(out / "tune")]))
     if before == after:

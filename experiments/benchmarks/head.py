@@ -62,10 +62,17 @@ def bench(
       peers_python: a Python with torch and pytorch-metric-learning, or without.
       out: folder of the result.
     """
-    if repetitions < 1 or min(map(min, shapes), default=0) < 1 or class_block < 1:
-        raise ValueError("shapes, class_block and repetitions must be at least 1")
-    if margin < 1 or not 0 <= lam < math.inf:
-        raise ValueError(f"margin must be >= 1 and lam >= 0, got {margin} and {lam}")
+    smallest = {
+        "shapes": min(map(min, shapes), default=0),
+        "class_block": class_block,
+        "repetitions": repetitions,
+        "margin": margin,
+    }
+    for name, value in smallest.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= lam < math.inf:
+        raise ValueError(f"lam must be finite and >= 0, got {lam}")
     begun, console = datetime.now(UTC), Console(width=max(Console().width, 132))
     place = f"head-{jax.default_backend()}-{dtype}-{begun:%Y%m%d-%H%M}.json"
     config = {

@@ -61,6 +61,8 @@ def bench(
     """
     if repetitions < 1:
         raise ValueError(f"repetitions must be at least 1, got {repetitions}")
+    if not configurations:
+        raise ValueError("configurations must name at least one, got none")
     configs = [chosen(name, batch, width) for name in configurations]
     begun, console = datetime.now(UTC), Console(width=max(Console().width, 100))
     file = out / f"step-{jax.default_backend()}-{begun:%Y%m%d-%H%M}.json"

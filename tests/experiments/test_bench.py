@@ -227,6 +227,7 @@ def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):
 
 STEP_MISTAKES = {
     "unknown": (["--configurations", "mnist-m5"], "'mnist-m5'"),
+    "none": (["--configurations"], "configurations must name at least one, got none"),
     "no margin": (["--configurations", "mnist-softmax"], "mnist-softmax has no margin"),
     "batch": (["--batch", "0"], "batch must be >= 1, got 0"),
     "repetitions": (["--repetitions", "0"], "repetitions must be at least 1, got 0"),
