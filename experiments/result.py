@@ -24,7 +24,15 @@ def save(file: Path, result: dict[str, Any]) -> None:
 
 
 def load(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text())
+    """The result in a file.
+
+    Raises:
+      ValueError: naming the file, if it holds no JSON.
+    """
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} must hold a result as JSON: {error}") from error
 
 
 def provenance(devices: int) -> dict[str, Any]:

@@ -163,6 +163,9 @@ def test_report_writes_between_the_markers_and_checks(tmp_path, capsys):
     assert "0.35 ± 0.07" in text and "old" not in text
     write(tmp_path, [run_of("mnist-m4", 0, 0.5)])
     assert main([*words, "--check"]) == 1
+    (tmp_path / "torn.json").write_text("{")
+    assert main([*words, "--check"]) == 2 and "torn.json must hold" in capsys.readouterr().err
+    (tmp_path / "torn.json").unlink()
     before = readme.read_text()
     assert main([*words, "--out", str(tmp_path / "mistyped")]) == 2
     assert "out must be a folder" in capsys.readouterr().err and readme.read_text() == before
