@@ -66,6 +66,8 @@ def figures(out: Path = train.RESULTS, reduced: bool = False) -> int:
       reduced: draw from reduced runs, into the folder figures-reduced; each figure says so. Those
         that need no run are left out.
     """
+    if not out.is_dir():
+        raise ValueError(f"out must be a folder of results, got {out}")
     runs = finished(load_results(out), reduced)
     folder = out / ("figures-reduced" if reduced else "figures")
     for name, drawing in DRAWINGS.items():

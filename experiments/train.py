@@ -207,7 +207,7 @@ def _advance(group: Group, bar: Any) -> None:
     """One dispatch, after which a diverged run is recorded and leaves."""
     first, seeds = group.step, group.seeds
     seen = group.advance()
-    _show(bar, seen, group.sessions[0].config.batch)
+    _show(bar, seen, group.sessions[0].config)
     for session, metrics in zip(tuple(group.sessions), seen, strict=True):
         if diverged := divergence(metrics, first):
             bar.write(f"{session.config.run_name} {diverged}")
@@ -268,12 +268,12 @@ def _bar(group: Group) -> Any:
     )
 
 
-def _show(bar: Any, metrics: list[training.StepMetrics], batch: int) -> None:
+def _show(bar: Any, metrics: list[training.StepMetrics], config: Config) -> None:
     seen = means(metrics[0])
-    speed = len(metrics) * batch * (bar.format_dict["rate"] or 0)
+    speed = len(metrics) * config.batch * (bar.format_dict["rate"] or 0)
+    lam = f"λ {seen['lam']:.3g}, " if config.margin > 1 else ""  # without a margin it does nothing
     bar.set_postfix_str(
-        f"loss {seen['loss']:.3g}, accuracy {100 - seen['error']:.1f} %, λ {seen['lam']:.3g}, "
-        f"{speed:.0f} images/s",
+        f"loss {seen['loss']:.3g}, accuracy {100 - seen['error']:.1f} %, {lam}{speed:.0f} images/s",
         refresh=False,
     )
     bar.update(len(metrics[0].lam))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, auto_axes
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
@@ -28,6 +28,13 @@ def check_size(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
     return int(value)
+
+
+def check_whole(batch_axes: str | tuple[str, ...], mesh: Mesh | AbstractMesh | None) -> None:
+    """A head without `class_axis` leaves the placement to JAX and takes no mesh of its own."""
+    for name, value in (("batch_axes", batch_axes), ("mesh", mesh)):
+        if value not in ((), None):
+            raise ValueError(f"{name} must come with class_axis, got {value!r} alone")
 
 
 def check_lam(lam: ArrayLike, dtype: jnp.dtype) -> jax.Array:

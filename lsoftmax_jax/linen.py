@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import sharded
-from lsoftmax_jax.arguments import check_labels, check_size
+from lsoftmax_jax.arguments import check_labels, check_size, check_whole
 from lsoftmax_jax.logits import lsoftmax_logits
 from lsoftmax_jax.loss import lsoftmax_loss
 
@@ -23,7 +23,7 @@ class LSoftmaxDense(linen.Module):
 
     Attributes:
       classes: number of classes, >= 1.
-      margin: integer m >= 1; 1 is plain softmax.
+      margin: integer m >= 1, by default the paper's largest, 4; 1 is plain softmax.
       dtype: features and kernel are cast to it for the computation; None promotes them. Sums,
         norms and angles are float32 or better whatever the dtype.
       param_dtype: dtype of the kernel.
@@ -31,11 +31,12 @@ class LSoftmaxDense(linen.Module):
       class_axis: mesh axis to shard the classes over; the kernel is then created with
         `linen.with_partitioning`, and `loss` is `lsoftmax_jax.sharded.lsoftmax_loss`. Where the
         axis does not divide the classes the kernel has some more columns, which take no part.
-      batch_axes: mesh axes of the batch, see there.
+      batch_axes: mesh axes of the batch, see there; only with `class_axis`, as `mesh`.
       mesh: the mesh, by default that of `jax.set_mesh`.
 
     Raises:
-      TypeError, ValueError: a margin that is no integer >= 1; in calls, as the functions.
+      TypeError, ValueError: a margin that is no integer >= 1, or mesh axes of the batch without one
+        of the classes; in calls, as the functions.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -63,6 +64,8 @@ class LSoftmaxDense(linen.Module):
     def setup(self) -> None:
         check_size("classes", self.classes)
         check_size("margin", self.margin)
+        if self.class_axis is None:
+            check_whole(self.batch_axes, self.mesh)
 
     def __call__(
         self, features: ArrayLike, labels: ArrayLike | None = None, lam: ArrayLike = 0.0

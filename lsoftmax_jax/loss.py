@@ -164,7 +164,7 @@ def lsoftmax_loss_sum(
     one-shot and row-block plans. Called without differentiation it computes the loss alone.
 
     Args:
-      weights: (...,) real weights s of the examples, or None for ones; for a mean pass
+      weights: (...,) floating-point weights s of the examples, or None for ones; for a mean pass
         `jnp.full(labels.shape, 1 / labels.size)`. Their gradient is the loss of each example.
       features, kernel, labels, margin, lam, where, label_smoothing: as in `lsoftmax_loss`.
       memory_budget, row_block, class_block, keep_exponentials: as there, but row blocks need three

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import sharded
-from lsoftmax_jax.arguments import check_labels, check_size
+from lsoftmax_jax.arguments import check_labels, check_size, check_whole
 from lsoftmax_jax.logits import lsoftmax_logits
 from lsoftmax_jax.loss import lsoftmax_loss
 
@@ -30,7 +30,7 @@ class LSoftmaxDense(nnx.Module):
     Args:
       in_features: D, the length of a feature.
       classes: number of classes, >= 1.
-      margin: integer m >= 1; 1 is plain softmax.
+      margin: integer m >= 1, by default the paper's largest, 4; 1 is plain softmax.
       dtype: features and kernel are cast to it for the computation; None promotes them. Sums,
         norms and angles are float32 or better whatever the dtype.
       param_dtype: dtype of the kernel.
@@ -38,12 +38,13 @@ class LSoftmaxDense(nnx.Module):
       class_axis: mesh axis to shard the classes over; `loss` is then
         `lsoftmax_jax.sharded.lsoftmax_loss`, and where the axis does not divide the classes the
         kernel has some more columns, which take no part.
-      batch_axes: mesh axes of the batch, see there.
+      batch_axes: mesh axes of the batch, see there; only with `class_axis`, as `mesh`.
       mesh: the mesh, by default that of `jax.set_mesh`.
       rngs: source of the `params` key.
 
     Raises:
-      TypeError, ValueError: a margin that is no integer >= 1; in calls, as the functions.
+      TypeError, ValueError: a margin that is no integer >= 1, or mesh axes of the batch without one
+        of the classes; in calls, as the functions.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,6 +80,7 @@ class LSoftmaxDense(nnx.Module):
         self.dtype = dtype
         self.class_axis, self.batch_axes, self.mesh = class_axis, batch_axes, mesh
         if class_axis is None:
+            check_whole(batch_axes, mesh)
             kernel = kernel_init(rngs.params(), (in_features, classes), param_dtype)
             self.kernel = nnx.Param(kernel)
             return

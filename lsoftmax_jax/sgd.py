@@ -75,7 +75,7 @@ def lsoftmax_sgd(
       momentum: v, as `kernel`; zeros at the start.
       labels: (...,) integers in [0, classes). An unmasked label outside makes loss, kernel and
         momentum NaN.
-      weights: (...,) real weights s, or None for ones.
+      weights: (...,) floating-point weights s, or None for ones.
       margin: integer m >= 1, static.
       learning_rate: η, may be traced.
       decay: μ, the momentum's decay, may be traced.

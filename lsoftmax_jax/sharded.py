@@ -212,7 +212,7 @@ def lsoftmax_loss_sum(
 
     Args:
       features, kernel, labels, class_axis, batch_axes, mesh, classes: as in `lsoftmax_loss` here.
-      weights: (batch,) real weights of the examples, or None for ones.
+      weights: (batch,) floating-point weights of the examples, or None for ones.
       margin, lam, where, label_smoothing: as in `lsoftmax_jax.lsoftmax_loss_sum`.
       memory_budget, row_block, class_block, keep_exponentials: as there, of each device, but row
         blocks compute the logits twice.

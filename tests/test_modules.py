@@ -248,3 +248,12 @@ def test_sizes_below_one_are_refused(argument, value):
 def test_importing_the_functions_imports_no_flax():
     code = "import sys, lsoftmax_jax; sys.exit('flax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_axes_of_a_mesh_come_with_one_of_the_classes():
+    mesh = jax.make_mesh((1,), ("data",))
+    for extra, name in (({"batch_axes": "data"}, "batch_axes"), ({"mesh": mesh}, "mesh")):
+        with pytest.raises(ValueError, match=f"{name} must come with class_axis"):
+            NnxHead(4, 3, rngs=nnx.Rngs(0), **extra)
+        with pytest.raises(ValueError, match=f"{name} must come with class_axis"):
+            LinenHead(3, **extra).init(jax.random.key(0), jnp.ones((2, 4)))
