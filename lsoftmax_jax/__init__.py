@@ -1,8 +1,8 @@
 """The large-margin softmax (Liu et al., ICML 2016) for JAX: exact, fused, at any size.
 
 The functions below are pure. Imported by themselves: `lsoftmax_jax.nnx` and `lsoftmax_jax.linen`,
-Flax modules over them; `lsoftmax_jax.training`, training steps; `lsoftmax_jax.interop`, weights from
-elsewhere. Importing `lsoftmax_jax` imports no Flax.
+Flax modules over them; `lsoftmax_jax.training`, training steps; `lsoftmax_jax.interop`, weights
+from elsewhere. Importing `lsoftmax_jax` imports no Flax.
 """
 
 from lsoftmax_jax import sampled, sharded
