@@ -11,7 +11,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import figures  # noqa: E402  beside this file
 
-import lsoftmax_jax  # noqa: E402
+import lsoftmax_jax  # noqa: E402  of this clone
 
 project = "lsoftmax_jax"
 author = "The lsoftmax_jax authors"

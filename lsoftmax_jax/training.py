@@ -182,13 +182,10 @@ def train_step(
       >>> from flax import nnx
       >>> from lsoftmax_jax import annealed_lambda
       >>> from lsoftmax_jax.nnx import LSoftmaxDense
-      >>> class Model(nnx.Module):
-      ...     def __init__(self, rngs):
-      ...         self.head = LSoftmaxDense(3, 2, margin=4, rngs=rngs)
-      ...     def __call__(self, images):
-      ...         return images
+      >>> model = nnx.Sequential(nnx.relu)
+      >>> model.head = LSoftmaxDense(3, 2, margin=4, rngs=nnx.Rngs(0))
       >>> sgd = optax.sgd(0.1)
-      >>> graphdef, state = create(Model(nnx.Rngs(0)), sgd)
+      >>> graphdef, state = create(model, sgd)
       >>> step = train_step(graphdef, sgd, annealed_lambda(1000.0, 2.5e-5, 35.0))
       >>> state, metrics = step(state, jnp.ones((4, 3)), jnp.array([0, 1, 1, 1]))
       >>> int(state.step), round(float(metrics.lam), 2), float(metrics.sums.examples)
@@ -253,12 +250,9 @@ def eval_step(
       >>> import jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> from lsoftmax_jax.nnx import LSoftmaxDense
-      >>> class Model(nnx.Module):
-      ...     def __init__(self, rngs):
-      ...         self.head = LSoftmaxDense(3, 2, margin=4, rngs=rngs)
-      ...     def __call__(self, images):
-      ...         return images
-      >>> graphdef, state = create(Model(nnx.Rngs(0)), optax.sgd(0.1))
+      >>> model = nnx.Sequential(nnx.relu)
+      >>> model.head = LSoftmaxDense(3, 2, margin=4, rngs=nnx.Rngs(0))
+      >>> graphdef, state = create(model, optax.sgd(0.1))
       >>> where = jnp.array([True, True, False])
       >>> sums = eval_step(graphdef)(state, jnp.eye(3), jnp.array([0, 1, 0]), where)
       >>> float(sums.examples), bool(sums.correct <= 2)
@@ -291,12 +285,9 @@ def embed_step(
       >>> import jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> from lsoftmax_jax.nnx import LSoftmaxDense
-      >>> class Model(nnx.Module):
-      ...     def __init__(self, rngs):
-      ...         self.head = LSoftmaxDense(3, 2, margin=4, rngs=rngs)
-      ...     def __call__(self, images):
-      ...         return images
-      >>> graphdef, state = create(Model(nnx.Rngs(0)), optax.sgd(0.1))
+      >>> model = nnx.Sequential(nnx.relu)
+      >>> model.head = LSoftmaxDense(3, 2, margin=4, rngs=nnx.Rngs(0))
+      >>> graphdef, state = create(model, optax.sgd(0.1))
       >>> features, logits = embed_step(graphdef)(state, jnp.eye(3))
       >>> features.shape, logits.shape
       ((3, 3), (3, 2))
@@ -420,12 +411,9 @@ def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> Any:
       >>> import jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> from lsoftmax_jax.nnx import LSoftmaxDense
-      >>> class Model(nnx.Module):
-      ...     def __init__(self, rngs):
-      ...         self.head = LSoftmaxDense(3, 2, margin=4, rngs=rngs)
-      ...     def __call__(self, images):
-      ...         return images
-      >>> graphdef, state = create(Model(nnx.Rngs(0)), optax.sgd(0.1))
+      >>> model = nnx.Sequential(nnx.relu)
+      >>> model.head = LSoftmaxDense(3, 2, margin=4, rngs=nnx.Rngs(0))
+      >>> graphdef, state = create(model, optax.sgd(0.1))
       >>> evaluate = compile_step(eval_step(graphdef), data_mesh(1), donate=False)
       >>> float(evaluate(state, jnp.eye(3), jnp.array([0, 1, 0])).examples)
       3.0
@@ -467,13 +455,10 @@ def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = Non
       >>> import jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> from lsoftmax_jax.nnx import LSoftmaxDense
-      >>> class Model(nnx.Module):
-      ...     def __init__(self, rngs):
-      ...         self.head = LSoftmaxDense(3, 2, margin=4, rngs=rngs)
-      ...     def __call__(self, images):
-      ...         return images
+      >>> model = nnx.Sequential(nnx.relu)
+      >>> model.head = LSoftmaxDense(3, 2, margin=4, rngs=nnx.Rngs(0))
       >>> sgd = optax.sgd(0.1)
-      >>> graphdef, state = create(Model(nnx.Rngs(0)), sgd)
+      >>> graphdef, state = create(model, sgd)
       >>> step = train_step(graphdef, sgd, lambda step: jnp.float32(5.0))
       >>> many = repeat(step, lambda step, data: data, data_mesh(1))
       >>> state, metrics = many(state, (jnp.eye(3), jnp.array([0, 1, 0])), 2)

@@ -145,8 +145,12 @@ def test_nnx_training_step_with_and_without_graph_mode(graph_mode):
         @nnx.jit
         def step(head, features, labels, lam):
             traces.append(lam)
-            mean = lambda head: jnp.mean(head.loss(features, labels, lam))  # noqa: E731
-            loss, gradients = nnx.value_and_grad(mean)(head)
+
+            @nnx.value_and_grad
+            def mean(head):
+                return jnp.mean(head.loss(features, labels, lam))
+
+            loss, gradients = mean(head)
             return loss, gradients, head(features)
 
         for value in (lam, 2 * lam):
