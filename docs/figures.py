@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 import lsoftmax_jax as lsm
-from experiments.files import replacing
+from experiments.store.files import replacing
 from lsoftmax_jax import schedule
 
 # After Okabe and Ito, those that stand out from white and from black; lines differ in dashes too.

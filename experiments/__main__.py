@@ -11,20 +11,23 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import measure, models, quickstart, train
-from experiments.align import align
+from experiments import quickstart
 from experiments.benchmarks import head, step
-from experiments.configs import CONFIGS, Named
-from experiments.embed import embed
-from experiments.figures import figures
-from experiments.pairs import pairs
-from experiments.processes import Meeting, joined
-from experiments.queue import INTERRUPTED, reproduce
-from experiments.report import report
-from experiments.scale import scale
-from experiments.train_faces import train_faces
-from experiments.tune import tune
-from experiments.verify_faces import verify_faces
+from experiments.benchmarks.scale import scale
+from experiments.faces.align import align
+from experiments.faces.embed import embed
+from experiments.faces.pairs import pairs
+from experiments.faces.train import train_faces
+from experiments.faces.verify import verify_faces
+from experiments.paper import measures as measure
+from experiments.paper import networks as models
+from experiments.paper.configs import CONFIGS, Named
+from experiments.report.figures import figures
+from experiments.report.report import report
+from experiments.run import train
+from experiments.run.queue import INTERRUPTED, reproduce
+from experiments.run.tune import tune
+from experiments.store.processes import Meeting, joined
 
 # A mistake of the user is one message; this shows where it was raised.
 TRACEBACK = "EXPERIMENTS_TRACEBACK"

@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from experiments import measure, train
-from experiments.configs import CONFIGS
-from experiments.files import replacing
+from experiments.paper import measures as measure
+from experiments.paper.configs import CONFIGS
+from experiments.run import train
+from experiments.store.files import replacing
 
 OUT = Path(__file__).parent.parent / "quickstart"
 RUNS = {"softmax": CONFIGS["digits-softmax"], "L-Softmax, m = 4": CONFIGS["digits-m4"]}

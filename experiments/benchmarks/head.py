@@ -28,7 +28,7 @@ from tqdm import tqdm
 from experiments.benchmarks import arms as every
 from experiments.benchmarks import hlo, peers
 from experiments.benchmarks.arms import Arm, Problem, Shape
-from experiments.result import provenance, save
+from experiments.store.results import provenance, save
 
 OUT = Path(__file__).parent.parent / "results" / "bench"
 SHAPES = ((256, 256, 10), (256, 512, 100), (512, 512, 10575), (512, 256, 102400))

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from experiments import models, program
 from experiments.benchmarks.head import OUT, TOLERANCE, check, quartiles, spread
-from experiments.configs import CONFIGS, Config
-from experiments.result import provenance, save
+from experiments.paper import networks as models
+from experiments.paper.configs import CONFIGS, Config
+from experiments.run import program
+from experiments.store.results import provenance, save
 from lsoftmax_jax import annealed_lambda, training
 
 PLAIN, NO_MARGIN, MARGIN = "optax softmax", "m = 1", "margin"

@@ -38,8 +38,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lsoftmax_jax as lsm
-from experiments import data, figures, models, pictures
 from experiments.benchmarks import hlo
+from experiments.paper import data
+from experiments.paper import networks as models
+from experiments.report import figures, pictures
 from lsoftmax_jax import training
 from lsoftmax_jax.nnx import LSoftmaxDense
 
@@ -51,7 +53,7 @@ print(jax.devices())
 # %% [markdown]
 # ## Data, model, step
 #
-# Scikit-learn's embedded digits, a network from `experiments.models` with a feature of 64 numbers,
+# Scikit-learn's embedded digits, a network from `experiments.paper.networks` with a feature of 64 numbers,
 # and the library's training step, a pure function of arrays: (state, images, labels) -> (state,
 # metrics). λ and the learning rate are functions of `state.step`.
 

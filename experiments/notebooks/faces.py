@@ -30,12 +30,14 @@ import os
 import jax
 import matplotlib as mpl
 
-from experiments import embed, figures, pictures, result, stand_in
-from experiments.faces import FaceImages, list_faces
-from experiments.pairs import pairs
-from experiments.train_faces import FaceRecipe, load_run, train_faces
-from experiments.verify import people_of_fold, read_pairs
-from experiments.verify_faces import roc_figure, verify_faces
+from experiments.faces import embed, stand_in
+from experiments.faces.images import FaceImages, list_faces
+from experiments.faces.pairs import pairs
+from experiments.faces.protocol import people_of_fold, read_pairs
+from experiments.faces.train import FaceRecipe, load_run, train_faces
+from experiments.faces.verify import roc_figure, verify_faces
+from experiments.report import figures, pictures
+from experiments.store import results as result
 from lsoftmax_jax.schedule import LambdaPreset
 
 mpl.rcParams.update(figures.STYLE | {"figure.dpi": 140})

@@ -34,8 +34,11 @@ import jax
 import matplotlib as mpl
 from IPython.display import Markdown
 
-from experiments import data, figures, report, result, train
-from experiments.configs import CONFIGS
+from experiments.paper import data
+from experiments.paper.configs import CONFIGS
+from experiments.report import figures, report
+from experiments.run import train
+from experiments.store import results as result
 
 mpl.rcParams.update(figures.STYLE | {"figure.dpi": 140})
 OUT = Path("out") / "reproduce"  # results, checkpoints, logs

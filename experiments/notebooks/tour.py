@@ -41,8 +41,12 @@ from flax.nnx import bridge
 
 import lsoftmax_jax as lsm
 import lsoftmax_jax.linen
-from experiments import data, figures, models, pictures, quickstart, train
-from experiments.configs import CONFIGS
+from experiments import quickstart
+from experiments.paper import data
+from experiments.paper import networks as models
+from experiments.paper.configs import CONFIGS
+from experiments.report import figures, pictures
+from experiments.run import train
 
 mpl.rcParams.update(figures.STYLE | {"figure.dpi": 140})
 OUT = Path("out") / "tour"  # results, checkpoints, logs
@@ -89,7 +93,7 @@ for lam in (jnp.inf, 5.0, 0.0):
 #
 # The head, `LSoftmaxDense`, takes the place of the last bias-free `nnx.Linear`. With labels it
 # knows the margin; without, it is a plain matrix product, so inference changes in nothing. The
-# networks in `experiments.models` carry it as `model.head`.
+# networks in `experiments.paper.networks` carry it as `model.head`.
 
 # %%
 digits = data.load("digits").train

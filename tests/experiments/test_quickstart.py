@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import quickstart, train
+from experiments import quickstart
 from experiments.__main__ import main
+from experiments.run import train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 

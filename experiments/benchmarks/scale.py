@@ -1,0 +1,537 @@
+"""Trains, or only plans, a head of any number of classes: `python -m experiments scale`.
+
+The examples are synthetic identities: every class has a random centre, every example is its
+class's centre with noise, both made from random keys when needed, so that nothing but the head
+takes memory. One device runs `lsoftmax_sgd`, where the kernel's gradient never exists; several
+run the class-parallel loss, features split over all of them as a backbone would leave them.
+"""
+
+import functools
+import math
+import os
+import resource
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.stages import Compiled
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import lsoftmax_jax as lsm
+from experiments.benchmarks import hlo
+from experiments.benchmarks.hlo import Collective
+from experiments.store.results import provenance, save
+
+OUT = Path(__file__).parents[1] / "results" / "bench"
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+AXES = ("data", "model")
+ROWS, COLUMNS = P(AXES), P(None, "model")
+MOMENTUM, DECAY = 0.9, 5e-4
+NOISE = 0.5
+# What the class-parallel loss exchanges of every row: three sums of its logits, four of its target.
+EXCHANGED = 7
+
+
+class Job(NamedTuple):
+    """A head, its batch, and the mesh it is trained on."""
+
+    classes: int
+    dim: int
+    batch: int
+    data: int = 1
+    model: int = 1
+    dtype: str = "f32"
+    margin: int = 4
+    lam: float = 5.0
+    learning_rate: float = 1.0
+    class_block: int = 4096
+    keep_exponentials: bool = False
+    identities: int | None = None
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.model
+
+    @property
+    def rows(self) -> int:
+        """Rows that a device computes with."""
+        return self.batch // self.data
+
+    @property
+    def columns(self) -> int:
+        """Columns of the kernel that a device holds."""
+        return -(-self.classes // self.model)
+
+    @property
+    def kernel_shape(self) -> tuple[int, int]:
+        return self.dim, self.columns * self.model
+
+    @property
+    def itemsize(self) -> int:
+        return jnp.dtype(DTYPES[self.dtype]).itemsize
+
+    @property
+    def products(self) -> int:
+        return 3 if self.keep_exponentials else 4
+
+    def checked(self) -> "Job":
+        for name in ("classes", "dim", "batch", "data", "model", "margin", "class_block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.batch % self.devices:
+            raise ValueError(f"batch must divide over the {self.devices} devices, got {self.batch}")
+        if not 1 <= (self.identities or self.classes) <= self.classes:
+            raise ValueError(
+                f"identities must be from 1 to the {self.classes} classes, got {self.identities}"
+            )
+        if self.keep_exponentials and self.devices == 1:
+            raise ValueError("keep_exponentials needs several devices; one computes them again")
+        return self
+
+
+class Rates(NamedTuple):
+    """What a device does in a second."""
+
+    tflops: float  # 1e12 multiplications and additions
+    bandwidth: float  # 1e9 bytes from and to its memory
+    link: float  # 1e9 bytes to other devices
+
+
+class Forecast(NamedTuple):
+    """What a step costs each device, by formula."""
+
+    state_bytes: int
+    temporary_bytes: int
+    flops: int
+    traffic_bytes: int
+    collectives: list[Collective]
+
+    @property
+    def sent_bytes(self) -> float:
+        return sum(collective.sent for collective in self.collectives)
+
+    def seconds(self, rates: Rates) -> float:
+        """Products and memory overlap, communication does not."""
+        products = self.flops / (1e12 * rates.tflops)
+        memory = self.traffic_bytes / (1e9 * rates.bandwidth)
+        return max(products, memory) + self.sent_bytes / (1e9 * rates.link)
+
+
+def forecast(job: Job) -> Forecast:
+    shard, cells, gathered = job.dim * job.columns, job.rows * job.columns, job.rows * job.dim
+    block = min(job.class_block, job.columns)
+    tail = job.columns % block
+    blocks = 4 * (job.rows * (block + tail) + job.dim * block + gathered + job.columns)
+    size = job.itemsize
+    if job.devices == 1:
+        temporary, update = blocks, 2 * size + 2 * 4
+    else:
+        gradient = size * shard
+        temporary = gradient + blocks + size * gathered
+        if job.data > 1:
+            # Summed over the devices it has a place of its own.
+            temporary = max(temporary, 2 * gradient)
+        update = 4 * size + 2 * 4
+    # The logits are written and read in float32, their gradient is written and read twice.
+    reads, visits = 3, 2 * 4 + 2 * 4 + 3 * size
+    if job.keep_exponentials:
+        temporary += size * cells
+        reads, visits = 2, 2 * 4 + 2 * size + 3 * size
+    return Forecast(
+        state_bytes=(size + 4) * shard,
+        temporary_bytes=temporary,
+        flops=job.products * 2 * job.rows * shard,
+        traffic_bytes=(reads * size + update) * shard + visits * cells,
+        collectives=collectives(job),
+    )
+
+
+def collectives(job: Job) -> list[Collective]:
+    """Those of a step: gather the rows, exchange sums, and bring the gradients together."""
+    # Labels and weights travel with the features, as words of their size.
+    words = job.dim + 2 * (4 // job.itemsize)
+    listed = [
+        Collective("all-gather", job.rows * words * job.itemsize, job.model),
+        Collective("all-gather", job.model * EXCHANGED * job.rows * 4, job.model),
+        Collective("reduce-scatter", job.rows // job.model * job.dim * 4, job.model),
+        Collective("all-reduce", job.dim * job.columns * job.itemsize, job.data),
+        Collective("all-reduce", 2 * 4, job.data),
+    ]
+    return [collective for collective in listed if collective.devices > 1]
+
+
+# The programs.
+
+
+class Programs(NamedTuple):
+    """A job's functions, compiled when called.
+
+    create: key -> (kernel, momentum).  batch: number -> (features, labels).
+    step: (features, kernel, momentum, labels) -> (loss, dfeatures, kernel, momentum).
+    hits: (features, kernel, labels) -> share of rows whose plain logit is the largest.
+    """
+
+    create: Any
+    batch: Any
+    step: Any
+    hits: Any
+
+
+def programs(job: Job, mesh: Mesh) -> Programs:
+    rows, columns, whole = (NamedSharding(mesh, spec) for spec in (ROWS, COLUMNS, P()))
+    sharded = job.devices > 1
+    step = class_parallel_step(job, mesh) if sharded else one_device_step(job)
+    return Programs(
+        create=jax.jit(functools.partial(create, job), out_shardings=(columns, columns)),
+        batch=jax.jit(functools.partial(batch, job), out_shardings=(rows, rows)),
+        step=jax.jit(
+            step,
+            in_shardings=(rows, columns, columns, rows),
+            out_shardings=(whole, rows, columns, columns),
+            donate_argnums=(1, 2),
+        ),
+        hits=jax.jit(functools.partial(hits, job, mesh if sharded else None)),
+    )
+
+
+def make_mesh(job: Job) -> Mesh:
+    if job.devices > jax.device_count():
+        raise ValueError(
+            f"data x model must be at most the {jax.device_count()} devices, "
+            f"got {job.data} x {job.model}; JAX_NUM_CPU_DEVICES={job.devices} makes CPU devices"
+        )
+    return jax.make_mesh(
+        (job.data, job.model),
+        AXES,
+        (AxisType.Auto,) * 2,
+        devices=jax.devices()[: job.devices],
+    )
+
+
+def create(job: Job, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    kernel = jax.random.normal(key, job.kernel_shape, DTYPES[job.dtype])
+    momentum = jnp.zeros(job.kernel_shape, jnp.float32)
+    return kernel * jnp.asarray(job.dim**-0.5, kernel.dtype), momentum
+
+
+def batch(job: Job, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Step number's examples: their classes' centres with noise."""
+    which, noise = jax.random.split(jax.random.fold_in(jax.random.key(1), number))
+    identities = job.identities or job.classes
+    apart = job.classes // identities
+    labels = apart * jax.random.randint(which, (job.batch,), 0, identities)
+
+    def centre(label: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.key(2), label), (job.dim,))
+
+    features = jax.vmap(centre)(labels)
+    features = features + NOISE * jax.random.normal(noise, (job.batch, job.dim))
+    return features.astype(DTYPES[job.dtype]), labels
+
+
+def one_device_step(job: Job) -> Callable[..., Any]:
+    def step(features: Any, kernel: Any, momentum: Any, labels: Any) -> tuple[jax.Array, ...]:
+        done = lsm.lsoftmax_sgd(
+            features,
+            kernel,
+            momentum,
+            labels,
+            jnp.full(job.batch, 1 / job.batch),
+            margin=job.margin,
+            lam=job.lam,
+            learning_rate=job.learning_rate,
+            decay=MOMENTUM,
+            weight_decay=DECAY,
+            class_block=job.class_block,
+        )
+        return done[:4]
+
+    return step
+
+
+def class_parallel_step(job: Job, mesh: Mesh) -> Callable[..., Any]:
+    def step(features: Any, kernel: Any, momentum: Any, labels: Any) -> Any:
+        def mean(features: jax.Array, kernel: jax.Array) -> jax.Array:
+            return lsm.sharded.lsoftmax_loss_sum(
+                features,
+                kernel,
+                labels,
+                jnp.full(job.batch, 1 / job.batch),
+                margin=job.margin,
+                lam=job.lam,
+                classes=job.classes,
+                class_axis="model",
+                batch_axes=AXES,
+                mesh=mesh,
+                class_block=job.class_block,
+                keep_exponentials=job.keep_exponentials,
+            )
+
+        loss, (dfeatures, dkernel) = jax.value_and_grad(mean, (0, 1))(features, kernel)
+        gradient = dkernel.astype(momentum.dtype) + DECAY * kernel.astype(momentum.dtype)
+        momentum = MOMENTUM * momentum + gradient
+        kernel = (kernel.astype(momentum.dtype) - job.learning_rate * momentum).astype(kernel.dtype)
+        return loss, dfeatures, kernel, momentum
+
+    return step
+
+
+def hits(
+    job: Job, mesh: Mesh | None, features: jax.Array, kernel: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """The margin-free accuracy, in blocks of classes and without gradients."""
+    options: dict[str, Any] = {
+        "margin": 1,
+        "class_block": job.class_block,
+        "keep_exponentials": False,
+    }
+    if mesh is None:
+        _, seen = lsm.lsoftmax_loss(features, kernel, labels, statistics=True, **options)
+    else:
+        _, seen = lsm.sharded.lsoftmax_loss(
+            features,
+            kernel,
+            labels,
+            statistics=True,
+            classes=job.classes,
+            class_axis="model",
+            batch_axes=AXES,
+            mesh=mesh,
+            **options,
+        )
+    return jnp.mean(seen.plain_logit > seen.max_logit, dtype=jnp.float32)
+
+
+def compile_step(job: Job, step: Any) -> Compiled:
+    """The step, ahead of time and without any array."""
+    dtype = DTYPES[job.dtype]
+    return step.lower(
+        jax.ShapeDtypeStruct((job.batch, job.dim), dtype),
+        jax.ShapeDtypeStruct(job.kernel_shape, dtype),
+        jax.ShapeDtypeStruct(job.kernel_shape, jnp.float32),
+        jax.ShapeDtypeStruct((job.batch,), jnp.int32),
+    ).compile()
+
+
+# The command.
+
+
+def scale(
+    classes: int = 1_000_000,
+    dim: int = 512,
+    batch: int = 4096,
+    steps: int = 10,
+    identities: int | None = None,
+    margin: int = 4,
+    lam: float = 5.0,
+    learning_rate: float = 1.0,
+    dtype: Literal["f32", "bf16"] = "f32",
+    data: int = 1,
+    model: int | None = None,
+    class_block: int = 4096,
+    keep_exponentials: bool = False,
+    plan: bool = False,
+    tflops: float = 790.0,
+    bandwidth: float = 4300.0,
+    link: float = 450.0,
+    out: Path = OUT,
+) -> int:
+    """Trains a head of very many classes on synthetic identities, or says what it would take.
+
+    Args:
+      classes: of the head.
+      dim: length of a feature.
+      batch: examples a step, on all devices together.
+      steps: updates.
+      identities: so many of the classes occur, spread over all; by default every class.
+      margin: of the loss.
+      lam: annealing, kept as it is.
+      learning_rate: of SGD with momentum on the mean loss.
+      dtype: of features and kernel; bf16 rounds small updates away, so it is for measuring.
+      data: mesh axis that shares the batch.
+      model: mesh axis that shares the classes; by default the devices that are left.
+      class_block: classes at a time.
+      keep_exponentials: three matrix products and their memory rather than four; several devices.
+      plan: only say what a step takes on data x model devices, which need not exist.
+      tflops: for the plan, 1e12 operations a second of a device; an H200 by default.
+      bandwidth: for the plan, 1e9 bytes a second of its memory.
+      link: for the plan, 1e9 bytes a second to the other devices.
+      out: folder of the result.
+    """
+    if data < 1 or steps < 1:
+        raise ValueError(f"data and steps must be >= 1, got {data} and {steps}")
+    model = max(jax.device_count() // data, 1) if model is None else model
+    job = Job(
+        classes,
+        dim,
+        batch,
+        data,
+        model,
+        dtype,
+        margin,
+        lam,
+        learning_rate,
+        class_block,
+        keep_exponentials,
+        identities,
+    ).checked()
+    rates = Rates(tflops, bandwidth, link)
+    if min(rates) <= 0:
+        raise ValueError(f"tflops, bandwidth and link must be > 0, got {tuple(rates)}")
+    if plan:
+        compiled = None
+        if job.devices <= jax.device_count():
+            compiled = compile_step(job, programs(job, make_mesh(job)).step)
+        console().print(plan_table(job, rates, compiled))
+        return 0
+    return train(job, steps, out)
+
+
+def train(job: Job, steps: int, out: Path) -> int:
+    begun, run = datetime.now(UTC), programs(job, make_mesh(job))
+    step = compile_step(job, run.step)
+    kernel, momentum = jax.block_until_ready(run.create(jax.random.key(0)))
+    fresh = run.batch(steps)
+    before = float(run.hits(fresh[0], kernel, fresh[1]))
+    seconds, losses = [], []
+    try:
+        with tqdm(total=steps, desc="scale", unit=" steps") as progress:
+            for number in range(steps):
+                started = time.perf_counter()
+                features, labels = run.batch(number)
+                loss, _, kernel, momentum = step(features, kernel, momentum, labels)
+                losses.append(float(loss))
+                seconds.append(time.perf_counter() - started)
+                progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+                progress.update()
+    except KeyboardInterrupt:
+        # The step that was cut short has taken kernel and momentum with it.
+        print(f"\nstopped after {len(losses)} of {steps} steps", file=sys.stderr)
+        return 130
+    after = float(run.hits(fresh[0], kernel, fresh[1]))
+    result = {
+        "kind": "scale",
+        "date": begun.isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+        **provenance(job.devices),
+        "load": os.getloadavg()[0],
+        "config": job._asdict() | {"steps": steps},
+        "seconds_per_step": statistics.median(seconds),
+        "losses": losses,
+        "accuracy": {"before": before, "after": after},
+        "peak_bytes": peak_bytes(job.devices),
+        **measured(job, step),
+    }
+    name = f"scale-{jax.default_backend()}-{job.classes}-{begun:%Y%m%d-%H%M}.json"
+    save(out / name, result)
+    console().print(result_table(job, result))
+    print(f"{out / name} written")
+    return 0
+
+
+def measured(job: Job, step: Compiled) -> dict[str, Any]:
+    """What the compiled step says of itself, beside the formulas."""
+    facts = hlo.facts(step, job.dim * job.columns)
+    expected = forecast(job)
+    return {
+        "state_bytes": facts.reused_bytes,
+        "state_bytes_by_formula": expected.state_bytes,
+        "temporary_bytes": facts.temporary_bytes,
+        "temporary_bytes_by_formula": expected.temporary_bytes,
+        "sent_bytes": sum(c.sent for c in hlo.collectives(step, job.devices)),
+        "sent_bytes_by_formula": expected.sent_bytes,
+        "flops_by_formula": expected.flops,
+    }
+
+
+def peak_bytes(devices: int) -> int:
+    """The most that one device held; on a CPU what the whole process held."""
+    stats = [device.memory_stats() for device in jax.devices()[:devices]]
+    if all(stats):
+        return max(each["peak_bytes_in_use"] for each in stats)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+# The tables.
+
+
+def result_table(job: Job, result: dict[str, Any]) -> Table:
+    view = Table("", "", title=described(job))
+    seconds = result["seconds_per_step"]
+    accuracy = result["accuracy"]
+    whole = "process" if jax.default_backend() == "cpu" else "device"
+    view.add_row("steps/s", f"{1 / seconds:.4g} ({seconds:.4g} s a step, median)")
+    view.add_row("examples/s", f"{job.batch / seconds:.4g}")
+    rate = result["flops_by_formula"] / seconds
+    view.add_row("matrix products, a device", f"{amount(rate, 'FLOP/s')}")
+    view.add_row("loss", f"{result['losses'][0]:.4f} to {result['losses'][-1]:.4f}")
+    view.add_row(
+        "margin-free accuracy, unseen examples",
+        f"{100 * accuracy['before']:.2f} % to {100 * accuracy['after']:.2f} %",
+    )
+    view.add_row(f"peak memory of the {whole}", amount(result["peak_bytes"], "B"))
+    view.add_row("kernel and momentum, a device", amount(result["state_bytes"], "B"))
+    view.add_row("temporary memory of the step, a device", amount(result["temporary_bytes"], "B"))
+    view.add_row(
+        "sent a step and device",
+        f"{amount(result['sent_bytes'], 'B')} "
+        f"(by formula {amount(result['sent_bytes_by_formula'], 'B')})",
+    )
+    return view
+
+
+def plan_table(job: Job, rates: Rates, compiled: Compiled | None) -> Table:
+    """The forecast, and beside it what the compiled step says where it could be compiled."""
+    expected = forecast(job)
+    view = Table("of each device", title=described(job))
+    view.add_column("by formula", justify="right")
+    found = measured(job, compiled) if compiled else {}
+    if compiled:
+        view.add_column("compiled", justify="right")
+
+    def row(name: str, value: str, key: str | None = None) -> None:
+        view.add_row(name, value, *([amount(found[key], "B") if key else ""] if compiled else []))
+
+    row("kernel and momentum", amount(expected.state_bytes, "B"), "state_bytes")
+    row("temporary memory", amount(expected.temporary_bytes, "B"), "temporary_bytes")
+    row("products", f"{amount(expected.flops, 'FLOP')}")
+    row("memory traffic", amount(expected.traffic_bytes, "B"))
+    for collective in expected.collectives:
+        row(f"  {collective.kind} of {collective.devices}", amount(collective.sent, "B"))
+    row("sent, all collectives", amount(expected.sent_bytes, "B"), "sent_bytes")
+    row("step, products alone", f"{1e3 * expected.flops / (1e12 * rates.tflops):.4g} ms")
+    row("step, predicted", f"{1e3 * expected.seconds(rates):.4g} ms")
+    view.caption = (
+        f"{rates.tflops:g} TFLOP/s, {rates.bandwidth:g} GB/s of memory, {rates.link:g} GB/s between"
+    )
+    return view
+
+
+def console() -> Console:
+    # Piped, a console takes itself for 80 characters wide.
+    return Console(width=max(Console().width, 100))
+
+
+def described(job: Job) -> str:
+    return (
+        f"{job.classes:,} classes, {job.dim} features, batch {job.batch}, {job.dtype}, "
+        f"{job.data} x {job.model} devices"
+    )
+
+
+def amount(value: float, unit: str) -> str:
+    """1234567 bytes as "1.235 MB"."""
+    power = min(int(math.log10(value) // 3), 5) if value >= 1 else 0
+    return f"{value / 1000**power:.4g} {('', 'k', 'M', 'G', 'T', 'P')[power]}{unit}"

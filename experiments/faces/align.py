@@ -1,0 +1,126 @@
+"""Five-point alignment of faces to the standard template.
+
+The similarity transform (rotation, one scale, shift) that brings a face's five landmarks nearest to
+the template's in least squares; the aligned face is the original seen through it.
+"""
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from skimage.transform import SimilarityTransform, warp
+from tqdm import tqdm
+
+from experiments.faces.images import BROKEN, list_faces, open_face
+from experiments.store.files import replacing
+
+# (x, y) in 112 x 96 pixels of the left and right eye, the nose, the left and right corner of the
+# mouth, left and right as seen in the picture: the template of the authors' SphereFace.
+# 112 x 112 has eight more columns on either side.
+TEMPLATE = np.array(
+    [
+        [30.2946, 51.6963],
+        [65.5318, 51.5014],
+        [48.0252, 71.7366],
+        [33.5493, 92.3655],
+        [62.7299, 92.2041],
+    ]
+)
+WIDTHS = {"112x96": 96, "112x112": 112}
+
+Size = Literal["112x96", "112x112"]
+
+logger = logging.getLogger(__name__)
+
+
+def align_face(image: NDArray[np.uint8], landmarks: ArrayLike, size: Size) -> NDArray[np.uint8]:
+    """The face in image, (H, W, 3), aligned to the template: (112, 96 or 112, 3), black outside.
+
+    Args:
+      landmarks: (5, 2), x and y in image of the template's five points, in its order.
+      size: of the aligned face.
+
+    Raises:
+      ValueError: if landmarks have another shape or no similarity fits them.
+    """
+    landmarks = np.asarray(landmarks, np.float64)
+    if landmarks.shape != TEMPLATE.shape:
+        raise ValueError(f"landmarks must have shape (5, 2); got {landmarks.shape}")
+    width = WIDTHS[size]
+    template = TEMPLATE + [(width - 96) / 2, 0]
+    similarity = SimilarityTransform.from_estimate(landmarks, template)
+    if not similarity:
+        raise ValueError(f"landmarks must be five points of a face; got {landmarks.tolist()}")
+    aligned = warp(image, similarity.inverse, output_shape=(112, width), preserve_range=True)
+    return np.round(aligned).astype(np.uint8)
+
+
+def read_landmarks(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Image name -> (5, 2) landmarks, from lines `person/image.jpg x1 y1 ... x5 y5`.
+
+    Raises:
+      ValueError: naming the line that is not a name and ten finite numbers.
+    """
+    landmarks = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if line.strip():
+            name, *numbers = line.strip().rsplit(maxsplit=10)
+            points = _points(numbers)
+            if points is None:
+                expected = "`person/image.jpg` and ten numbers"
+                raise ValueError(f"{path}, line {number}: expected {expected}; got {line!r}")
+            landmarks[name] = points
+    return landmarks
+
+
+def align(faces: Path, landmarks: Path, out: Path, size: Size = "112x96") -> None:
+    """Aligns a folder of faces by five landmarks; images that are aligned already stay.
+
+    Args:
+      faces: folder of person/image.jpg.
+      landmarks: lines of `person/image.jpg x1 y1 ... x5 y5`: left and right eye, nose, left and
+        right corner of the mouth, left as seen in the picture.
+      out: folder of the aligned images, under the same names.
+      size: height and width of the aligned images.
+    """
+    points = read_landmarks(landmarks)
+    names = set(list_faces(faces).names)
+    known = sorted(names & points.keys())
+    todo = [name for name in known if not (out / name).exists()]
+
+    def attempt(name: str) -> str | None:
+        """Why the image was not aligned."""
+        try:
+            aligned = align_face(np.asarray(open_face(faces / name)), points[name], size)
+        except BROKEN as error:
+            return str(error)
+        kind = Image.registered_extensions()[Path(name).suffix.lower()]
+        with replacing(out / name) as file:
+            Image.fromarray(aligned).save(file, kind, quality=95)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        reasons = list(tqdm(threads.map(attempt, todo), "align", len(todo), unit=" images"))
+    skipped = {name: reason for name, reason in zip(todo, reasons, strict=True) if reason}
+    aligned = len(todo) - len(skipped)
+    skipped |= dict.fromkeys(sorted(names - points.keys()), "no landmarks")
+    skipped |= dict.fromkeys(sorted(points.keys() - names), "no such image")
+    for name, reason in skipped.items():
+        logger.warning("skipped %s: %s", name, reason)
+    print(
+        f"{aligned} images aligned into {out}, {len(known) - len(todo)} were there already, "
+        f"{len(skipped)} skipped"
+    )
+
+
+def _points(numbers: list[str]) -> NDArray[np.float64] | None:
+    try:
+        points = np.array(numbers, np.float64).reshape(5, 2)
+    except ValueError:
+        return None
+    return points if np.isfinite(points).all() else None

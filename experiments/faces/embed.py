@@ -1,0 +1,134 @@
+"""Embeddings of a folder of faces: features of each image and of its mirror image, side by side.
+
+A file of embeddings is an `.npz` of `names` (images,), `person/image.jpg` each, and `embeddings`
+(images, D) float32.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from experiments.faces.images import FaceImages, list_faces, ordered_batches
+from experiments.faces.train import TrainedRun, load_run
+from experiments.store.files import replacing
+from lsoftmax_jax.training import DATA_AXIS, data_mesh
+
+# what NumPy raises for a file that is no .npz, a broken one, or one without these arrays
+UNREADABLE = (OSError, EOFError, BadZipFile, ValueError, TypeError, KeyError)
+
+Floats = NDArray[np.float32]
+# normalised images (images, height, width, 3) -> features (images, D)
+Features = Callable[[Floats], Floats]
+
+
+class Embeddings(NamedTuple):
+    """Names (images,), `person/image.jpg` each, and their embeddings (images, D)."""
+
+    names: NDArray[np.str_]
+    embeddings: Floats
+
+
+def embed_faces(images: FaceImages, features: Features, batch_size: int) -> Embeddings:
+    """The features of all images, batch by batch; broken ones are left out.
+
+    Raises:
+      ValueError: if all images are broken.
+    """
+    names: list[str] = []
+    rows: list[Floats] = []
+    with tqdm(total=len(images), desc="embed", unit=" images") as progress:
+        for batch in ordered_batches(images, batch_size):
+            names += [images.faces.names[index] for index in batch["index"]]
+            rows.append(features(batch["image"]))
+            progress.update(len(batch["index"]))
+    return Embeddings(np.array(names), np.concatenate(rows))
+
+
+def mirrored_features(model: nnx.Module, mesh: Mesh, batch_size: int) -> Features:
+    """Features of images beside those of their mirror images, on all of the mesh's devices.
+
+    Args:
+      model: images (batch, height, width, 3) -> features (batch, D); set to inference.
+      mesh: has a "data" axis, along which a batch is split.
+      batch_size: the most images of a call, a multiple of the axis; smaller batches are padded.
+    """
+    graphdef, arrays = nnx.split(model)
+    replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(DATA_AXIS))
+
+    def both(arrays: nnx.State, images: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, arrays)
+        return jnp.concatenate([model(images), model(images[:, :, ::-1])], axis=-1)
+
+    compiled = jax.jit(both, in_shardings=(replicated, split), out_shardings=replicated)
+
+    def features(images: Floats) -> Floats:
+        padded = np.zeros((batch_size, *images.shape[1:]), np.float32)
+        padded[: len(images)] = images
+        return np.asarray(compiled(arrays, padded), np.float32)[: len(images)]
+
+    return features
+
+
+def grey_pixels(images: Floats) -> Floats:
+    """The images themselves, in grey: the floor that any learned feature should clear."""
+    return images.mean(axis=-1).reshape(len(images), -1)
+
+
+def run_features(run: TrainedRun, batch_size: int) -> tuple[Features, int]:
+    """`mirrored_features` of a trained run on all devices, and its batch, a multiple of them."""
+    mesh = data_mesh()
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    return mirrored_features(run.model, mesh, batch_size), batch_size
+
+
+def save_embeddings(path: Path, embeddings: Embeddings) -> None:
+    """Write the file of embeddings."""
+    with replacing(path) as file:
+        np.savez(file, **embeddings._asdict())
+
+
+def load_embeddings(path: Path) -> Embeddings:
+    """Read a file of embeddings.
+
+    Raises:
+      ValueError: if path is no such file, or the shapes of its arrays disagree.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            embeddings = Embeddings(arrays["names"], arrays["embeddings"])
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: expected an .npz of names and embeddings; {error}") from error
+    names, rows = embeddings
+    if names.ndim != 1 or rows.ndim != 2 or len(names) != len(rows):
+        raise ValueError(
+            f"{path}: expected names (images,) and embeddings (images, D); "
+            f"got {names.shape} and {rows.shape}"
+        )
+    return embeddings
+
+
+def embed(checkpoint: Path, faces: Path, out: Path, batch: int = 256) -> None:
+    """Writes the embeddings of a folder of person/image.jpg, of images beside their mirror images.
+
+    Args:
+      checkpoint: folder of a run of train-faces.
+      faces: the folder.
+      out: the .npz of names and embeddings.
+      batch: images at a time, on all devices together.
+    """
+    run = load_run(checkpoint)
+    images = FaceImages(list_faces(faces), run.recipe.size)
+    names, embeddings = embed_faces(images, *run_features(run, batch))
+    save_embeddings(out, Embeddings(names, embeddings))
+    count, length = embeddings.shape
+    print(f"{out}: {count} embeddings of {length}, {len(images.broken)} broken images skipped")

@@ -1,0 +1,32 @@
+"""Handwritten digits in the place of faces: a folder such as the face commands read.
+
+Real scans, scikit-learn's, of ten "people", zero to nine. What is measured on them says that the
+commands work, and nothing about faces.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from experiments.store.files import replacing
+
+PEOPLE = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def write_digits(folder: Path, images: int = 60, size: int = 32) -> None:
+    """Writes folder/zero/zero_0001.png and so on.
+
+    Args:
+      folder: made if it is not there.
+      images: of each digit; there are 174 of every one.
+      size: height and width of an image.
+    """
+    digits = load_digits()
+    for digit, person in enumerate(PEOPLE):
+        scans = digits.images[digits.target == digit][:images]
+        for number, scan in enumerate(scans, start=1):
+            pixels = Image.fromarray((scan * 15).astype(np.uint8)).convert("RGB")
+            with replacing(folder / person / f"{person}_{number:04d}.png") as file:
+                pixels.resize((size, size), Image.Resampling.BILINEAR).save(file, format="PNG")

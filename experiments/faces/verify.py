@@ -1,0 +1,217 @@
+"""Verifies faces: embeddings of a folder scored on a file of pairs, as table, JSON and ROC."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from experiments.faces.embed import (
+    Embeddings,
+    embed_faces,
+    grey_pixels,
+    load_embeddings,
+    run_features,
+)
+from experiments.faces.images import FaceImages, Faces, list_faces
+from experiments.faces.protocol import Pairs, Verification, people_of_fold, read_pairs, verify
+from experiments.faces.train import command_line, load_run
+from experiments.store.files import replacing
+from experiments.store.results import provenance, save
+
+PIXELS = (28, 24)
+CURVE_POINTS = 100
+LOWEST_RATE = 1e-3
+
+
+class Source(NamedTuple):
+    """Embeddings, the people they were learned from, and what they are, for the record."""
+
+    embeddings: Embeddings
+    trained_on: frozenset[str]
+    config: dict[str, Any]
+    training: dict[str, Any] | None = None
+
+
+def verify_faces(
+    pairs: Path,
+    out: Path,
+    faces: Path | None = None,
+    embeddings: Path | None = None,
+    checkpoint: Path | None = None,
+    pixels: bool = False,
+    components: int | None = None,
+    protocol: str = "not stated",
+    batch: int = 256,
+) -> None:
+    """Verifies pairs of faces by one of --embeddings, --checkpoint or --pixels.
+
+    Args:
+      pairs: file of pairs in the format of LFW's view 2, folds of same and different pairs.
+      out: the result, a .json; the ROC goes beside it as .svg.
+      faces: folder of person/image.jpg, for --checkpoint and --pixels.
+      embeddings: an .npz of names and embeddings, from embed or elsewhere.
+      checkpoint: folder of a run of train-faces; folds with people it was trained on are not
+        tested.
+      pixels: small grey images as embeddings: the floor.
+      components: keep so many principal components, fitted beside the tested fold; all by default.
+      protocol: kept in the result, such as "unrestricted, no outside data".
+      batch: images at a time, on all devices together.
+    """
+    listed = read_pairs(pairs)
+    source = _source(listed, faces, embeddings, checkpoint, pixels, batch)
+    tested = untrained_folds(listed, source.trained_on)
+    first, second = (
+        source.embeddings.embeddings[rows] for rows in rows_of(listed, source.embeddings.names)
+    )
+    result = verify(first, second, listed.same, listed.fold, components=components, tested=tested)
+    outcome = {
+        "kind": "verification",
+        "protocol": protocol,
+        "tested_folds": tested,
+        "pairs": int(np.isin(listed.fold, tested).sum()),
+        "people_trained_on": len(source.trained_on),
+        "command": command_line(),
+        "config": source.config | {"components": components},
+        "training": source.training,
+        "seed": source.config.get("seed"),
+        **provenance(jax.device_count()),
+        "metrics": metrics(result),
+        "curve": curve(result),
+    }
+    save(out, outcome)
+    with replacing(out.with_suffix(".svg")) as file, rc_context({"svg.hashsalt": "roc"}):
+        figure = roc_figure({out.stem: outcome})
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    print_table(result, tested)
+    print(f"{out} and {out.with_suffix('.svg').name} written")
+
+
+def rows_of(pairs: Pairs, names: Iterable[str]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Where the first and the second images of pairs stand among names, extensions aside.
+
+    Raises:
+      ValueError: naming the images that are missing.
+    """
+    place = {name.rpartition(".")[0]: row for row, name in enumerate(names)}
+    wanted = dict.fromkeys([*pairs.first.tolist(), *pairs.second.tolist()])
+    if missing := [name for name in wanted if name not in place]:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(f"pairs name images that are missing or broken ({len(missing)}): {some}")
+    first, second = (np.array([place[n] for n in side.tolist()]) for side in pairs[:2])
+    return first, second
+
+
+def untrained_folds(pairs: Pairs, trained_on: frozenset[str]) -> list[int]:
+    """The folds none of whose people was trained on.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    folds: list[int] = np.unique(pairs.fold).tolist()
+    clean = [fold for fold in folds if trained_on.isdisjoint(people_of_fold(pairs, fold))]
+    if not clean:
+        raise ValueError(
+            "the checkpoint was trained on people of every fold, so that no fold tests it; "
+            "train-faces --left-out-fold leaves the people of one out"
+        )
+    return clean
+
+
+def metrics(result: Verification) -> dict[str, Any]:
+    """A result's numbers for JSON, which knows no NaN."""
+    error = result.standard_error
+    return {
+        "accuracy": result.accuracy,
+        "standard_error": error if math.isfinite(error) else None,
+        "fold_accuracy": result.fold_accuracy.tolist(),
+        "fold_threshold": result.fold_threshold.tolist(),
+        "auc": result.auc,
+        "equal_error_rate": result.equal_error_rate,
+        "tar_at_far": {f"{far:g}": tar for far, tar in result.tar_at_far.items()},
+    }
+
+
+def curve(result: Verification) -> dict[str, list[float]]:
+    """The ROC at rates of false accepts evenly apart on a logarithmic axis."""
+    rates = np.geomspace(LOWEST_RATE, 1, CURVE_POINTS)
+    last = np.searchsorted(result.false_accepts, rates, side="right") - 1
+    true_accepts = result.true_accepts[last]
+    return {
+        "false_accepts": rates.round(6).tolist(),
+        "true_accepts": true_accepts.round(6).tolist(),
+    }
+
+
+def roc_figure(outcomes: Mapping[str, dict[str, Any]]) -> Figure:
+    """True against false accepts of results by title; false accepts on a logarithmic axis."""
+    figure = Figure(figsize=(5.4, 4.2), layout="constrained")
+    axes = figure.add_subplot(
+        xscale="log",
+        xlim=(LOWEST_RATE, 1),
+        ylim=(0, 1),
+        xlabel="false accepts (FAR)",
+        ylabel="true accepts (TAR)",
+    )
+    for title, outcome in outcomes.items():
+        seen, points = outcome["metrics"], outcome["curve"]
+        label = f"{title}: AUC {seen['auc']:.4f}, EER {seen['equal_error_rate']:.4f}"
+        axes.plot(points["false_accepts"], points["true_accepts"], label=label)
+    rates = np.geomspace(LOWEST_RATE, 1, CURVE_POINTS)
+    axes.plot(rates, rates, color="0.7", linestyle=":", label="chance")
+    axes.legend(loc="upper left", fontsize="small")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def print_table(result: Verification, tested: list[int]) -> None:
+    """Folds and totals."""
+    table = Table("fold", "accuracy", "threshold")
+    for row in zip(tested, result.fold_accuracy, result.fold_threshold, strict=True):
+        table.add_row(str(row[0]), f"{row[1]:.4f}", f"{row[2]:.4f}")
+    table.add_section()
+    error = f" ± {result.standard_error:.4f}" if len(tested) > 1 else ""
+    table.add_row("mean", f"{result.accuracy:.4f}{error}")
+    table.add_row("AUC", f"{result.auc:.4f}")
+    table.add_row("EER", f"{result.equal_error_rate:.4f}")
+    for far, tar in result.tar_at_far.items():
+        table.add_row(f"TAR at FAR {far:g}", f"{tar:.4f}")
+    Console().print(table)
+
+
+def _source(
+    pairs: Pairs,
+    faces: Path | None,
+    embeddings: Path | None,
+    checkpoint: Path | None,
+    pixels: bool,
+    batch: int,
+) -> Source:
+    if (embeddings is not None) + (checkpoint is not None) + pixels != 1:
+        raise ValueError("expected exactly one of --embeddings, --checkpoint and --pixels")
+    if embeddings is not None:
+        return Source(load_embeddings(embeddings), frozenset(), {"embeddings": embeddings.name})
+    if faces is None:
+        raise ValueError("--checkpoint and --pixels need --faces, the folder of person/image.jpg")
+    named = _only(pairs, list_faces(faces))
+    if checkpoint is None:
+        seen = embed_faces(FaceImages(named, PIXELS), grey_pixels, batch)
+        return Source(seen, frozenset(), {"pixels": list(PIXELS)})
+    run = load_run(checkpoint)
+    seen = embed_faces(FaceImages(named, run.recipe.size), *run_features(run, batch))
+    return Source(seen, run.people, asdict(run.recipe), run.begun | {"updates": run.step})
+
+
+def _only(pairs: Pairs, faces: Faces) -> Faces:
+    """The faces that pairs name; all of those must be there before the long work begins."""
+    rows = np.unique(np.concatenate(rows_of(pairs, faces.names)))
+    names = tuple(faces.names[row] for row in rows)
+    return faces._replace(names=names, labels=faces.labels[rows])

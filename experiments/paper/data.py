@@ -1,0 +1,297 @@
+"""Small image data sets, whole on the device: sources, shuffling, augmentation.
+
+A data set comes from a TFDS folder, from a ``.npz`` file (whole, or cut along the first axis into
+pieces), or is scikit-learn's embedded digits. Its images stay uint8 in device memory; which rows
+make up a batch and how they are augmented depends on nothing but a key and the step's number, so a
+resumed run sees the batches that an unbroken one would have seen.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+from experiments.store.files import replacing
+
+CLASSES = {"mnist": 10, "cifar10": 10, "cifar100": 100, "digits": 10}
+VALIDATION = 5000
+
+_SPLITS = ("train", "test")
+_KEYS = tuple(f"{split}_{what}" for split in _SPLITS for what in ("images", "labels"))
+
+MISSING = """\
+{name} is not in {folder}
+looked for {name}.npz, {name}.00.npz, {name}.01.npz, ... and {name}/VERSION/dataset_info.json
+Two ways to get it:
+  1. TFDS (needs network, and TensorFlow this once):
+       pip install -e '.[prepare]'
+       python -c "import tensorflow_datasets as tfds; \
+tfds.builder('{name}', file_format='array_record').download_and_prepare()"
+     TFDS_DATA_DIR names another folder than ~/tensorflow_datasets, here and there.
+  2. Your own arrays, in a folder named by --data: numpy.savez('{name}.npz', train_images=...,
+     train_labels=..., test_images=..., test_labels=...), images uint8 (count, height, width,
+     channels)."""
+
+
+class Split(NamedTuple):
+    """images (count, height, width, channels) uint8, labels (count,) int32."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int32]
+
+    def rows(self, rows: slice) -> "Split":
+        return Split(self.images[rows], self.labels[rows])
+
+
+class Dataset(NamedTuple):
+    """A training and a test split, and a fingerprint of every byte that was read."""
+
+    train: Split
+    test: Split
+    fingerprint: str
+
+    def with_validation(self) -> "Dataset":
+        """Holds the last training images out, in place of the test split.
+
+        They are 5,000, or a tenth of them where that is less.
+        """
+        count = min(VALIDATION, len(self.train.labels) // 10)
+        if count == 0:
+            raise ValueError(
+                f"validation needs at least 10 training images, got {len(self.train.labels)}"
+            )
+        kept, held = slice(None, -count), slice(-count, None)
+        return self._replace(train=self.train.rows(kept), test=self.train.rows(held))
+
+    def first(self, count: int) -> "Dataset":
+        """The first ``count`` images of each split."""
+        rows = slice(None, count)
+        return self._replace(train=self.train.rows(rows), test=self.test.rows(rows))
+
+
+def load(name: str, folder: Path | None = None) -> Dataset:
+    """Reads a data set.
+
+    Args:
+      name: mnist, cifar10, cifar100 or digits (embedded, needs no folder).
+      folder: where the ``.npz`` or the TFDS folders are; by default ``TFDS_DATA_DIR`` or
+        ``~/tensorflow_datasets``.
+
+    Raises:
+      FileNotFoundError: naming the folder looked in and the two ways to get the data.
+      ValueError: if what is there is not such a data set.
+    """
+    if name == "digits":
+        return _dataset(_digits())
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    folder = (folder or Path(default)).expanduser()
+    files = [folder / f"{name}.npz"]
+    if not files[0].exists():
+        files = sorted(folder.glob(f"{name}.[0-9][0-9].npz"))
+    if files:
+        return _dataset(_checked(name, _from_npz(files)))
+    prepared = sorted(folder.glob(f"{name}/*/dataset_info.json"))
+    if prepared:
+        return _dataset(_checked(name, _from_tfds(prepared[-1].parent)))
+    raise FileNotFoundError(MISSING.format(name=name, folder=folder.absolute()))
+
+
+Arrays = dict[str, NDArray]
+
+
+def _dataset(arrays: Arrays) -> Dataset:
+    digest = hashlib.sha256()
+    for key in _KEYS:
+        digest.update(arrays[key].tobytes())
+    train, test = (
+        Split(arrays[f"{s}_images"], arrays[f"{s}_labels"].astype(np.int32)) for s in _SPLITS
+    )
+    return Dataset(train, test, digest.hexdigest()[:16])
+
+
+def _checked(name: str, arrays: Arrays) -> Arrays:
+    for split in _SPLITS:
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"{name}: {split}_images must be uint8 (count, height, width, channels), "
+                f"got {images.dtype} {images.shape}"
+            )
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{name}: {split}_labels must be {len(images)} integers, "
+                f"got {labels.dtype} {labels.shape}"
+            )
+        if len(labels) == 0 or not 0 <= labels.min() <= labels.max() < CLASSES[name]:
+            raise ValueError(f"{name}: {split}_labels must be in 0..{CLASSES[name] - 1}")
+    return arrays
+
+
+def _digits() -> Arrays:
+    digits = load_digits()
+    images = (digits.images * 15).astype(np.uint8)[..., None]
+    train_images, test_images, train_labels, test_labels = train_test_split(
+        images, digits.target, test_size=500, stratify=digits.target, random_state=0
+    )
+    return {
+        "train_images": train_images,
+        "train_labels": train_labels,
+        "test_images": test_images,
+        "test_labels": test_labels,
+    }
+
+
+def _from_npz(files: list[Path]) -> Arrays:
+    pieces: dict[str, list[NDArray]] = {key: [] for key in _KEYS}
+    for file in files:
+        with np.load(file, allow_pickle=False) as arrays:
+            missing = sorted(set(_KEYS) - set(arrays))
+            if missing:
+                raise ValueError(f"{file} lacks {', '.join(missing)}; it must hold {_KEYS}")
+            for key in _KEYS:
+                pieces[key].append(arrays[key])
+    return {key: np.concatenate(arrays) for key, arrays in pieces.items()}
+
+
+def _from_tfds(folder: Path) -> Arrays:
+    """A prepared TFDS folder, decoded once and kept as arrays in the user's cache folder."""
+    identity = hashlib.sha256(str(folder.resolve()).encode())
+    for file in sorted(folder.iterdir()):
+        identity.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lsoftmax_jax"
+    kept = cache / f"{folder.parent.name}-{identity.hexdigest()[:16]}.npz"
+    if kept.exists():
+        return _from_npz([kept])
+    arrays = {}
+    for split in _SPLITS:
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = _decoded(folder, split)
+    with replacing(kept) as unfinished:
+        np.savez(unfinished, allow_pickle=False, **arrays)
+    return arrays
+
+
+def _decoded(folder: Path, split: str) -> tuple[NDArray, NDArray]:
+    import tensorflow_datasets as tfds  # half a second that only an undecoded data set pays
+
+    builder = tfds.builder_from_directory(str(folder))
+    if builder.info.file_format is not tfds.core.file_adapters.FileFormat.ARRAY_RECORD:
+        raise ValueError(
+            f"{folder} holds {builder.info.file_format.value}, which only TensorFlow reads; "
+            f"prepare {folder.parent.name} again with file_format='array_record'"
+        )
+    source = builder.as_data_source(split=split)
+    examples = tqdm(
+        source, desc=f"decode {folder.parent.name} {split}", unit=" images", leave=False
+    )
+    images, labels = zip(*((e["image"], e["label"]) for e in examples), strict=True)
+    return np.stack(images), np.asarray(labels)
+
+
+class OnDevice(NamedTuple):
+    """What batches are made from; the seed's own arrays first, then those all seeds share.
+
+    Attributes:
+      key: draws the augmentation.
+      order: the rows of consecutive epochs, end to end, from `epoch_orders`.
+      first: the place in the endless stream of rows where ``order`` begins.
+      images, labels: the whole training split.
+      mean: subtracted from the images; a scalar or (height, width, channels).
+    """
+
+    key: jax.Array
+    order: jax.Array
+    first: jax.Array
+    images: jax.Array
+    labels: jax.Array
+    mean: jax.Array
+
+
+def epoch_orders(key: jax.Array, epoch: jax.Array, epochs: int, count: int) -> jax.Array:
+    """``epochs`` independent shuffles of ``count`` rows, end to end, from number ``epoch`` on."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, epoch + jnp.arange(epochs))
+    return jax.vmap(jax.random.permutation, (0, None))(keys, count).reshape(-1)
+
+
+class Feed:
+    """Puts a training split on the devices of a mesh and keeps the order of the current epochs.
+
+    Args:
+      seed: draws shuffles and augmentation.
+      train: the split.
+      mean: subtracted from the images.
+      size: of a batch.
+      steps: the most that are asked for at once.
+    """
+
+    def __init__(
+        self, seed: int, train: Split, mean: NDArray, mesh: Mesh, *, size: int, steps: int
+    ) -> None:
+        self._order_key, self._key = jax.random.split(jax.random.key(seed))
+        self._shared = jax.device_put((*train, mean), NamedSharding(mesh, P()))
+        self._count, self._size = len(train.labels), size
+        self._epochs = (self._count + steps * size - 2) // self._count + 1
+        self._orders = jax.jit(epoch_orders, static_argnums=(2, 3))
+        self._epoch, self._order = -1, jnp.zeros(0, jnp.int32)
+
+    def __call__(self, step: int) -> OnDevice:
+        """What the batches of ``step`` and those after it are made from."""
+        epoch = step * self._size // self._count
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = self._orders(self._order_key, epoch, self._epochs, self._count)
+        first = jnp.int32(epoch * self._count)
+        return OnDevice(self._key, self._order, first, *self._shared)
+
+
+def batch(
+    step: jax.Array, data: OnDevice, *, size: int, crop: int, mirror: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Images (size, height, width, channels) float32 and labels (size,) of a step.
+
+    Batches follow the stream of rows across the ends of epochs, so that every epoch shows every
+    image once and no batch is ragged.
+    """
+    start = step * size - data.first
+    rows = jax.lax.dynamic_slice(data.order, (start,), (size,))
+    images = centred(data.images[rows], data.mean)
+    return augmented(jax.random.fold_in(data.key, step), images, crop, mirror), data.labels[rows]
+
+
+def centred(images: jax.Array, mean: jax.Array) -> jax.Array:
+    """images - mean, float32; the scale of 0 to 255 stays, batch normalisation takes it away."""
+    return images.astype(jnp.float32) - mean
+
+
+def augmented(key: jax.Array, images: jax.Array, crop: int, mirror: bool) -> jax.Array:
+    """Pads by ``crop`` zeros, cuts out the old size at random; mirrors half of the images."""
+    crop_key, mirror_key = jax.random.split(key)
+    if crop:
+        corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * crop + 1)
+        padded = jnp.pad(images, ((0, 0), (crop, crop), (crop, crop), (0, 0)))
+        images = jax.vmap(
+            lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:])
+        )(padded, corners)
+    if mirror:
+        flip = jax.random.bernoulli(mirror_key, shape=(len(images), 1, 1, 1))
+        images = jnp.where(flip, images[:, :, ::-1], images)
+    return images
+
+
+def padded_batches(split: Split, size: int) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
+    """(images, labels, where) of a split in order, the last batch filled up and masked."""
+    for start in range(0, len(split.labels), size):
+        images, labels = split.images[start : start + size], split.labels[start : start + size]
+        spare = size - len(labels)
+        where = np.arange(size) < len(labels)
+        yield np.pad(images, ((0, spare), *[(0, 0)] * 3)), np.pad(labels, (0, spare)), where

@@ -1,0 +1,189 @@
+"""What a configuration computes: its network, optimizer, updates and evaluation as functions."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy.typing import NDArray
+
+from experiments.paper import data
+from experiments.paper import measures as measure
+from experiments.paper import networks as models
+from experiments.paper.configs import Config
+from lsoftmax_jax import annealed_lambda, training
+
+
+class Program(NamedTuple):
+    """A configuration's functions, the same for all its seeds.
+
+    Attributes:
+      create: seed -> a fresh `training.State`; may be vmapped.
+      updates: (states, `data.OnDevice`s, length) -> (states, metrics), lists with one entry a seed,
+        all at the same step; jitted, the length static and the states donated.
+      examine: (state, images, labels, where) -> (sums, (features, plain logits)).
+      mean: subtracted from the images.
+    """
+
+    create: Callable[[Any], training.State]
+    updates: Any
+    examine: Any
+    mean: NDArray[np.float32]
+
+
+def optimizer(config: Config) -> optax.GradientTransformation:
+    """SGD with momentum, decay on kernels, and a rate of their own for the layers' biases."""
+
+    def is_kernel(params: Any) -> Any:
+        return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    def is_layer_bias(params: Any) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, _: path[-1].key == "bias" and path[-2].key != "norm", params
+        )
+
+    rate = optax.piecewise_constant_schedule(
+        config.learning_rate, dict.fromkeys(config.stretched_drops, 0.1)
+    )
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, is_kernel),
+        optax.masked(optax.scale(config.bias_rate), is_layer_bias),
+        optax.sgd(rate, momentum=config.momentum),
+    )
+
+
+def build(config: Config, train: data.Split, mesh: Mesh) -> Program:
+    """The configuration's functions for a training split, compiled for a mesh when called."""
+    network, sgd = config.built_network, optimizer(config)
+    if train.images.shape[1:] != network.image:
+        raise ValueError(
+            f"{config.dataset}: images must be {network.image}, got {train.images.shape[1:]}"
+        )
+    if config.batch % mesh.size:
+        raise ValueError(
+            f"batch must divide over the {mesh.size} devices, got {config.batch}; see --devices"
+        )
+    dtype = jnp.bfloat16 if config.dtype == "bf16" else jnp.float32
+    mean = np.asarray(
+        train.images.mean(axis=0, dtype=np.float64) if config.mean is None else config.mean,
+        np.float32,
+    )
+
+    def model(seed: Any) -> models.ConvNet:
+        rngs = nnx.Rngs(jax.random.key(seed))
+        return models.ConvNet(network, config.classes, margin=config.margin, dtype=dtype, rngs=rngs)
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: model(0)))
+    loss = optax.losses.multiclass_hinge_loss if config.hinge else None
+    step = training.train_step(graphdef, sgd, annealed_lambda(*config.stretched_lam), loss=loss)
+    batch = partial(data.batch, size=config.batch, crop=config.crop, mirror=config.mirror)
+    evaluate, embed = training.eval_step(graphdef, loss=loss), training.embed_step(graphdef)
+
+    def examine(state: Any, images: Any, labels: Any, where: Any = None) -> Any:
+        images = data.centred(images, jnp.asarray(mean))
+        return evaluate(state, images, labels, where), embed(state, images)
+
+    return Program(
+        create=lambda seed: training.create(model(seed), sgd)[1],
+        updates=_of_seeds(training.repeat(step, batch, mesh), mesh),
+        examine=training.compile_step(examine, mesh, donate=False),
+        mean=mean,
+    )
+
+
+def _of_seeds(updates: Any, mesh: Mesh) -> Any:
+    """Makes the updates of one seed those of several: lists in, lists out."""
+
+    def several(
+        states: list[training.State], sources: list[data.OnDevice], length: int
+    ) -> tuple[list[training.State], list[training.StepMetrics]]:
+        def unstacked(tree: Any) -> list[Any]:
+            leaves, structure = jax.tree.flatten(tree)
+            return [jax.tree.unflatten(structure, row) for row in zip(*leaves, strict=True)]
+
+        if len(states) == 1:
+            state, metrics = updates(states[0], sources[0], length)
+            return [state], [metrics]
+
+        def of_one(state: training.State, key: jax.Array, order: jax.Array) -> Any:
+            return updates(state, sources[0]._replace(key=key, order=order), length)
+
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        keys = jnp.stack([source.key for source in sources])
+        orders = jnp.stack([source.order for source in sources])
+        state, metrics = jax.vmap(of_one)(stacked, keys, orders)
+        return unstacked(state), unstacked(metrics)
+
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(
+        several,
+        in_shardings=(replicated, replicated),
+        out_shardings=replicated,
+        static_argnums=2,
+        donate_argnums=0,
+    )
+
+
+def load(config: Config, folder: Path | None) -> data.Dataset:
+    """The configuration's training split, and what it is tested on."""
+    dataset = data.load(config.dataset, folder)
+    if config.validation:
+        dataset = dataset.with_validation()
+    return dataset if config.examples is None else dataset.first(config.examples)
+
+
+def evaluate(
+    program: Program, state: training.State, split: data.Split, mesh: Mesh
+) -> tuple[training.Sums, NDArray, NDArray]:
+    """Sums, features and plain logits of a whole split."""
+    size = mesh.size * -(-500 // mesh.size)
+    batches = [
+        program.examine(state, *training.place(rows, mesh, P(training.DATA_AXIS)))
+        for rows in data.padded_batches(split, size)
+    ]
+    sums = jax.tree.map(lambda *parts: np.sum(jax.device_get(parts)), *[b[0] for b in batches])
+    features, logits = (
+        np.concatenate(jax.device_get(parts))[: len(split.labels)]
+        for parts in zip(*[b[1] for b in batches], strict=True)
+    )
+    return sums, features, logits
+
+
+def measures(
+    program: Program, state: training.State, dataset: data.Dataset, mesh: Mesh
+) -> dict[str, Any]:
+    """Everything `measure` knows about both splits, and their margin-free loss."""
+    kernel = np.asarray(state.params["head"]["kernel"])
+    measured = {}
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        sums, features, logits = evaluate(program, state, split, mesh)
+        loss = {"loss": averages(sums)["loss"]}
+        measured[name] = loss | measure.measures(features, logits, split.labels, kernel)
+    return measured
+
+
+def averages(sums: training.Sums) -> dict[str, float]:
+    """Means over the examples, error in %, angle in degrees."""
+    count = sums.examples
+    return {
+        "loss": float(sums.loss / count),
+        "error": float(100 * (1 - sums.correct / count)),
+        "target_angle": float(np.degrees(sums.target_angle / count)),
+        "feature_norm": float(sums.feature_norm / count),
+    }
+
+
+def means(metrics: training.StepMetrics) -> dict[str, float]:
+    """A dispatch's updates in one line: means, λ of the last one."""
+    return averages(jax.tree.map(np.sum, metrics.sums)) | {
+        "lam": float(metrics.lam[-1]),
+        "kernel_norm": float(np.mean(metrics.kernel_norm)),
+        "grad_norm": float(np.mean(metrics.grad_norm)),
+    }

@@ -1,0 +1,227 @@
+"""Runs what the results lack, cheapest first, inside a budget of time."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.paper import configs
+from experiments.paper import networks as models
+from experiments.paper.configs import CONFIGS, Config
+from experiments.run import train
+from experiments.store import results as result
+
+INTERRUPTED = 130
+
+
+def reproduce(
+    only: tuple[str, ...] = ("*",),
+    seeds: int = 5,
+    together: int = 1,
+    budget_minutes: float = math.inf,
+    toy: bool = False,
+    data: Path | None = None,
+    out: Path = train.RESULTS,
+    devices: int | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> int:
+    """Runs every missing configuration and seed, cheapest first; a run begun earlier goes on.
+
+    A run that diverges is a result. One that fails is named at the end; the exit code is then 1.
+
+    Args:
+      only: names of configurations, such as 'cifar10-*'.
+      seeds: how many of each, from 0 on.
+      together: how many seeds of a configuration to train in one program.
+      budget_minutes: stop before so much time is over; the same command continues.
+      toy: shrink every run to seconds; such results go to the folder toy in --out.
+      data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
+      out: folder of the results.
+      devices: train on the first so many; all by default.
+      checkpoint_seconds: time between two checkpoints.
+    """
+    for name, value in (("seeds", seeds), ("together", together)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    wanted, out = runs(only, seeds, toy), out / "toy" if toy else out
+    keep_compiled()
+    with train.interruptible() as asked:
+        queue = Queue(wanted, out, Budget(60 * budget_minutes, asked))
+        while group := queue.next_group(together):
+            queue.train(group, folder=data, devices=devices, checkpoint_seconds=checkpoint_seconds)
+        queue.print_summary()
+        return INTERRUPTED if asked() else 1 if queue.failed else 0
+
+
+def runs(only: Sequence[str], seeds: int, toy: bool) -> list[Config]:
+    """The runs of all configurations that a pattern names, cheapest first.
+
+    Raises:
+      ValueError: if a pattern names none.
+    """
+    for pattern in only:
+        if not any(fnmatchcase(name, pattern) for name in CONFIGS):
+            raise ValueError(f"--only {pattern!r} names no configuration; list prints them")
+    cells = [
+        configs.toy(config) if toy else config
+        for name, config in CONFIGS.items()
+        if any(fnmatchcase(name, pattern) for pattern in only)
+    ]
+    return [replace(cell, seed=seed) for cell in sorted(cells, key=work) for seed in range(seeds)]
+
+
+def work(config: Config) -> float:
+    """Multiply-adds of a run's forward passes, the measure of its cost."""
+    per_image = models.multiply_adds(config.built_network, config.classes)
+    return float(per_image) * config.batch * config.steps
+
+
+def keep_compiled() -> None:
+    """Lets runs of one configuration share its compiled programs, unless JAX was told where."""
+    option = "jax_compilation_cache_dir"
+    if getattr(jax.config, option) is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        jax.config.update(option, str(cache / "lsoftmax_jax" / "compiled"))
+
+
+class Budget:
+    """When to stop: on request, or while there is still time for twice the longest dispatch so far.
+
+    Args:
+      seconds: from now to the deadline.
+      asked: whether somebody asked to stop.
+    """
+
+    def __init__(self, seconds: float, asked: Callable[[], bool] = lambda: False) -> None:
+        self._deadline = time.perf_counter() + seconds
+        self._asked = asked
+        self._questions, self._last = 0, 0.0
+        self._longest = 0.0
+        self._ended = False
+
+    def allows(self, seconds: float) -> bool:
+        """Whether a run may begin whose first update comes after so many seconds."""
+        self._questions = 0
+        return not self._ended and self._deadline - time.perf_counter() > seconds
+
+    def over(self) -> bool:
+        """Asked before every dispatch of a run, to learn how long they take."""
+        now = time.perf_counter()
+        self._questions += 1
+        if self._questions > 2:  # the first dispatch of a run compiles
+            self._longest = max(self._longest, now - self._last)
+        self._last = now
+        self._ended = self._asked() or self._deadline - now <= 2 * self._longest
+        return self._ended
+
+
+class Queue:
+    """Runs in order, what became of them, and how long the rest will take.
+
+    Args:
+      wanted: the runs, finished ones among them.
+      out: folder of the results.
+      budget: of time.
+    """
+
+    def __init__(self, wanted: Sequence[Config], out: Path, budget: Budget) -> None:
+        self._out, self._budget = out, budget
+        self._wanted = len(wanted)
+        self._all_work = sum(map(work, wanted))
+        self._missing = [c for c in wanted if not (out / f"{c.run_name}.json").exists()]
+        self._measured = finished_here(out)
+        self.failed: dict[str, str] = {}
+        self.diverged: list[str] = []
+
+    def next_group(self, together: int) -> list[Config]:
+        """The next runs, seeds of one configuration; none if all are done or the time is up."""
+        longest = max(map(startup, self._measured), default=0.0)
+        if not self._missing or not self._budget.allows(longest):
+            return []
+        group, steps = [self._missing[0]], train.checkpointed_steps(self._missing[0], self._out)
+        for config in self._missing[1:]:
+            if len(group) == together or replace(config, seed=group[0].seed) != group[0]:
+                break
+            shared = steps & train.checkpointed_steps(config, self._out)
+            if shared:
+                group, steps = [*group, config], shared
+        return group
+
+    def train(self, group: list[Config], **options: Any) -> None:
+        """Trains a group and takes it off the queue, unless it was stopped."""
+        self._print_progress(group)
+        try:
+            outcomes = train.run_seeds(group, out=self._out, stop=self._budget.over, **options)
+        except Exception as error:  # whatever it is, the other runs go on
+            message = str(error) or type(error).__name__
+            if message not in self.failed.values():
+                print(f"failed: {message}")
+            self.failed |= dict.fromkeys((config.run_name for config in group), message)
+        else:
+            if outcomes is None:
+                return
+            self._measured += [o for o in outcomes if o["status"] == "finished"]
+            self.diverged += [
+                config.run_name
+                for config, outcome in zip(group, outcomes, strict=True)
+                if outcome["status"] == "diverged"
+            ]
+        self._missing = [config for config in self._missing if config not in group]
+
+    def print_summary(self) -> None:
+        for name in self.diverged:
+            print(f"diverged: {name}")
+        for name, message in self.failed.items():
+            print(f"failed: {name}: {message.splitlines()[0]}")
+        if self._missing:
+            print(f"{len(self._missing)} of {self._wanted} runs left; the same command continues")
+        else:
+            print(f"{self._wanted - len(self.failed)} of {self._wanted} runs are done: {self._out}")
+
+    def _print_progress(self, group: list[Config]) -> None:
+        left = sum(map(work, self._missing))
+        name = group[0].run_name + (f" and {len(group) - 1} more" if group[1:] else "")
+        print(
+            f"run {self._wanted - len(self._missing) + 1} of {self._wanted}: {name}, "
+            f"about {_shown(expected(group, self._measured))}; "
+            f"{100 * (1 - left / self._all_work):.0f} % of all done, "
+            f"about {_shown(expected(self._missing, self._measured))} to go",
+            flush=True,
+        )
+
+
+def finished_here(out: Path) -> list[dict[str, Any]]:
+    """Results of finished runs on a device as this process has."""
+    device = result.provenance(1)["device"]
+    outcomes = [result.load(file) for file in sorted(out.glob("*.json"))]
+    return [o for o in outcomes if o.get("status") == "finished" and o["device"] == device]
+
+
+def startup(outcome: dict[str, Any]) -> float:
+    """Seconds until a run's first update."""
+    return outcome["seconds"]["setup"] + outcome["seconds"]["compilation"]
+
+
+def expected(missing: Sequence[Config], measured: Sequence[dict[str, Any]]) -> float | None:
+    """Seconds that runs will take, at the speed of their networks; None if nothing was measured."""
+    if not measured:
+        return None
+    speeds = {}
+    for outcome in measured:
+        config, loop = Config.from_json(outcome["config"]), outcome["seconds"]["wall"]
+        loop -= startup(outcome)
+        speeds[config.network] = work(config) * len(outcome.get("together", "1")) / loop
+    slowest = min(speeds.values())
+    updating = sum(work(config) / speeds.get(config.network, slowest) for config in missing)
+    return updating + len(missing) * sum(map(startup, measured)) / len(measured)
+
+
+def _shown(seconds: float | None) -> str:
+    return "an unknown time" if seconds is None else str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,157 @@
+"""Finds λ's schedule for a configuration on a validation split; the test images are never seen.
+
+The split is the end of the training images: 5,000 of them, or a tenth where that is less. Every
+candidate trains on the others. The winner has the lowest mean validation error over the seeds, of
+equals the first of the grid; a candidate that diverged with any seed cannot win.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.paper.configs import Config, Named
+from experiments.run import train
+from experiments.run.queue import INTERRUPTED, Budget, Queue, keep_compiled
+from experiments.store import results as result
+from lsoftmax_jax import training
+from lsoftmax_jax.schedule import LambdaPreset
+
+
+def grid(
+    preset: LambdaPreset,
+    bases: Sequence[float],
+    gammas: Sequence[float],
+    powers: Sequence[float],
+    minimums: Sequence[float],
+) -> list[LambdaPreset]:
+    """All schedules made of these constants, each once.
+
+    Args:
+      preset: its gamma and power are multiplied by those of the grid.
+      bases: λ at the start; 0 is no annealing, whatever the other constants.
+      gammas: how many times as fast as the preset λ falls.
+      powers: how many times the preset's power.
+      minimums: what λ never falls below.
+    """
+    schedules = [
+        LambdaPreset(0.0, 0.0, 0.0, minimum)
+        if base == 0
+        else LambdaPreset(base, gamma * preset.gamma, power * preset.power, minimum)
+        for base, gamma, power, minimum in product(bases, gammas, powers, minimums)
+    ]
+    return list(dict.fromkeys(schedules))
+
+
+def tune(
+    config: Named,
+    bases: tuple[float, ...] = (1000.0,),
+    gammas: tuple[float, ...] = (0.5, 1.0, 2.0),
+    powers: tuple[float, ...] = (1.0,),
+    minimums: tuple[float, ...] = (0.0, 5.0),
+    seeds: int = 1,
+    together: int = 1,
+    budget_minutes: float = math.inf,
+    data: Path | None = None,
+    out: Path = train.RESULTS,
+    devices: int | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> int:
+    """Trains a configuration with every λ of a grid; names the best on a validation split.
+
+    Args:
+      config: which one; its flags change it.
+      bases: λ at the start; 0 is no annealing.
+      gammas: how many times as fast as configured λ falls.
+      powers: how many times the configured power.
+      minimums: what λ never falls below.
+      seeds: how many of each, from 0 on.
+      together: how many seeds of a candidate to train in one program.
+      budget_minutes: stop before so much time is over; the same command continues.
+      data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
+      out: folder of the results; these go to the folder tune in it.
+      devices: train on the first so many; all by default.
+      checkpoint_seconds: time between two checkpoints.
+    """
+    if config.margin == 1:
+        raise ValueError(f"{config.name} has no margin, so that λ changes nothing")
+    for name, value in (("seeds", seeds), ("together", together)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    out = out / "tune"
+    schedules = grid(config.lam, bases, gammas, powers, minimums)
+    candidates = [
+        [replace(config, lam=lam, validation=True, seed=seed) for seed in range(seeds)]
+        for lam in schedules
+    ]
+    keep_compiled()
+    with train.interruptible() as asked:
+        wanted = [run for runs in candidates for run in runs]
+        queue = Queue(wanted, out, Budget(60 * budget_minutes, asked))
+        while group := queue.next_group(together):
+            queue.train(group, folder=data, devices=devices, checkpoint_seconds=checkpoint_seconds)
+        queue.print_summary()
+        interrupted = asked()
+    found = summary(config, [judged(runs, out) for runs in candidates])
+    found |= result.provenance(training.data_mesh(devices).size)
+    file = out / f"{replace(config, seed=0).run_name.removesuffix('-seed0')}-tuned.json"
+    result.save(file, found)
+    Console().print(table(found))
+    if found["best"]:
+        print(f"best: {replace(config, lam=LambdaPreset(**found['best'])).command}")
+    print(f"{file} written")
+    return INTERRUPTED if interrupted else 1 if queue.failed or found["best"] is None else 0
+
+
+def judged(runs: Sequence[Config], out: Path) -> dict[str, Any]:
+    """A candidate's λ and what its runs, one a seed, came to on the validation split."""
+    files = [out / f"{run.run_name}.json" for run in runs]
+    outcomes = [result.load(file) for file in files if file.exists()]
+    errors = [o["test"]["error"] for o in outcomes if o["status"] == "finished"]
+    complete = len(errors) == len(runs)
+    return {
+        "lam": runs[0].lam._asdict(),
+        "validation_error": statistics.mean(errors) if complete else None,
+        "validation_errors": errors,
+        "diverged": sum(outcome["status"] == "diverged" for outcome in outcomes),
+        "missing": len(runs) - len(outcomes),
+        "commands": [run.command for run in runs],
+    }
+
+
+def summary(config: Config, candidates: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the tuning's file holds; ``best`` is the λ of the lowest error, if any run ended."""
+    ended = [c for c in candidates if c["validation_error"] is not None]
+    best = min(ended, key=lambda candidate: candidate["validation_error"], default=None)
+    return {
+        "kind": "tuning",
+        "name": config.name,
+        "config": config.to_json(),
+        "best": best and best["lam"],
+        "complete": not any(candidate["missing"] for candidate in candidates),
+        "candidates": candidates,
+    }
+
+
+def table(found: dict[str, Any]) -> Table:
+    """Candidates in the order of the grid; the best is marked."""
+    shown = Table(title=f"{found['name']}, validation error, %")
+    for header in ("base", "gamma", "power", "minimum", "error", "seeds", "diverged"):
+        shown.add_column(header, justify="right")
+    for candidate in found["candidates"]:
+        error, lam = candidate["validation_error"], candidate["lam"]
+        mark = "bold green" if lam == found["best"] else ""
+        shown.add_row(
+            *(f"{constant:g}" for constant in lam.values()),
+            "" if error is None else f"{error:.3f}",
+            str(len(candidate["validation_errors"])),
+            str(candidate["diverged"] or ""),
+            style=mark,
+        )
+    return shown

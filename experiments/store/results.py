@@ -1,0 +1,63 @@
+"""A finished run's JSON file, and where its numbers came from."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import lsoftmax_jax
+from experiments.store.files import replacing
+
+
+def save(file: Path, result: dict[str, Any]) -> None:
+    """Writes a result, one key a line; the file is whole or not there."""
+    lines = ",\n".join(
+        f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in result.items()
+    )
+    with replacing(file) as unfinished:
+        unfinished.write(f"{{\n{lines}\n}}\n".encode())
+
+
+def load(file: Path) -> dict[str, Any]:
+    """The result in a file.
+
+    Raises:
+      ValueError: naming the file, if it holds no JSON.
+    """
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} must hold a result as JSON: {error}") from error
+
+
+def provenance(devices: int) -> dict[str, Any]:
+    """Commit, versions and hardware of a run on so many devices of all processes together."""
+    packages = ("jax", "jaxlib", "flax", "optax")
+    kind = jax.devices()[0].device_kind
+    return {
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), "lsoftmax_jax": lsoftmax_jax.__version__}
+        | {package: version(package) for package in packages},
+        "device": f"{kind}, {os.cpu_count()} cores" if kind == "cpu" else kind,
+        "devices": devices,
+        "processes": jax.process_count(),
+    }
+
+
+def _commit() -> str | None:
+    """The clone's commit, with a mark if tracked files differ from it; None outside a clone."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-changed" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,98 @@
+"""The lab notebook: every cell is there, and a run says how it departs from its name."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import tyro
+
+import lsoftmax_jax as lsm
+from experiments.__main__ import COMMANDS, Named
+from experiments.paper.configs import CONFIGS, Config, toy
+from lsoftmax_jax.schedule import LambdaPreset
+
+LABELS = {"name", "cell", "reported", "standing"}
+
+
+def differences(left, right):
+    left, right = asdict(CONFIGS[left]), asdict(CONFIGS[right])
+    return {name for name in left if left[name] != right[name]} - LABELS
+
+
+def test_every_cell_has_a_configuration():
+    tables = {
+        f"{data}-{loss}"
+        for data in ("mnist", "cifar10", "cifar10plus", "cifar100")
+        for loss in ("hinge", "softmax", "m2", "m3", "m4")
+    }
+    released = {f"released-{name}" for name in tables if not name.startswith("cifar100")}
+    figures = {f"fig2-m{m}" for m in (1, 2, 3, 4)} | {f"fig7-{n}" for n in (32, 64, 96, 128)}
+    assert tables | released | figures | {"digits-softmax", "digits-m4"} == CONFIGS.keys()
+
+
+@pytest.mark.parametrize("data", ["mnist", "cifar10", "cifar10plus", "cifar100", "released-mnist"])
+def test_baselines_differ_in_one_field(data):
+    for margin in (2, 3, 4):
+        assert differences(f"{data}-softmax", f"{data}-m{margin}") == {"margin"}
+    assert differences(f"{data}-softmax", f"{data}-hinge") == {"hinge"}
+    assert differences("digits-softmax", "digits-m4") == {"margin"}
+
+
+def test_papers_numbers():
+    assert (CONFIGS["mnist-m4"].reported, CONFIGS["mnist-m4"].standing) == (0.31, "confirmed")
+    assert (CONFIGS["cifar10plus-m3"].reported, CONFIGS["cifar10plus-m3"].standing) == (
+        5.94,
+        "recalled",
+    )
+    assert CONFIGS["released-cifar10-hinge"].reported == 9.91
+    assert CONFIGS["cifar100-softmax"].reported == 32.74
+
+
+def test_steps_stretch_both_schedules():
+    full = CONFIGS["mnist-m4"]
+    short = replace(full, steps=180)
+    assert full.stretched_drops == (12_000, 15_000) and full.stretched_lam == full.lam
+    assert short.stretched_drops == (120, 150)
+    for part in (0.1, 0.5, 1):
+        ours = lsm.annealed_lambda(*short.stretched_lam)(180 * part - 1)
+        theirs = lsm.annealed_lambda(*full.stretched_lam)(18_000 * part - 1)
+        assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
+
+
+def test_a_seed_is_the_same_recipe_and_anything_else_is_not():
+    config = CONFIGS["cifar10-m2"]
+    assert not replace(config, seed=3).reduced
+    assert replace(config, seed=3).run_name == "cifar10-m2-seed3"
+    reduced = replace(config, width=0.25, steps=200)
+    assert reduced.reduced and reduced.changes == {"width": 0.25, "steps": 200}
+    assert reduced.run_name == "cifar10-m2-steps200-width0.25-seed0"
+
+
+CHANGED = [
+    CONFIGS["mnist-m4"],
+    replace(CONFIGS["mnist-m4"], steps=200, width=0.25, seed=2),
+    replace(CONFIGS["cifar10plus-m2"], mirror=False, validation=True, drops=(1, 2), dtype="bf16"),
+    replace(
+        CONFIGS["cifar100-hinge"], lam=LambdaPreset(1, 2e-5, 3, 4), init="cifar100-softmax-seed0"
+    ),
+    toy(CONFIGS["released-mnist-m3"]),
+]
+
+
+@pytest.mark.parametrize("config", CHANGED, ids=lambda config: config.run_name)
+def test_command_makes_the_same_configuration(config):
+    words = config.command.split()
+    assert words[:4] == ["python", "-m", "experiments", "train"] and "train" in COMMANDS
+    parsed = tyro.cli(tyro.conf.OmitSubcommandPrefixes[Named], args=words[4:])
+    assert parsed == config
+
+
+@pytest.mark.parametrize("config", CHANGED, ids=lambda config: config.run_name)
+def test_json_round_trip(config):
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("field", ["steps", "batch", "margin", "width", "examples"])
+def test_nonsense_is_refused(field):
+    with pytest.raises(ValueError, match=field):
+        replace(CONFIGS["mnist-m4"], **{field: 0})

@@ -1,0 +1,296 @@
+"""A run resumes to the same bits, records what happened, and stops when it must."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.__main__ import main
+from experiments.paper.configs import CONFIGS, toy
+from experiments.paper.networks import NETWORKS
+from experiments.run import program, train
+from experiments.store import results as result
+from experiments.store.logs import Log, Seconds
+from lsoftmax_jax.schedule import LambdaPreset
+
+CONFIG = replace(CONFIGS["digits-m4"], steps=12, batch=16, width=1 / 8, examples=100)
+
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+def run(out, config=CONFIG, **options):
+    return train.run(config, out=out, **({"devices": 1, "evaluations": 3} | options))
+
+
+def numbers(outcome):
+    """What must not depend on interruptions."""
+    return {key: outcome[key] for key in ("train", "test", "curves", "config", "data")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(compiled_once, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    return out, run(out)
+
+
+def test_result_says_everything(unbroken):
+    out, outcome = unbroken
+    file = out / f"{CONFIG.run_name}.json"
+    assert json.loads(file.read_text(), parse_constant=pytest.fail) == outcome
+    assert outcome["status"] == "finished" and outcome["reduced"]
+    assert outcome["changes"] == {"steps": 12, "batch": 16, "width": 0.125, "examples": 100}
+    assert outcome["command"] == CONFIG.command
+    assert outcome["versions"]["jax"] == jax.__version__ and outcome["device"].startswith("cpu")
+    assert outcome["images_per_second"] > 0 and 0 < outcome["outside_step"] < 1
+    assert outcome["curves"]["train"]["step"] == list(range(1, 13))
+    assert outcome["curves"]["test"]["step"] == [4, 8, 12]
+    lam = outcome["curves"]["train"]["lam"]
+    assert lam == sorted(lam, reverse=True) and lam[0] > 100 > 1 > lam[-1]
+    for split in ("train", "test"):
+        confusion = np.array(outcome[split]["confusion"])
+        assert confusion.sum() == outcome[split]["count"] == 100
+        assert 100 - np.trace(confusion) == pytest.approx(outcome[split]["error"])
+    assert outcome["curves"]["test"]["error"][-1] == pytest.approx(
+        outcome["test"]["error"], abs=1e-3
+    )
+    assert list((out / "runs" / CONFIG.run_name / "events").iterdir())
+
+
+def test_stopped_run_continues_to_the_same_bits(unbroken, tmp_path):
+    asked = itertools.count()
+    assert run(tmp_path, stop=lambda: next(asked) == 5) is None
+    assert not (tmp_path / f"{CONFIG.run_name}.json").exists()
+    assert numbers(run(tmp_path)) == numbers(unbroken[1])
+
+
+def test_broken_run_continues_from_its_checkpoint_to_the_same_bits(unbroken, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        steps, advance = itertools.count(), train.Group.advance
+
+        def broken(group):
+            if next(steps) == 7:
+                raise KeyboardInterrupt
+            return advance(group)
+
+        # Saves after step 1 and then no more, so that the log is ahead of the checkpoint.
+        clock = itertools.chain([0.0], itertools.repeat(100.0))
+        patch.setattr(train.Group, "advance", broken)
+        patch.setattr(train, "time", FakeTime(clock))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    log = tmp_path / "runs" / CONFIG.run_name / "metrics.jsonl"
+    with log.open("a") as file:
+        file.write('{"kind": "train", "st')  # torn by the kill
+    assert numbers(run(tmp_path)) == numbers(unbroken[1])
+
+
+def test_finished_run_is_not_trained_again(unbroken, monkeypatch, capsys):
+    out, outcome = unbroken
+    monkeypatch.setattr(train, "Session", None)
+    assert run(out) == outcome
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_devices_and_dispatches_change_rounding_only(unbroken, tmp_path):
+    spread = run(tmp_path, devices=4, dispatch=4)
+    assert spread["devices"] == 4
+    loss = spread["curves"]["train"]["loss"]
+    whole = np.reshape(unbroken[1]["curves"]["train"]["loss"], (3, 4)).mean(axis=1)
+    np.testing.assert_allclose(loss, whole, rtol=1e-3)
+    chex.assert_trees_all_close(spread["test"]["kernel"], unbroken[1]["test"]["kernel"], rtol=0.02)
+
+
+def test_evaluate_measures_the_checkpoint(unbroken):
+    out, outcome = unbroken
+    step, measured = train.evaluate_run(out / "runs" / CONFIG.run_name, None, 1)
+    assert step == 12 and measured == {"train": outcome["train"], "test": outcome["test"]}
+    with pytest.raises(FileNotFoundError, match="no run in"):
+        train.evaluate_run(out / "runs" / "absent", None, 1)
+
+
+def test_warm_start_takes_weights_and_statistics(unbroken, tmp_path):
+    out, outcome = unbroken
+    config = replace(CONFIG, init=CONFIG.run_name, steps=1, learning_rate=0.0)
+    warm = run(out, config)
+    assert warm["reduced"] and f"--init {CONFIG.run_name}" in warm["command"]
+    assert warm["test"]["kernel"] == outcome["test"]["kernel"]
+    assert warm["curves"]["train"]["step"] == [1]
+    with pytest.raises(FileNotFoundError, match="--init"):
+        run(tmp_path, config)
+
+
+def test_diverged_run_is_recorded(tmp_path, capsys):
+    config = replace(CONFIG, learning_rate=1e9, lam=LambdaPreset(0, 0, 0))
+    outcome = run(tmp_path, config)
+    assert outcome["status"] == "diverged" and "test" not in outcome
+    assert 0 < outcome["diverged"]["step"] < 12 and outcome["diverged"]["lam"] == 0
+    assert result.load(tmp_path / f"{config.run_name}.json") == outcome
+    said = capsys.readouterr()
+    for part in ("diverged at step", "λ 0", "|features|", "|kernel|", "--lam.base", "--init"):
+        assert part in said.out + said.err
+
+
+def test_warns_when_lam_never_falls(capsys):
+    train.warn_if_lam_stays(replace(CONFIG, lam=LambdaPreset(1000, 1e-9, 1)))
+    assert "λ is still 1e+03 at the last update" in capsys.readouterr().err
+    train.warn_if_lam_stays(CONFIG)
+    train.warn_if_lam_stays(replace(CONFIG, margin=1, lam=LambdaPreset(1000, 1e-9, 1)))
+    assert capsys.readouterr().err == ""
+
+
+def test_named_configurations_let_lam_fall(capsys):
+    for config in CONFIGS.values():
+        train.warn_if_lam_stays(config)
+    assert capsys.readouterr().err == ""
+
+
+def test_optimizer_is_the_recipe():
+    config = replace(CONFIGS["released-mnist-m2"], steps=30, learning_rate=0.5, drops=(1000,))
+    ones = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
+    params = {"layer": ones, "norm": ones | {"scale": jnp.ones(2)}, "slope": jnp.ones(2)}
+    grads = jax.tree.map(lambda leaf: 0.1 * leaf, params)
+    sgd = program.optimizer(config)
+    state = sgd.init(params)
+    first, state = sgd.update(grads, state, params)
+    second, _ = sgd.update(grads, state, params)
+    decayed = 0.1 + config.weight_decay
+    for updates, scale in ((first, 0.5), (second, 0.05 * 1.9)):
+        chex.assert_trees_all_close(
+            updates,
+            {
+                "layer": {
+                    "kernel": -scale * decayed * jnp.ones(2),
+                    "bias": -0.2 * scale * jnp.ones(2),
+                },
+                "norm": {
+                    "kernel": -scale * decayed * jnp.ones(2),
+                    "bias": -0.1 * scale * jnp.ones(2),
+                    "scale": -0.1 * scale * jnp.ones(2),
+                },
+                "slope": -0.1 * scale * jnp.ones(2),
+            },
+            rtol=1e-5,
+        )
+
+
+def test_batch_must_divide_over_the_devices(tmp_path):
+    with pytest.raises(ValueError, match="batch must divide over the 3 devices, got 16"):
+        run(tmp_path, devices=3)
+
+
+def test_folder_of_another_configuration_is_refused(tmp_path):
+    place = tmp_path / "runs" / CONFIG.run_name
+    result.save(place / "config.json", CONFIG.to_json() | {"momentum": 0.5})
+    with pytest.raises(ValueError, match="another state of this configuration"):
+        run(tmp_path)
+
+
+def test_first_interrupt_asks_and_the_second_ends():
+    before = signal.getsignal(signal.SIGINT)  # ignored, in what a shell started in the background
+    with train.interruptible() as stop:
+        assert not stop()
+        signal.raise_signal(signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_log_thins_curves_and_writes_null_for_nan(tmp_path):
+    log = Log(tmp_path, 0)
+    for step in range(1, 11):
+        log.write("train", step, Seconds(wall=step), loss=float("nan") if step == 10 else step)
+    log.close()
+    assert log.curve("train", points=4) == {"step": [1, 4, 7, 10], "loss": [1, 4, 7, None]}
+    again = Log(tmp_path, 5)
+    assert len(again.lines) == 5 and again.seconds.wall == 5 and again.curve("test") == {}
+    again.close()
+
+
+def test_command_line_mistakes_end_with_2(tmp_path, capsys, monkeypatch):
+    assert main(["train", "mnist-m4", "--data", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    for words in (["train", "mnist-m5"], ["train", "mnist-m4", "--stepz", "3"], ["trian"]):
+        with pytest.raises(SystemExit) as error:
+            main(words)
+        assert error.value.code == 2
+    monkeypatch.setenv("EXPERIMENTS_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["train", "mnist-m4", "--data", str(tmp_path)])
+
+
+def test_list_shows_every_configuration(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    for config in CONFIGS.values():
+        assert f" {config.name} " in printed
+    assert "485,952" in printed and "0.31 confirmed" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_killed_process_continues_to_the_same_bits(unbroken, tmp_path):
+    words = [*CONFIG.command.split()[1:], "--out", str(tmp_path), "--devices", "1"]
+    command = [sys.executable, *words, "--checkpoint-seconds", "0"]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+    log = tmp_path / "runs" / CONFIG.run_name / "metrics.jsonl"
+    root = Path(__file__).parents[3]
+    with subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL) as process:
+        while not log.exists() or log.read_bytes().count(b"\n") < 4:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert not (tmp_path / f"{CONFIG.run_name}.json").exists()
+    assert numbers(run(tmp_path, evaluations=6)) == numbers(run(tmp_path / "whole", evaluations=6))
+
+
+def cells():
+    """Every configuration; CI runs one network of each data set."""
+    sampled = {"mnist-m4", "cifar100-m3", "released-cifar10plus-hinge"}
+    for name, config in CONFIGS.items():
+        yield pytest.param(config, id=name, marks=[pytest.mark.ci] if name in sampled else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", list(cells()))
+def test_cell_runs_at_toy_size(config, tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split in ("train", "test"):
+        shape = (64, *NETWORKS[config.network].image)
+        arrays[f"{split}_images"] = rng.integers(0, 256, shape, dtype=np.uint8)
+        arrays[f"{split}_labels"] = rng.integers(0, config.classes, 64)
+    np.savez(tmp_path / f"{config.dataset}.npz", **arrays)
+    dtype = "bf16" if config.margin == 3 else "f32"
+    outcome = run(tmp_path, replace(toy(config), dtype=dtype), folder=tmp_path)
+    assert outcome["status"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_released_mnist_recipe_trains(tfds_dir, tmp_path):
+    small = {"steps": 240, "batch": 64, "width": 1 / 8, "examples": 6000}
+    outcome = run(tmp_path, replace(CONFIGS["released-mnist-m4"], **small), folder=tfds_dir)
+    assert outcome["test"]["error"] < 10
+
+
+class FakeTime:
+    """A clock that shows given times."""
+
+    def __init__(self, times):
+        self._times = times
+
+    def perf_counter(self):
+        return next(self._times)

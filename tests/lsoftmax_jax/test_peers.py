@@ -1,0 +1,243 @@
+"""Loss, gradients and weights beside PyTorch's: pytorch-metric-learning and torch.nn.
+
+`make parity` installs PyTorch and runs this file, which writes what it measured to PARITY_JSON.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lsoftmax_jax as lsm
+import oracle
+from experiments.store import results as result
+from lsoftmax_jax import interop
+
+NEEDED = "needs PyTorch: make parity"
+torch = pytest.importorskip("torch", reason=NEEDED)
+losses = pytest.importorskip("pytorch_metric_learning.losses", reason=NEEDED)
+
+# pytorch-metric-learning gives SciPy tensors where it means integers.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
+
+MARGINS = range(1, 6)
+
+
+class Answer(NamedTuple):
+    """The mean loss of a batch and its gradients."""
+
+    loss: Any
+    features: Any
+    kernel: Any
+
+
+@pytest.fixture(scope="module")
+def figures() -> Iterator[dict[str, Any]]:
+    """What the tests measured, by name."""
+    measured: dict[str, Any] = {}
+    yield measured
+    if path := os.environ.get("PARITY_JSON"):
+        packages = ("torch", "pytorch-metric-learning", "numpy")
+        versions = {"peers": {package: version(package) for package in packages}}
+        result.save(Path(path), result.provenance(1) | versions | measured)
+
+
+class Annealed(losses.LargeMarginSoftmaxLoss):
+    """With the λ that it lacks."""
+
+    lam = 0.0
+
+    def modify_cosine_of_target_classes(self, cosine):
+        psi = super().modify_cosine_of_target_classes(cosine)
+        return (self.lam * cosine + psi) / (1 + self.lam)
+
+
+def theirs(problem, margin, scale=1.0, lam=0.0, dtype=torch.float64) -> Answer:
+    features, kernel, labels = problem
+    loss = Annealed(kernel.shape[1], kernel.shape[0], margin=margin, scale=scale)
+    loss.lam = lam
+    loss.W = torch.nn.Parameter(torch.tensor(kernel, dtype=dtype))
+    features = torch.tensor(features, dtype=dtype, requires_grad=True)
+    value = loss(features, torch.tensor(labels))
+    value.backward()
+    return Answer(value.item(), features.grad.numpy(), loss.W.grad.numpy())
+
+
+@functools.partial(jax.jit, static_argnames="margin")
+def our_loss(features, kernel, labels, margin, scale, lam):
+    def mean(features, kernel):
+        return lsm.lsoftmax_loss(features, scale * kernel, labels, margin=margin, lam=lam).mean()
+
+    loss, gradients = jax.value_and_grad(mean, (0, 1))(features, kernel)
+    return Answer(loss, *gradients)
+
+
+def ours(problem, margin, scale=1.0, lam=0.0, dtype=jnp.float64) -> Answer:
+    features, kernel, labels = oracle.as_arrays(problem, dtype)
+    return our_loss(features, kernel, labels, margin, jnp.asarray(scale, dtype), lam)
+
+
+def errors(got: Answer, wanted: Answer) -> Answer:
+    """By how much each part is off at most, relative to the largest entry."""
+    pairs = zip(got, wanted, strict=True)
+    return Answer(*(float(np.max(np.abs(g - w)) / np.max(np.abs(w))) for g, w in pairs))
+
+
+def worst(several: list[Answer]) -> Answer:
+    return Answer(*(max(part) for part in zip(*several, strict=True)))
+
+
+def in_float32(problem):
+    """The problem with numbers that float32 holds."""
+    return oracle.Problem(*(a.astype("f4").astype("f8") for a in problem[:2]), problem.labels)
+
+
+def one_example(theta, norm=1.0):
+    """Three classes in the plane, the first along the first axis; one feature, of that class."""
+    kernel = np.array([[1.0, -0.6, 0.0], [0.0, 0.8, -1.0]])
+    features = norm * np.array([[np.cos(theta), np.sin(theta)]])
+    return in_float32(oracle.Problem(features, kernel, np.array([0])))
+
+
+def exact(problem, margin) -> Answer:
+    return Answer(
+        oracle.exact_loss(*problem, margin)[0],
+        *oracle.exact_gradients(*problem, np.ones(1), margin)[:2],
+    )
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+def test_same_values_and_gradients(x64, figures, margin):
+    found = []
+    for norm in (1e-3, 1.0, 1e3):
+        problem = oracle.problem(seed=7, batch=64, dim=16, classes=10, scale=norm)
+        for scale in (0.25, 1.0, 4.0, 64.0):
+            for lam in (0.0, 5.0):
+                arguments = problem, margin, scale, lam
+                found.append(errors(ours(*arguments), theirs(*arguments)))
+    error = worst(found)
+    figures[f"float64 m={margin}"] = error._asdict()
+    assert max(error) < 2e-13
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+def test_float32_is_as_near(x64, figures, margin):
+    problem = in_float32(oracle.problem(seed=7, batch=64, dim=16, classes=10))
+    wanted = ours(problem, margin)
+    our_error = errors(ours(problem, margin, dtype=jnp.float32), wanted)
+    their_error = errors(theirs(problem, margin, dtype=torch.float32), wanted)
+    figures[f"float32 m={margin}"] = {
+        "ours": our_error._asdict(),
+        "theirs": their_error._asdict(),
+    }
+    assert max(our_error) < 2e-6 and max(their_error) < 2e-6
+
+
+def test_small_losses_stay_here_and_vanish_there(figures):
+    for norm in (10, 15, 20):
+        problem = one_example(theta=0.02, norm=norm)
+        wanted = exact(problem, margin=4)
+        our_answer = ours(problem, margin=4, dtype=jnp.float32)
+        their_answer = theirs(problem, margin=4, dtype=torch.float32)
+        our_error, their_error = errors(our_answer, wanted), errors(their_answer, wanted)
+        figures[f"float32 small loss, norm {norm}"] = {
+            "exact": wanted.loss,
+            "ours": float(our_answer.loss),
+            "theirs": their_answer.loss,
+            "error of our feature gradient": our_error.features,
+            "error of their feature gradient": their_error.features,
+        }
+        assert max(our_error) < 5e-5
+    assert wanted.loss > 1e-9 and their_answer.loss == 0.0 and their_error.features > 0.9
+
+
+def test_gradient_across_the_column_near_pi(figures):
+    """There k is m once float32's cosine is -1, one more than it can be."""
+    problem = one_example(theta=np.pi - 1e-4)
+    across = {
+        "exact": float(exact(problem, margin=4).kernel[1, 0]),
+        "ours": float(ours(problem, margin=4, dtype=jnp.float32).kernel[1, 0]),
+        "theirs": float(theirs(problem, margin=4, dtype=torch.float32).kernel[1, 0]),
+    }
+    figures["float32 gradient across the column at theta = pi - 1e-4"] = across
+    np.testing.assert_allclose(across["ours"], across["exact"], rtol=1e-4)
+    np.testing.assert_allclose(across["theirs"], -across["exact"], rtol=1e-4)
+
+
+def test_a_zero_feature_has_a_gradient_here(x64):
+    kernel = one_example(0.0).kernel
+    problem = oracle.Problem(np.zeros((1, 2)), kernel, np.array([0]))
+    plain = torch.zeros((1, 2), dtype=torch.float64, requires_grad=True)
+    logits = plain @ torch.tensor(kernel)
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0])).backward()
+    np.testing.assert_allclose(ours(problem, margin=1).features, plain.grad.numpy())
+    assert np.any(plain.grad.numpy())
+    assert not np.any(theirs(problem, margin=1).features)
+
+
+def test_weights_of_each_kind(x64):
+    features, weight, _ = oracle.problem(seed=5, batch=6, dim=5, classes=4)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    kinds = {
+        losses.LargeMarginSoftmaxLoss: (features, lambda kernel: 3.0 * kernel),
+        losses.SphereFaceLoss: (features, lambda kernel: interop.cosine_kernel(kernel, 3.0)),
+        losses.ArcFaceLoss: (unit, lambda kernel: interop.cosine_kernel(kernel, 3.0)),
+        losses.CosFaceLoss: (unit, lambda kernel: interop.cosine_kernel(kernel, 3.0)),
+    }
+    for kind, (inputs, scaled) in kinds.items():
+        peer = kind(num_classes=4, embedding_size=5, scale=3.0)
+        peer.W = torch.nn.Parameter(torch.tensor(weight))
+        kernel = interop.kernel_from_columns(peer.W.detach(), in_features=5, classes=4)
+        logits = lsm.lsoftmax_logits(inputs, scaled(kernel), None, margin=4)
+        wanted = peer.get_logits(torch.tensor(features)).detach().numpy()
+        np.testing.assert_allclose(logits, wanted, rtol=1e-12, err_msg=kind.__name__)
+
+
+def test_linear_there_and_back():
+    linear = torch.nn.Linear(5, 4, bias=False)
+    kernel = interop.kernel_from_rows(linear.weight.detach(), in_features=5, classes=4)
+    features = np.random.default_rng(0).standard_normal((3, 5)).astype("f4")
+    wanted = linear(torch.tensor(features)).detach().numpy()
+    np.testing.assert_allclose(
+        lsm.lsoftmax_logits(features, kernel, None, margin=4), wanted, rtol=1e-5, atol=1e-6
+    )
+    back = torch.nn.Linear(5, 4, bias=False)
+    back.load_state_dict({"weight": torch.tensor(interop.kernel_to_rows(kernel))})
+    assert torch.equal(back.weight, linear.weight)
+
+
+def test_both_train_to_the_same_kernel(x64, figures):
+    features, kernel, labels = oracle.problem(seed=11, batch=32, dim=8, classes=4)
+    peer = losses.LargeMarginSoftmaxLoss(4, 8, margin=4)
+    peer.W = torch.nn.Parameter(torch.tensor(kernel))
+    sgd = torch.optim.SGD(peer.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for _ in range(20):
+        sgd.zero_grad()
+        peer(torch.tensor(features), torch.tensor(labels)).backward()
+        sgd.step()
+
+    optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
+
+    @jax.jit
+    def step(kernel, state):
+        gradient = jax.grad(lambda k: lsm.lsoftmax_loss(features, k, labels, margin=4).mean())
+        change, state = optimizer.update(gradient(kernel), state, kernel)
+        return optax.apply_updates(kernel, change), state
+
+    trained = jnp.asarray(kernel)
+    state = optimizer.init(trained)
+    for _ in range(20):
+        trained, state = step(trained, state)
+    wanted = peer.W.detach().numpy()
+    assert np.max(np.abs(wanted - kernel)) > 0.1
+    error = float(np.max(np.abs(trained - wanted)))
+    figures["float64 kernel after 20 SGD steps, m=4"] = error
+    assert error < 1e-10
