@@ -21,7 +21,7 @@ from experiments.faces.train import train_faces
 from experiments.faces.verify import verify_faces
 from experiments.paper import measures as measure
 from experiments.paper import networks as models
-from experiments.paper.configs import CONFIGS, Named
+from experiments.paper.cells import CELLS, Named, run_name
 from experiments.report.figures import figures
 from experiments.report.report import report
 from experiments.run import train
@@ -52,14 +52,15 @@ def list_() -> None:
     for header in ("parameters", "batch x steps"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("time", no_wrap=True)
-    for config in CONFIGS.values():
+    for name, cell in CELLS.items():
+        config = cell.config
         table.add_row(
-            config.name,
-            config.cell,
-            "" if config.reported is None else f"{config.reported:.2f} {config.standing}",
+            name,
+            cell.where,
+            "" if cell.reported is None else f"{cell.reported:.2f} {cell.standing}",
             f"{models.parameter_count(config.built_network, config.classes):,}",
             f"{config.batch} x {config.steps:,}",
-            config.time,
+            cell.time,
         )
     # Piped, a console takes itself for 80 characters wide.
     console = Console(width=max(Console().width, 132))
@@ -123,7 +124,7 @@ def train_(
             return 1
         label = "reduced run, " if outcome["reduced"] else ""
         console = Console()
-        console.print(measures_table(f"{config.run_name}, {label}last iterate", outcome))
+        console.print(measures_table(f"{run_name(config)}, {label}last iterate", outcome))
         console.print(
             f"{outcome['images_per_second']:.0f} images/s on {outcome['device']}, "
             f"{100 * outcome['outside_step']:.1f} % of the loop's time outside the step"
@@ -140,7 +141,7 @@ def evaluate(
     """Measures the last checkpoint of a run, finished or not.
 
     Args:
-      run: its name, such as mnist-m4-seed0.
+      run: its name, such as mnist-m4/seed0.
       data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
       out: folder of the results.
       devices: compute on the first so many; all by default.

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.paper import measures as measure
-from experiments.paper.configs import CONFIGS
+from experiments.paper.cells import CONFIGS
 from experiments.run import train
 from experiments.store.files import replacing
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from experiments.benchmarks.head import OUT, TOLERANCE, check, quartiles, spread
 from experiments.paper import networks as models
-from experiments.paper.configs import CONFIGS, Config
-from experiments.run import program
+from experiments.paper.cells import CONFIGS
+from experiments.paper.config import Config
 from experiments.store.results import provenance, save
 from lsoftmax_jax import annealed_lambda, training
 
@@ -111,7 +111,7 @@ def prepare(config: Config) -> list[Run]:
 
 
 def prepare_arm(arm: str, config: Config) -> Run:
-    network, optimizer = config.built_network, program.optimizer(config)
+    network, optimizer = config.built_network, config.optimizer
     model = models.ConvNet(
         network,
         config.classes,

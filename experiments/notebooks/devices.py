@@ -53,9 +53,9 @@ print(jax.devices())
 # %% [markdown]
 # ## Data, model, step
 #
-# Scikit-learn's embedded digits, a network from `experiments.paper.networks` with a feature of 64 numbers,
-# and the library's training step, a pure function of arrays: (state, images, labels) -> (state,
-# metrics). λ and the learning rate are functions of `state.step`.
+# Scikit-learn's embedded digits, a network from `experiments.paper.networks` with a feature of 64
+# numbers, and the library's training step, a pure function of arrays: (state, images, labels) ->
+# (state, metrics). λ and the learning rate are functions of `state.step`.
 
 # %%
 BATCH, UPDATES = 64, 30

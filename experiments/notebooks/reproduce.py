@@ -35,7 +35,7 @@ import matplotlib as mpl
 from IPython.display import Markdown
 
 from experiments.paper import data
-from experiments.paper.configs import CONFIGS
+from experiments.paper.cells import CONFIGS, changes_of, command_of, run_name
 from experiments.report import figures, report
 from experiments.run import train
 from experiments.store import results as result
@@ -68,8 +68,8 @@ else:
     config = replace(CONFIGS[CELL], steps=120, width=1 / 8, batch=64, examples=2_000)
 
 print(config.summary)
-print("changed:", config.changes or "nothing")
-print(config.command)
+print("changed:", changes_of(config) or "nothing")
+print(command_of(config))
 
 # %% [markdown]
 # ## Started, and stopped
@@ -101,7 +101,7 @@ with train.interruptible() as pressed:
 # seed, margin-free errors, curves, confusion matrices, angles, times.
 
 # %%
-saved = result.load(OUT / f"{config.run_name}.json")
+saved = result.load(OUT / f"{run_name(config)}.json")
 shown = ("command", "status", "reduced", "changes", "commit", "versions", "device", "seconds")
 print(json.dumps({name: saved[name] for name in shown}, indent=1))
 for split in ("train", "test"):
@@ -114,7 +114,7 @@ for split in ("train", "test"):
 # a table of its own; several seeds become mean ± standard deviation.
 
 # %%
-title = report.REDUCED if config.reduced else report.PAPER
+title = report.REDUCED if changes_of(config) else report.PAPER
 outcomes = report.load_results(OUT)
 Markdown(f"### {title}\n\n{report.sections(outcomes)[title]}")
 
@@ -125,8 +125,8 @@ Markdown(f"### {title}\n\n{report.sections(outcomes)[title]}")
 # the paper's figures in this way.
 
 # %%
-label = f"{CELL}, reduced" if config.reduced else CELL
-figures.draw_curves(figures.finished(outcomes, config.reduced), {CELL: label})
+label = f"{CELL}, reduced" if changes_of(config) else CELL
+figures.draw_curves(figures.finished(outcomes, bool(changes_of(config))), {CELL: label})
 
 # %% [markdown]
 # ## The whole row

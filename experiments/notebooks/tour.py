@@ -44,7 +44,7 @@ import lsoftmax_jax.linen
 from experiments import quickstart
 from experiments.paper import data
 from experiments.paper import networks as models
-from experiments.paper.configs import CONFIGS
+from experiments.paper.cells import CONFIGS
 from experiments.report import figures, pictures
 from experiments.run import train
 

@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.paper.configs import CONFIGS, Config
+from experiments.paper.cell import Cell
+from experiments.paper.cells import CELLS, CONFIGS, changes_of
+from experiments.paper.config import Config
 from experiments.run import train
 from experiments.store import results as result
 from experiments.store.files import replacing
@@ -95,13 +97,13 @@ def sections(outcomes: Sequence[Outcome]) -> dict[str, str]:
     runs = [o for o in outcomes if "kind" not in o and "validation" not in o["changes"]]
     full = [o for o in runs if not o["reduced"]]
     paper, released, figures = [], [], []
-    for config in CONFIGS.values():
-        if config.cell.startswith("Fig."):
-            figures.append(config)
-        elif config.name.startswith("released-"):
-            released.append(config)
-        elif config.cell.startswith("Table"):
-            paper.append(config)
+    for name, cell in CELLS.items():
+        if cell.where.startswith("Fig."):
+            figures.append(cell)
+        elif name.startswith("released-"):
+            released.append(cell)
+        elif cell.where.startswith("Table"):
+            paper.append(cell)
     return {
         PAPER: _cells(paper, full),
         "Tables 2 to 4, recipe of the released prototxts": _cells(released, full),
@@ -122,17 +124,18 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) 
     return "\n".join("| " + " | ".join(row) + " |" for row in (headers, rules, *rows))
 
 
-def _cells(cells: Sequence[Config], full: Sequence[Outcome]) -> str:
+def _cells(cells: Sequence[Cell], full: Sequence[Outcome]) -> str:
     headers = ("configuration", "cell", "standing", "device")
     numbers = ("paper, test error %", "ours, test error %", "ours, train error %", "seeds")
     rows = []
-    for config in cells:
-        runs = [o for o in full if o["name"] == config.name and o["status"] == "finished"]
+    for cell in cells:
+        name = cell.config.name
+        runs = [o for o in full if o["name"] == name and o["status"] == "finished"]
         _check_same_data(runs)
-        paper = "" if config.reported is None else f"{config.reported:.2f}"
+        paper = "" if cell.reported is None else f"{cell.reported:.2f}"
         measured = [_errors(runs, "test"), _errors(runs, "train"), _count(runs)]
-        standing = config.standing or ""
-        rows.append([f"`{config.name}`", config.cell, standing, _devices(runs), paper, *measured])
+        standing = cell.standing or ""
+        rows.append([f"`{name}`", cell.where, standing, _devices(runs), paper, *measured])
     return _table((*headers, *numbers), rows, len(numbers))
 
 
@@ -176,7 +179,7 @@ def _against_softmax(runs: Sequence[Outcome]) -> str:
 
 def _softmax_of(name: str) -> str | None:
     """The configuration that differs from this one in the loss alone, and has no margin."""
-    listed = ("name", "cell", "reported", "standing", "time", "hinge", "margin")
+    listed = ("name", "hinge", "margin")
     for other in CONFIGS.values():
         if other.margin == 1 and not other.hinge:
             taken = {field: getattr(other, field) for field in listed}
@@ -189,7 +192,7 @@ def _tunings(tunings: Sequence[Outcome]) -> str:
     rows = []
     for outcome in tunings:
         config = Config.from_json(outcome["config"])
-        changes = _changes({"changes": config.changes})
+        changes = _changes({"changes": changes_of(config)})
         for candidate in outcome["candidates"]:
             lam, best = candidate["lam"], candidate["lam"] == outcome["best"]
             constants = [f"{lam[name]:g}" for name in ("base", "gamma", "power", "minimum")]

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from experiments.paper import data
 from experiments.paper import measures as measure
 from experiments.paper import networks as models
-from experiments.paper.configs import Config
-from lsoftmax_jax import annealed_lambda, training
+from experiments.paper.config import Config
+from lsoftmax_jax import training
 
 
 class Program(NamedTuple):
@@ -38,30 +38,9 @@ class Program(NamedTuple):
     mean: NDArray[np.float32]
 
 
-def optimizer(config: Config) -> optax.GradientTransformation:
-    """SGD with momentum, decay on kernels, and a rate of their own for the layers' biases."""
-
-    def is_kernel(params: Any) -> Any:
-        return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
-
-    def is_layer_bias(params: Any) -> Any:
-        return jax.tree.map_with_path(
-            lambda path, _: path[-1].key == "bias" and path[-2].key != "norm", params
-        )
-
-    rate = optax.piecewise_constant_schedule(
-        config.learning_rate, dict.fromkeys(config.stretched_drops, 0.1)
-    )
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, is_kernel),
-        optax.masked(optax.scale(config.bias_rate), is_layer_bias),
-        optax.sgd(rate, momentum=config.momentum),
-    )
-
-
 def build(config: Config, train: data.Split, mesh: Mesh) -> Program:
     """The configuration's functions for a training split, compiled for a mesh when called."""
-    network, sgd = config.built_network, optimizer(config)
+    network, sgd = config.built_network, config.optimizer
     if train.images.shape[1:] != network.image:
         raise ValueError(
             f"{config.dataset}: images must be {network.image}, got {train.images.shape[1:]}"
@@ -70,7 +49,6 @@ def build(config: Config, train: data.Split, mesh: Mesh) -> Program:
         raise ValueError(
             f"batch must divide over the {mesh.size} devices, got {config.batch}; see --devices"
         )
-    dtype = jnp.bfloat16 if config.dtype == "bf16" else jnp.float32
     mean = np.asarray(
         train.images.mean(axis=0, dtype=np.float64) if config.mean is None else config.mean,
         np.float32,
@@ -78,11 +56,13 @@ def build(config: Config, train: data.Split, mesh: Mesh) -> Program:
 
     def model(seed: Any) -> models.ConvNet:
         rngs = nnx.Rngs(jax.random.key(seed))
-        return models.ConvNet(network, config.classes, margin=config.margin, dtype=dtype, rngs=rngs)
+        return models.ConvNet(
+            network, config.classes, margin=config.margin, dtype=config.activation_dtype, rngs=rngs
+        )
 
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: model(0)))
     loss = optax.losses.multiclass_hinge_loss if config.hinge else None
-    step = training.train_step(graphdef, sgd, annealed_lambda(*config.stretched_lam), loss=loss)
+    step = training.train_step(graphdef, sgd, config.lam_policy, loss=loss)
     batch = partial(data.batch, size=config.batch, crop=config.crop, mirror=config.mirror)
     evaluate, embed = training.eval_step(graphdef, loss=loss), training.embed_step(graphdef)
 

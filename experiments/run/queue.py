@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 
-from experiments.paper import configs
+from experiments.paper import cells
 from experiments.paper import networks as models
-from experiments.paper.configs import CONFIGS, Config
+from experiments.paper.cells import CONFIGS, run_name
+from experiments.paper.config import Config
 from experiments.run import train
 from experiments.store import results as result
 
@@ -69,12 +70,14 @@ def runs(only: Sequence[str], seeds: int, toy: bool) -> list[Config]:
     for pattern in only:
         if not any(fnmatchcase(name, pattern) for name in CONFIGS):
             raise ValueError(f"--only {pattern!r} names no configuration; list prints them")
-    cells = [
-        configs.toy(config) if toy else config
+    found = [
+        cells.toy(config) if toy else config
         for name, config in CONFIGS.items()
         if any(fnmatchcase(name, pattern) for pattern in only)
     ]
-    return [replace(cell, seed=seed) for cell in sorted(cells, key=work) for seed in range(seeds)]
+    return [
+        replace(config, seed=seed) for config in sorted(found, key=work) for seed in range(seeds)
+    ]
 
 
 def work(config: Config) -> float:
@@ -135,7 +138,7 @@ class Queue:
         self._out, self._budget = out, budget
         self._wanted = len(wanted)
         self._all_work = sum(map(work, wanted))
-        self._missing = [c for c in wanted if not (out / f"{c.run_name}.json").exists()]
+        self._missing = [c for c in wanted if not (out / f"{run_name(c)}.json").exists()]
         self._measured = finished_here(out)
         self.failed: dict[str, str] = {}
         self.diverged: list[str] = []
@@ -163,13 +166,13 @@ class Queue:
             message = str(error) or type(error).__name__
             if message not in self.failed.values():
                 print(f"failed: {message}")
-            self.failed |= dict.fromkeys((config.run_name for config in group), message)
+            self.failed |= dict.fromkeys((run_name(config) for config in group), message)
         else:
             if outcomes is None:
                 return
             self._measured += [o for o in outcomes if o["status"] == "finished"]
             self.diverged += [
-                config.run_name
+                run_name(config)
                 for config, outcome in zip(group, outcomes, strict=True)
                 if outcome["status"] == "diverged"
             ]
@@ -187,7 +190,7 @@ class Queue:
 
     def _print_progress(self, group: list[Config]) -> None:
         left = sum(map(work, self._missing))
-        name = group[0].run_name + (f" and {len(group) - 1} more" if group[1:] else "")
+        name = run_name(group[0]) + (f" and {len(group) - 1} more" if group[1:] else "")
         print(
             f"run {self._wanted - len(self._missing) + 1} of {self._wanted}: {name}, "
             f"about {_shown(expected(group, self._measured))}; "
@@ -200,7 +203,7 @@ class Queue:
 def finished_here(out: Path) -> list[dict[str, Any]]:
     """Results of finished runs on a device as this process has."""
     device = result.provenance(1)["device"]
-    outcomes = [result.load(file) for file in sorted(out.glob("*.json"))]
+    outcomes = result.load_all(out)
     return [o for o in outcomes if o.get("status") == "finished" and o["device"] == device]
 
 

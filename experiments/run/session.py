@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from experiments.paper import data
 from experiments.paper import networks as models
-from experiments.paper.configs import Config
+from experiments.paper.cells import changes_of, command_of, run_name
+from experiments.paper.config import Config
 from experiments.run.program import Program, averages, build, evaluate, load, means, measures
 from experiments.store import processes
 from experiments.store import results as result
@@ -100,7 +101,7 @@ class Session:
     ) -> None:
         self.config, self.dispatch = config, dispatch
         self._shared, self._out = shared, out
-        place = out / "runs" / config.run_name
+        place = out / "runs" / run_name(config)
         with shared.clock.spent("setup"):
             self.feed = data.Feed(
                 config.seed,
@@ -162,9 +163,9 @@ class Session:
             "seed": config.seed,
             "status": "diverged" if diverged else "finished",
             "diverged": diverged and finite(diverged),
-            "reduced": config.reduced,
-            "changes": {name: config.to_json()[name] for name in config.changes},
-            "command": config.command,
+            "reduced": bool(changes_of(config)),
+            "changes": {name: config.to_json()[name] for name in changes_of(config)},
+            "command": command_of(config),
             "config": config.to_json(),
             "data": {"name": config.dataset, "fingerprint": shared.dataset.fingerprint},
             **result.provenance(shared.mesh.size),
@@ -177,7 +178,7 @@ class Session:
             "curves": {kind: self.log.curve(kind) for kind in ("train", "test")},
         }
         if processes.is_first():
-            result.save(self._out / f"{config.run_name}.json", outcome)
+            result.save(self._out / f"{run_name(config)}.json", outcome)
         processes.wait("result")
 
     def _first_state(self) -> training.State:

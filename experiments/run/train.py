@@ -20,7 +20,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.paper.configs import Config
+from experiments.paper.cells import run_name
+from experiments.paper.config import Config
 from experiments.run.program import build, load, means, measures
 from experiments.run.session import Group, Session, Shared
 from experiments.store import processes
@@ -140,11 +141,11 @@ def run_seeds(
     Returns:
       What the results' files hold, in the order of configs; None if the runs were stopped.
     """
-    files = {config: out / f"{config.run_name}.json" for config in configs}
+    files = {config: out / f"{run_name(config)}.json" for config in configs}
     missing = [config for config, file in files.items() if not file.exists()]
     for config in configs:
         if config not in missing:
-            print(f"{config.run_name} is finished; delete {files[config]} to train it again")
+            print(f"{run_name(config)} is finished; delete {files[config]} to train it again")
     if missing:
         if processes.is_first():
             warn_if_lam_stays(missing[0])
@@ -211,14 +212,14 @@ def _advance(group: Group, bar: Any) -> None:
     _show(bar, seen, group.sessions[0].config)
     for session, metrics in zip(tuple(group.sessions), seen, strict=True):
         if diverged := divergence(metrics, first):
-            bar.write(f"{session.config.run_name} {diverged}")
+            bar.write(f"{run_name(session.config)} {diverged}")
             session.finish(diverged._asdict(), seeds)
             group.sessions.remove(session)
 
 
 def checkpointed_steps(config: Config, out: Path) -> set[int]:
     """The steps a run can continue at; 0 if it has no checkpoint."""
-    return steps_in(out / "runs" / config.run_name / "checkpoints") or {0}
+    return steps_in(out / "runs" / run_name(config) / "checkpoints") or {0}
 
 
 def common_step(configs: Sequence[Config], out: Path) -> int:
@@ -259,7 +260,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def _bar(group: Group) -> Any:
     config, others = group.sessions[0].config, len(group.sessions) - 1
-    name = config.run_name + (f" and {others} more" if others else "")
+    name = run_name(config) + (f" and {others} more" if others else "")
     return tqdm(
         total=config.steps,
         initial=group.step,

@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.paper.configs import Config, Named
+from experiments.paper.cells import Named, command_of, run_name
+from experiments.paper.config import Config
 from experiments.run import train
 from experiments.run.queue import INTERRUPTED, Budget, Queue, keep_compiled
 from experiments.store import results as result
@@ -100,18 +101,18 @@ def tune(
         interrupted = asked()
     found = summary(config, [judged(runs, out) for runs in candidates])
     found |= result.provenance(training.data_mesh(devices).size)
-    file = out / f"{replace(config, seed=0).run_name.removesuffix('-seed0')}-tuned.json"
+    file = out / f"{run_name(replace(config, seed=0)).removesuffix('seed0')}tuned.json"
     result.save(file, found)
     Console().print(table(found))
     if found["best"]:
-        print(f"best: {replace(config, lam=LambdaPreset(**found['best'])).command}")
+        print(f"best: {command_of(replace(config, lam=LambdaPreset(**found['best'])))}")
     print(f"{file} written")
     return INTERRUPTED if interrupted else 1 if queue.failed or found["best"] is None else 0
 
 
 def judged(runs: Sequence[Config], out: Path) -> dict[str, Any]:
     """A candidate's λ and what its runs, one a seed, came to on the validation split."""
-    files = [out / f"{run.run_name}.json" for run in runs]
+    files = [out / f"{run_name(run)}.json" for run in runs]
     outcomes = [result.load(file) for file in files if file.exists()]
     errors = [o["test"]["error"] for o in outcomes if o["status"] == "finished"]
     complete = len(errors) == len(runs)
@@ -121,7 +122,7 @@ def judged(runs: Sequence[Config], out: Path) -> dict[str, Any]:
         "validation_errors": errors,
         "diverged": sum(outcome["status"] == "diverged" for outcome in outcomes),
         "missing": len(runs) - len(outcomes),
-        "commands": [run.command for run in runs],
+        "commands": [command_of(run) for run in runs],
     }
 
 

@@ -35,6 +35,12 @@ def load(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} must hold a result as JSON: {error}") from error
 
 
+def load_all(out: Path) -> list[dict[str, Any]]:
+    """Every result in a folder and in the folders of its cells, with its ``file`` under it."""
+    files = sorted([*out.glob("*.json"), *out.glob("*/*.json")])
+    return [load(file) | {"file": file.relative_to(out).as_posix()} for file in files]
+
+
 def provenance(devices: int) -> dict[str, Any]:
     """Commit, versions and hardware of a run on so many devices of all processes together."""
     packages = ("jax", "jaxlib", "flax", "optax")

@@ -109,7 +109,7 @@ QUESTIONS = {
     }""",
     "reproduce": """{
         "stopped": stopped is None,
-        "name": config.run_name,
+        "name": run_name(config),
         "steps": config.steps,
         "reduced": saved["reduced"],
         "error": saved["test"]["error"],
@@ -176,7 +176,7 @@ def test_tour(tmp_path, monkeypatch):
     margin_free, with_margin = seen["accuracy"]
     assert 0.9 < margin_free and with_margin <= margin_free
     assert seen["linen"][-1] < 0.5 * seen["linen"][0]
-    assert len(list((tmp_path / "out" / "tour").glob("*.json"))) == 2
+    assert len(list((tmp_path / "out" / "tour").glob("*/*.json"))) == 2
 
 
 @pytest.mark.slow

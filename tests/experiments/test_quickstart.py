@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from experiments import quickstart
 from experiments.__main__ import main
+from experiments.paper.cells import run_name
 from experiments.run import train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -30,8 +31,8 @@ def test_stops_continues_and_shows(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     for title in (*tiny, "error, %", "intra-class angle", "inter-class angle", "features.png"):
         assert title in printed
-    names = [config.run_name for config in tiny.values()]
-    assert {f"{name}.json" for name in names} <= {file.name for file in tmp_path.iterdir()}
+    names = [run_name(config) for config in tiny.values()]
+    assert all((tmp_path / f"{name}.json").exists() for name in names)
     assert imread(tmp_path / "features.png").shape[:2] == (896, 1664)
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments.__main__ import main
 from experiments.paper import measures as measure
-from experiments.paper.configs import CONFIGS
+from experiments.paper.cells import CONFIGS
 from experiments.report import figures
 from experiments.store import results as result
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from experiments.__main__ import main
-from experiments.paper.configs import CONFIGS
+from experiments.paper.cells import CONFIGS
 from experiments.report import report
 from experiments.report.report import BEGIN, END
 from experiments.store import results as result

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main
-from experiments.paper.configs import CONFIGS, toy
+from experiments.paper.cells import CONFIGS, run_name, toy
 from experiments.run import queue, train
 from experiments.run.queue import Budget, Queue
 from experiments.store import results as result
@@ -57,7 +57,7 @@ def test_together_continues_to_the_same_bits(pair, tmp_path):
     options = {"out": tmp_path, "checkpoint_seconds": 0.0, **OPTIONS}
     assert train.run_seeds(SEEDS[:2], stop=lambda: next(asked) == 5, **options) is None
     # A kill amid the saves leaves the runs with different newest checkpoints.
-    folders = [tmp_path / "runs" / config.run_name / "checkpoints" for config in SEEDS[:2]]
+    folders = [tmp_path / "runs" / run_name(config) / "checkpoints" for config in SEEDS[:2]]
     assert [steps_in(folder) for folder in folders] == [{4, 5}] * 2
     with Checkpoints(folders[1], kept=2) as checkpoints:
         checkpoints.rewind(4)
@@ -80,8 +80,8 @@ def test_diverged_seed_leaves_the_others_alone(pair, tmp_path, monkeypatch):
 
 def test_groups_are_seeds_of_one_configuration_that_can_go_on_together(tmp_path, monkeypatch):
     other = replace(SEEDS[0], name="digits-softmax", margin=1)
-    steps = {SEEDS[0].run_name: {4, 6}, SEEDS[1].run_name: {8}, SEEDS[2].run_name: {2, 4}}
-    monkeypatch.setattr(train, "checkpointed_steps", lambda c, _: steps.get(c.run_name, {0}))
+    steps = {run_name(SEEDS[0]): {4, 6}, run_name(SEEDS[1]): {8}, run_name(SEEDS[2]): {2, 4}}
+    monkeypatch.setattr(train, "checkpointed_steps", lambda c, _: steps.get(run_name(c), {0}))
     waiting = Queue([*SEEDS, other], tmp_path, Budget(math.inf))
     assert waiting.next_group(1) == SEEDS[:1]
     assert waiting.next_group(2) == waiting.next_group(5) == [SEEDS[0], SEEDS[2]]
@@ -94,9 +94,9 @@ def test_reproduce_runs_what_is_missing(pair, tmp_path, capsys, monkeypatch):
     words += ["--together", "2", "--out", str(tmp_path)]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "run 1 of 2: digits-m4-steps8" in said and "2 of 2 runs are done" in said
+    assert "run 1 of 2: digits-m4/steps8" in said and "2 of 2 runs are done" in said
     for config in SEEDS[:2]:
-        outcome = result.load(tmp_path / "toy" / f"{config.run_name}.json")
+        outcome = result.load(tmp_path / "toy" / f"{run_name(config)}.json")
         assert outcome["reduced"] and outcome["seed"] == config.seed
     monkeypatch.setattr(train, "run_seeds", None)
     assert main(words) == 0
@@ -115,11 +115,11 @@ def test_failed_and_diverged_runs_are_named(tmp_path, capsys, monkeypatch):
     words = ["reproduce", "--only", "digits-m4", "fig2-m1", "--seeds", "3", "--out", str(tmp_path)]
     assert main(words) == 1
     said = capsys.readouterr().out
-    assert "failed: digits-m4-seed0: out of memory\n" in said
-    assert "failed: fig2-m1-seed0: out of memory\n" in said
-    assert "diverged: digits-m4-seed1" in said and "4 of 6 runs are done" in said
-    assert said.index("run 1 of 6: digits-m4-seed0") < said.index("run 4 of 6: fig2-m1-seed0")
-    assert "run 3 of 6: digits-m4-seed2, about an unknown time" in said
+    assert "failed: digits-m4/seed0: out of memory\n" in said
+    assert "failed: fig2-m1/seed0: out of memory\n" in said
+    assert "diverged: digits-m4/seed1" in said and "4 of 6 runs are done" in said
+    assert said.index("run 1 of 6: digits-m4/seed0") < said.index("run 4 of 6: fig2-m1/seed0")
+    assert "run 3 of 6: digits-m4/seed2, about an unknown time" in said
     cost = queue.work(CONFIGS["fig2-m1"]) / queue.work(CONFIGS["digits-m4"])
     assert f"about {queue._shown(3 * (6 * cost + 3))} to go" in said
 
@@ -171,7 +171,7 @@ def test_request_to_stop_ends_the_queue(tmp_path):
     group = waiting.next_group(1)
     asked.append("stop")
     waiting.train(group, **OPTIONS)
-    assert waiting.next_group(1) == [] and not list(tmp_path.glob("*.json"))
+    assert waiting.next_group(1) == [] and not list(tmp_path.rglob("*seed*.json"))
     assert train.checkpointed_steps(SEEDS[0], tmp_path) == {0}
 
 
@@ -191,18 +191,18 @@ def test_killed_queue_continues_to_the_same_bits(together, tmp_path):
 
     with command(tmp_path / "whole") as process:
         assert process.wait() == 0
-    last = tmp_path / "broken" / "toy" / "runs" / SEEDS[1].run_name / "metrics.jsonl"
+    last = tmp_path / "broken" / "toy" / "runs" / run_name(SEEDS[1]) / "metrics.jsonl"
     with command(tmp_path / "broken") as process:
         while not last.exists() or last.read_bytes().count(b"\n") < 3:
             assert process.poll() is None
             time.sleep(0.005)
         process.kill()
-    assert not (tmp_path / "broken" / "toy" / f"{SEEDS[1].run_name}.json").exists()
+    assert not (tmp_path / "broken" / "toy" / f"{run_name(SEEDS[1])}.json").exists()
     with command(tmp_path / "broken") as process:
         assert process.wait() == 0
     for config in SEEDS[:2]:
         whole, broken = (
-            json.loads((tmp_path / out / "toy" / f"{config.run_name}.json").read_text())
+            json.loads((tmp_path / out / "toy" / f"{run_name(config)}.json").read_text())
             for out in ("whole", "broken")
         )
         assert numbers(whole) == numbers(broken)
@@ -223,5 +223,5 @@ def test_whole_mnist_row_at_toy_size(tmp_path):
     np.savez(tmp_path / "mnist.npz", **arrays)
     words = ["reproduce", "--only", "mnist-*", "--seeds", "1", "--toy", "--data", str(tmp_path)]
     assert main([*words, "--out", str(tmp_path), "--devices", "1"]) == 0
-    names = {result.load(file)["name"] for file in (tmp_path / "toy").glob("*.json")}
+    names = {result.load(file)["name"] for file in (tmp_path / "toy").glob("*/*.json")}
     assert names == {f"mnist-{loss}" for loss in ("hinge", "softmax", "m2", "m3", "m4")}

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main
-from experiments.paper.configs import CONFIGS, toy
+from experiments.paper.cells import CONFIGS, command_of, run_name, toy
 from experiments.paper.networks import NETWORKS
-from experiments.run import program, train
+from experiments.run import train
 from experiments.store import results as result
 from experiments.store.logs import Log, Seconds
 from lsoftmax_jax.schedule import LambdaPreset
@@ -47,11 +47,11 @@ def unbroken(compiled_once, tmp_path_factory):
 
 def test_result_says_everything(unbroken):
     out, outcome = unbroken
-    file = out / f"{CONFIG.run_name}.json"
+    file = out / f"{run_name(CONFIG)}.json"
     assert json.loads(file.read_text(), parse_constant=pytest.fail) == outcome
     assert outcome["status"] == "finished" and outcome["reduced"]
     assert outcome["changes"] == {"steps": 12, "batch": 16, "width": 0.125, "examples": 100}
-    assert outcome["command"] == CONFIG.command
+    assert outcome["command"] == command_of(CONFIG)
     assert outcome["versions"]["jax"] == jax.__version__ and outcome["device"].startswith("cpu")
     assert outcome["images_per_second"] > 0 and 0 < outcome["outside_step"] < 1
     assert outcome["curves"]["train"]["step"] == list(range(1, 13))
@@ -65,13 +65,13 @@ def test_result_says_everything(unbroken):
     assert outcome["curves"]["test"]["error"][-1] == pytest.approx(
         outcome["test"]["error"], abs=1e-3
     )
-    assert list((out / "runs" / CONFIG.run_name / "events").iterdir())
+    assert list((out / "runs" / run_name(CONFIG) / "events").iterdir())
 
 
 def test_stopped_run_continues_to_the_same_bits(unbroken, tmp_path):
     asked = itertools.count()
     assert run(tmp_path, stop=lambda: next(asked) == 5) is None
-    assert not (tmp_path / f"{CONFIG.run_name}.json").exists()
+    assert not (tmp_path / f"{run_name(CONFIG)}.json").exists()
     assert numbers(run(tmp_path)) == numbers(unbroken[1])
 
 
@@ -90,7 +90,7 @@ def test_broken_run_continues_from_its_checkpoint_to_the_same_bits(unbroken, tmp
         patch.setattr(train, "time", FakeTime(clock))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
-    log = tmp_path / "runs" / CONFIG.run_name / "metrics.jsonl"
+    log = tmp_path / "runs" / run_name(CONFIG) / "metrics.jsonl"
     with log.open("a") as file:
         file.write('{"kind": "train", "st')  # torn by the kill
     assert numbers(run(tmp_path)) == numbers(unbroken[1])
@@ -114,7 +114,7 @@ def test_devices_and_dispatches_change_rounding_only(unbroken, tmp_path):
 
 def test_evaluate_measures_the_checkpoint(unbroken):
     out, outcome = unbroken
-    step, measured = train.evaluate_run(out / "runs" / CONFIG.run_name, None, 1)
+    step, measured = train.evaluate_run(out / "runs" / run_name(CONFIG), None, 1)
     assert step == 12 and measured == {"train": outcome["train"], "test": outcome["test"]}
     with pytest.raises(FileNotFoundError, match="no run in"):
         train.evaluate_run(out / "runs" / "absent", None, 1)
@@ -122,9 +122,9 @@ def test_evaluate_measures_the_checkpoint(unbroken):
 
 def test_warm_start_takes_weights_and_statistics(unbroken, tmp_path):
     out, outcome = unbroken
-    config = replace(CONFIG, init=CONFIG.run_name, steps=1, learning_rate=0.0)
+    config = replace(CONFIG, init=run_name(CONFIG), steps=1, learning_rate=0.0)
     warm = run(out, config)
-    assert warm["reduced"] and f"--init {CONFIG.run_name}" in warm["command"]
+    assert warm["reduced"] and f"--init {run_name(CONFIG)}" in warm["command"]
     assert warm["test"]["kernel"] == outcome["test"]["kernel"]
     assert warm["curves"]["train"]["step"] == [1]
     with pytest.raises(FileNotFoundError, match="--init"):
@@ -136,7 +136,7 @@ def test_diverged_run_is_recorded(tmp_path, capsys):
     outcome = run(tmp_path, config)
     assert outcome["status"] == "diverged" and "test" not in outcome
     assert 0 < outcome["diverged"]["step"] < 12 and outcome["diverged"]["lam"] == 0
-    assert result.load(tmp_path / f"{config.run_name}.json") == outcome
+    assert result.load(tmp_path / f"{run_name(config)}.json") == outcome
     said = capsys.readouterr()
     for part in ("diverged at step", "λ 0", "|features|", "|kernel|", "--lam.base", "--init"):
         assert part in said.out + said.err
@@ -161,7 +161,7 @@ def test_optimizer_is_the_recipe():
     ones = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
     params = {"layer": ones, "norm": ones | {"scale": jnp.ones(2)}, "slope": jnp.ones(2)}
     grads = jax.tree.map(lambda leaf: 0.1 * leaf, params)
-    sgd = program.optimizer(config)
+    sgd = config.optimizer
     state = sgd.init(params)
     first, state = sgd.update(grads, state, params)
     second, _ = sgd.update(grads, state, params)
@@ -191,7 +191,7 @@ def test_batch_must_divide_over_the_devices(tmp_path):
 
 
 def test_folder_of_another_configuration_is_refused(tmp_path):
-    place = tmp_path / "runs" / CONFIG.run_name
+    place = tmp_path / "runs" / run_name(CONFIG)
     result.save(place / "config.json", CONFIG.to_json() | {"momentum": 0.5})
     with pytest.raises(ValueError, match="another state of this configuration"):
         run(tmp_path)
@@ -242,17 +242,17 @@ def test_list_shows_every_configuration(capsys):
 @pytest.mark.slow
 @pytest.mark.ci
 def test_killed_process_continues_to_the_same_bits(unbroken, tmp_path):
-    words = [*CONFIG.command.split()[1:], "--out", str(tmp_path), "--devices", "1"]
+    words = [*command_of(CONFIG).split()[1:], "--out", str(tmp_path), "--devices", "1"]
     command = [sys.executable, *words, "--checkpoint-seconds", "0"]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
-    log = tmp_path / "runs" / CONFIG.run_name / "metrics.jsonl"
+    log = tmp_path / "runs" / run_name(CONFIG) / "metrics.jsonl"
     root = Path(__file__).parents[3]
     with subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL) as process:
         while not log.exists() or log.read_bytes().count(b"\n") < 4:
             assert process.poll() is None
             time.sleep(0.01)
         process.kill()
-    assert not (tmp_path / f"{CONFIG.run_name}.json").exists()
+    assert not (tmp_path / f"{run_name(CONFIG)}.json").exists()
     assert numbers(run(tmp_path, evaluations=6)) == numbers(run(tmp_path / "whole", evaluations=6))
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.paper import data
+from experiments.paper.cells import run_name
 from experiments.run import queue, train, tune
 from experiments.store import results as result
 from lsoftmax_jax.schedule import LambdaPreset
@@ -11,7 +12,7 @@ from lsoftmax_jax.schedule import LambdaPreset
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 CONFIGURATION = ["digits-m4", "--steps", "4", "--batch", "16", "--width", "0.0625"]
-FILE = "digits-m4-steps4-batch16-width0.0625-tuned.json"
+FILE = "digits-m4/steps4-batch16-width0.0625-tuned.json"
 
 
 def words(out, *options):
@@ -39,7 +40,7 @@ def test_tune_reads_no_test_image(tmp_path, capsys, monkeypatch):
     assert main(once) == 0
     found = result.load(tmp_path / "tune" / FILE)
     assert found["complete"] and found["best"]["minimum"] == 5.0
-    (file,) = (tmp_path / "tune").glob("*-seed0.json")
+    (file,) = (tmp_path / "tune").glob("*/*-seed0.json")
     outcome = result.load(file)
     assert found["candidates"][0]["validation_error"] == outcome["test"]["error"]
     assert outcome["train"]["count"] == 1297 - 129 and outcome["test"]["count"] == 129
@@ -62,7 +63,7 @@ def outcomes(monkeypatch, error_of):
             outcome = {"status": status, "config": config.to_json(), "together": [0]}
             outcome |= {"seconds": {"wall": 3.0, "setup": 1.0, "compilation": 1.0}}
             outcome |= {"device": "none", "test": {"error": error}}
-            result.save(out / f"{config.run_name}.json", outcome)
+            result.save(out / f"{run_name(config)}.json", outcome)
             made.append(outcome)
         return made
 

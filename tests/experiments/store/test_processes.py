@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main
-from experiments.paper.configs import CONFIGS
+from experiments.paper.cells import CONFIGS, command_of, run_name
 from experiments.run import train
 from experiments.store import processes
 from experiments.store.checkpoints import steps_in
@@ -88,7 +88,7 @@ def pair(out):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [*CONFIG.command.split()[1:], "--out", str(out), "--checkpoint-seconds", "0"]
+    words = [*command_of(CONFIG).split()[1:], "--out", str(out), "--checkpoint-seconds", "0"]
     words += ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--heartbeat-seconds", "10"]
     both = [
         subprocess.Popen(
@@ -110,7 +110,7 @@ def pair(out):
 
 
 def until_step(step, out, both):
-    log = out / "runs" / CONFIG.run_name / "metrics.jsonl"
+    log = out / "runs" / run_name(CONFIG) / "metrics.jsonl"
     while not log.exists() or log.read_bytes().count(b"\n") < step:
         assert [process.poll() for process in both] == [None, None]
         time.sleep(0.01)
@@ -143,7 +143,7 @@ def test_two_processes_stop_together_and_end_with_the_numbers_of_one(one, tmp_pa
         said = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [130, 130], said
     assert "stopping after this dispatch" in said[1][1]
-    (stopped,) = steps_in(tmp_path / "runs" / CONFIG.run_name / "checkpoints")
+    (stopped,) = steps_in(tmp_path / "runs" / run_name(CONFIG) / "checkpoints")
     assert f"stopped at step {stopped};" in said[0][0]
     assert "stopped" not in said[1][0]
 
@@ -152,11 +152,13 @@ def test_two_processes_stop_together_and_end_with_the_numbers_of_one(one, tmp_pa
     assert [process.returncode for process in both] == [0, 0], said
     assert "last iterate" in said[0][0] and "steps/s" in said[0][1]
     assert "last iterate" not in said[1][0] and "steps/s" not in said[1][1]
-    outcome = json.loads((tmp_path / f"{CONFIG.run_name}.json").read_text())
+    outcome = json.loads((tmp_path / f"{run_name(CONFIG)}.json").read_text())
     assert (outcome["processes"], outcome["devices"]) == (2, 4)
     assert (one["processes"], one["devices"]) == (1, 4)
     assert_numbers_of_one(outcome, one)
-    assert len(list((tmp_path / "runs" / CONFIG.run_name / "events").iterdir())) == 2  # one a start
+    assert (
+        len(list((tmp_path / "runs" / run_name(CONFIG) / "events").iterdir())) == 2
+    )  # one a start
 
 
 @pytest.mark.slow
@@ -168,8 +170,8 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on_elsewhere(one, tmp_pa
         _, said = both[0].communicate(timeout=60)
     assert both[0].returncode not in (0, 2)
     assert "most likely because another one ended" in said or "another task died" in said
-    assert not (tmp_path / f"{CONFIG.run_name}.json").exists()
-    assert min(steps_in(tmp_path / "runs" / CONFIG.run_name / "checkpoints")) >= 1
+    assert not (tmp_path / f"{run_name(CONFIG)}.json").exists()
+    assert min(steps_in(tmp_path / "runs" / run_name(CONFIG) / "checkpoints")) >= 1
     outcome = train.run(CONFIG, out=tmp_path, devices=1)
     assert (outcome["processes"], outcome["devices"]) == (1, 1)
     assert_numbers_of_one(outcome, one)
