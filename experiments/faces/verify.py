@@ -1,15 +1,13 @@
-"""Verifies faces: embeddings of a folder scored on a file of pairs, as table, JSON and ROC."""
+"""Verifies faces: embeddings of a folder scored on a file of pairs, as table and JSON."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +22,6 @@ from experiments.faces.embed import (
 from experiments.faces.images import FaceImages, Faces, list_faces
 from experiments.faces.protocol import Pairs, Verification, people_of_fold, read_pairs, verify
 from experiments.faces.train import command_line, load_run
-from experiments.store.files import replacing
 from experiments.store.results import provenance, save
 
 PIXELS = (28, 24)
@@ -56,7 +53,7 @@ def verify_faces(
 
     Args:
       pairs: file of pairs in the format of LFW's view 2, folds of same and different pairs.
-      out: the result, a .json; the ROC goes beside it as .svg.
+      out: the result, a .json; `figures --out` its folder draws the ROC.
       faces: folder of person/image.jpg, for --checkpoint and --pixels.
       embeddings: an .npz of names and embeddings, from embed or elsewhere.
       checkpoint: folder of a run of train-faces; folds with people it was trained on are not
@@ -88,11 +85,8 @@ def verify_faces(
         "curve": curve(result),
     }
     save(out, outcome)
-    with replacing(out.with_suffix(".svg")) as file, rc_context({"svg.hashsalt": "roc"}):
-        figure = roc_figure({out.stem: outcome})
-        figure.savefig(file, format="svg", metadata={"Date": None})
     print_table(result, tested)
-    print(f"{out} and {out.with_suffix('.svg').name} written")
+    print(f"{out} written; figures --out {out.parent} draws its ROC")
 
 
 def rows_of(pairs: Pairs, names: Iterable[str]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -149,27 +143,6 @@ def curve(result: Verification) -> dict[str, list[float]]:
         "false_accepts": rates.round(6).tolist(),
         "true_accepts": true_accepts.round(6).tolist(),
     }
-
-
-def roc_figure(outcomes: Mapping[str, dict[str, Any]]) -> Figure:
-    """True against false accepts of results by title; false accepts on a logarithmic axis."""
-    figure = Figure(figsize=(5.4, 4.2), layout="constrained")
-    axes = figure.add_subplot(
-        xscale="log",
-        xlim=(LOWEST_RATE, 1),
-        ylim=(0, 1),
-        xlabel="false accepts (FAR)",
-        ylabel="true accepts (TAR)",
-    )
-    for title, outcome in outcomes.items():
-        seen, points = outcome["metrics"], outcome["curve"]
-        label = f"{title}: AUC {seen['auc']:.4f}, EER {seen['equal_error_rate']:.4f}"
-        axes.plot(points["false_accepts"], points["true_accepts"], label=label)
-    rates = np.geomspace(LOWEST_RATE, 1, CURVE_POINTS)
-    axes.plot(rates, rates, color="0.7", linestyle=":", label="chance")
-    axes.legend(loc="upper left", fontsize="small")
-    axes.grid(alpha=0.3)
-    return figure
 
 
 def print_table(result: Verification, tested: list[int]) -> None:

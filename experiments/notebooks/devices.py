@@ -41,11 +41,12 @@ import lsoftmax_jax as lsm
 from experiments.benchmarks import hlo
 from experiments.paper import data
 from experiments.paper import networks as models
-from experiments.report import figures, pictures
+from experiments.report import pictures
+from experiments.report.style import STYLE
 from lsoftmax_jax import training
 from lsoftmax_jax.nnx import LSoftmaxDense
 
-mpl.rcParams.update(figures.STYLE | {"figure.dpi": 140})
+mpl.rcParams.update(STYLE | {"figure.dpi": 140})
 jax.config.update("jax_num_cpu_devices", 4)  # before JAX starts; GPUs and TPUs are left alone
 DEVICES = jax.device_count()
 print(jax.devices())

@@ -35,12 +35,14 @@ from experiments.faces.images import FaceImages, list_faces
 from experiments.faces.pairs import pairs
 from experiments.faces.protocol import people_of_fold, read_pairs
 from experiments.faces.train import FaceRecipe, load_run, train_faces
-from experiments.faces.verify import roc_figure, verify_faces
-from experiments.report import figures, pictures
+from experiments.faces.verify import verify_faces
+from experiments.report import pictures
+from experiments.report.roc import roc_figure
+from experiments.report.style import STYLE
 from experiments.store import results as result
 from lsoftmax_jax.schedule import LambdaPreset
 
-mpl.rcParams.update(figures.STYLE | {"figure.dpi": 140})
+mpl.rcParams.update(STYLE | {"figure.dpi": 140})
 OUT = Path("out") / "faces"  # the run, embeddings, results
 ON_ACCELERATOR = jax.default_backend() != "cpu"
 print(jax.devices())

@@ -37,10 +37,11 @@ from IPython.display import Markdown
 from experiments.paper import data
 from experiments.paper.cells import CONFIGS, changes_of, command_of, run_name
 from experiments.report import figures, report
+from experiments.report.style import STYLE
 from experiments.run import train
 from experiments.store import results as result
 
-mpl.rcParams.update(figures.STYLE | {"figure.dpi": 140})
+mpl.rcParams.update(STYLE | {"figure.dpi": 140})
 OUT = Path("out") / "reproduce"  # results, checkpoints, logs
 ON_ACCELERATOR = jax.default_backend() != "cpu"
 print(jax.devices())

@@ -46,9 +46,10 @@ from experiments.paper import data
 from experiments.paper import networks as models
 from experiments.paper.cells import CONFIGS
 from experiments.report import figures, pictures
+from experiments.report.style import STYLE
 from experiments.run import train
 
-mpl.rcParams.update(figures.STYLE | {"figure.dpi": 140})
+mpl.rcParams.update(STYLE | {"figure.dpi": 140})
 OUT = Path("out") / "tour"  # results, checkpoints, logs
 ON_ACCELERATOR = jax.default_backend() != "cpu"
 print(jax.devices())

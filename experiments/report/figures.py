@@ -1,4 +1,4 @@
-"""The paper's figures, drawn from results alone, as vector graphics and as PNG.
+"""The paper's figures, drawn from results alone, as PNG.
 
 Figs. 3 and 4 are computed from the loss and need no run; the others need the runs of their
 configurations, and are left out, by name, until those are there.
@@ -6,7 +6,7 @@ configurations, and are left out, by name, until those are there.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,20 +20,9 @@ from numpy.typing import NDArray
 import lsoftmax_jax as lsm
 from experiments.quickstart import draw_features
 from experiments.report.report import Outcome, load_results
+from experiments.report.roc import roc_figure
+from experiments.report.style import COLORS, MARGINS, STYLE, write
 from experiments.run import train
-from experiments.store.files import replacing
-
-MARGINS = (1, 2, 3, 4)
-COLORS = ("0.35", "tab:blue", "tab:orange", "tab:red")
-STYLE: Any = {  # matplotlib types the keys as literals
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "svg.hashsalt": "figures",  # the same results give the same bytes
-}
 
 # Of W1 and W2 in Fig. 4.
 LENGTHS = {
@@ -68,7 +57,8 @@ def figures(out: Path = train.RESULTS, reduced: bool = False) -> int:
     """
     if not out.is_dir():
         raise ValueError(f"out must be a folder of results, got {out}")
-    runs = finished(load_results(out), reduced)
+    outcomes = load_results(out)
+    runs = finished(outcomes, reduced)
     folder = out / ("figures-reduced" if reduced else "figures")
     for name, drawing in DRAWINGS.items():
         if reduced and not drawing.needs:
@@ -80,8 +70,12 @@ def figures(out: Path = train.RESULTS, reduced: bool = False) -> int:
             figure = drawing.draw(runs)
             if reduced:
                 figure.suptitle("Reduced runs", color="tab:red")
-            write(figure, folder / name)
-        print(f"{folder / name}.svg and .png written")
+            write(figure, folder / f"{name}.png")
+        print(f"{folder / name}.png written")
+    if faces := {o["file"][:-5]: o for o in outcomes if o.get("kind") == "verification"}:
+        with rc_context(STYLE):
+            write(roc_figure(faces), folder / "roc.png")
+        print(f"{folder / 'roc.png'} written")
     return 0
 
 
@@ -92,14 +86,6 @@ def finished(outcomes: Sequence[Outcome], reduced: bool) -> Runs:
         if outcome.get("status") == "finished" and outcome["reduced"] == reduced:
             runs.setdefault(outcome["name"], []).append(outcome)
     return runs
-
-
-def write(figure: Figure, file: Path) -> None:
-    """As .svg and as .png."""
-    with replacing(file.with_name(file.name + ".svg")) as vector:
-        figure.savefig(vector, format="svg", dpi=160, metadata={"Date": None})
-    with replacing(file.with_name(file.name + ".png")) as pixels:
-        figure.savefig(pixels, format="png", dpi=160)
 
 
 def draw_planes(runs: Runs) -> Figure:
@@ -121,7 +107,7 @@ def draw_psi(_: Runs) -> Figure:
     figure = Figure(figsize=(4.6, 3.6), layout="constrained")
     panel = figure.add_subplot(xlabel="angle θ, degrees", ylabel="ψ(θ)", xlim=(0, 180))
     degrees = np.linspace(0, 180, 721)
-    for margin, color in zip(MARGINS, COLORS, strict=True):
+    for margin, color in zip(MARGINS, COLORS, strict=False):
         label = "cos θ (m = 1)" if margin == 1 else f"ψ(θ), m = {margin}"
         cosine = jnp.cos(jnp.radians(degrees))
         panel.plot(degrees, lsm.psi(cosine, margin), color=color, label=label)

@@ -12,7 +12,8 @@ import lsoftmax_jax as lsm
 from experiments.faces.embed import Embeddings
 from experiments.faces.images import Faces, open_face
 from experiments.paper.measures import unit
-from experiments.report.figures import COLORS, MARGINS, draw_regions, plane_kernel
+from experiments.report.figures import draw_regions, plane_kernel
+from experiments.report.style import COLORS, MARGINS
 
 LAMBDAS = (np.inf, 20.0, 5.0, 1.0, 0.0)
 # Of a training curve: title, name in the result, scale of the axis.

@@ -65,7 +65,7 @@ def report(out: Path = train.RESULTS, readme: Path = README, check: bool = False
 
 def load_results(out: Path) -> list[Outcome]:
     """Every result in a folder, in the order of file names."""
-    return [result.load(file) | {"file": file.name} for file in sorted(out.glob("*.json"))]
+    return result.load_all(out)
 
 
 def updated(text: str, tables: str) -> str:

@@ -27,12 +27,15 @@ def load(file: Path) -> dict[str, Any]:
     """The result in a file.
 
     Raises:
-      ValueError: naming the file, if it holds no JSON.
+      ValueError: naming the file, if it holds no JSON object.
     """
     try:
-        return json.loads(file.read_text())
+        saved = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} must hold a result as JSON: {error}") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{file} must hold a result, a JSON object, got {saved!r:.40}")
+    return saved
 
 
 def load_all(out: Path) -> list[dict[str, Any]]:

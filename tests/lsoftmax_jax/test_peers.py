@@ -47,7 +47,7 @@ def figures() -> Iterator[dict[str, Any]]:
     if path := os.environ.get("PARITY_JSON"):
         packages = ("torch", "pytorch-metric-learning", "numpy")
         versions = {"peers": {package: version(package) for package in packages}}
-        result.save(Path(path), result.provenance(1) | versions | measured)
+        result.save(Path(path), {"kind": "parity"} | result.provenance(1) | versions | measured)
 
 
 class Annealed(losses.LargeMarginSoftmaxLoss):

@@ -1,0 +1,45 @@
+"""The ROC curves of all face models in one plot."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.report.style import COLORS
+
+
+def roc_figure(outcomes: Mapping[str, dict[str, Any]]) -> Figure:
+    """True against false accepts of verifications by title.
+
+    The axis of false accepts is logarithmic. A curve begins where one false accept is possible: of
+    300 different pairs, at a rate of 1/300.
+    """
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    panel = figure.add_subplot(
+        xscale="log", ylim=(0, 1), xlabel="false accepts (FAR)", ylabel="true accepts (TAR)"
+    )
+    lowest = 1.0
+    for (title, outcome), color in zip(outcomes.items(), _colors(len(outcomes)), strict=True):
+        rates = np.array(outcome["curve"]["false_accepts"])
+        accepts = np.array(outcome["curve"]["true_accepts"])
+        possible = rates >= lowest_rate(outcome)
+        lowest = min(lowest, rates[possible][0])
+        seen = outcome["metrics"]
+        label = f"{title}: AUC {seen['auc']:.3f}, {outcome['pairs']:,} pairs"
+        panel.plot(rates[possible], accepts[possible], color=color, label=label)
+    chance = np.geomspace(lowest, 1, 100)
+    panel.plot(chance, chance, color="0.7", linestyle=":", label="chance")
+    panel.set_xlim(lowest, 1)
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", fontsize="small")
+    return figure
+
+
+def lowest_rate(outcome: dict[str, Any]) -> float:
+    """One false accept among a verification's different pairs, which are half of its pairs."""
+    return 2 / outcome["pairs"]
+
+
+def _colors(count: int) -> list[str]:
+    return [COLORS[number % len(COLORS)] for number in range(count)]
