@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lsoftmax_jax.arguments import at_least_f32
+from lsoftmax_jax._checks import at_least_f32
 from lsoftmax_jax.schedule import LambdaPreset
 
 # The axes of a kernel, of any size.

@@ -1,4 +1,8 @@
-"""The margin logits, and the three matrix products that every head here is made of."""
+"""The margin logits, the annealed target logit, and the three matrix products of every head here.
+
+Source: Liu et al., ICML 2016, https://arxiv.org/abs/1612.02295; the annealing is that of the
+authors' released code.
+"""
 
 import functools
 from typing import NamedTuple
@@ -7,11 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lsoftmax_jax import arguments
-from lsoftmax_jax.margin import Target, target
+from lsoftmax_jax import _checks
+from lsoftmax_jax._placement import on_any_mesh
+from lsoftmax_jax.margins import psi_and_slope
 
 # Up to here a product at full precision costs less than gathering each label's column.
 _FEW_CLASSES = 256
+# Squares are taken of 1024 times the numbers: norms from 1e-20 to 1e15 then have normal squares in
+# float32. A power of two is exact.
+_SCALE = 1024.0
 
 
 def lsoftmax_logits(
@@ -20,7 +28,7 @@ def lsoftmax_logits(
     labels: ArrayLike | None,
     *,
     margin: int,
-    lam: ArrayLike = 0.0,
+    lam: ArrayLike,
 ) -> jax.Array:
     r"""Logits of the large-margin softmax: features @ kernel with the label's logit replaced.
 
@@ -51,22 +59,23 @@ def lsoftmax_logits(
     Example:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
       >>> kernel = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-      >>> lsm.lsoftmax_logits(jnp.array([3.0, 4.0]), kernel, 0, margin=2).round(2).tolist()
+      >>> logits = lsm.lsoftmax_logits(jnp.array([3.0, 4.0]), kernel, 0, margin=2, lam=0.0)
+      >>> logits.round(2).tolist()
       [-1.399999976158142, 4.0]
-
-    Source: Liu et al., ICML 2016; the annealing is that of the authors' released code.
     """
-    margin = arguments.check_size("margin", margin)
-    features, kernel = arguments.check_features(features, kernel)
-    dtype = arguments.promoted(features, kernel)
-    lam = arguments.check_lam(lam, arguments.at_least_f32(dtype))
+    margin = _checks.check_size("margin", margin)
+    features, kernel = _checks.check_features(features, kernel)
+    dtype = _checks.promoted(features, kernel)
+    lam = _checks.check_lam(lam, _checks.at_least_f32(dtype))
     features, kernel = features.astype(dtype), kernel.astype(dtype)
     if labels is None:
         return features @ kernel
-    head = arguments.flatten(features, kernel, labels, kernel.shape[1])
+    classes = kernel.shape[1]
+    labels = _checks.check_labels(labels, features.shape[:-1], classes)
+    operands = _checks.flattened(features, kernel, labels)
     core = functools.partial(_logits, margin)
-    logits = arguments.place(core, "logits", (*head[:3], lam))
-    return logits.reshape(*head.batch_shape, kernel.shape[1])
+    logits = on_any_mesh(core, "logits", (*operands[:3], lam))
+    return logits.reshape(*operands.batch_shape, classes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -78,93 +87,168 @@ def _logits(
 
 def _logits_fwd(
     margin: int, features: jax.Array, kernel: jax.Array, labels: jax.Array, lam: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array, Target]]:
-    t = target_of(features, kernel, labels, lam, margin)
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array, "Target"]]:
+    t = annealed_target(label_terms(features, kernel, labels), lam, margin)
     plain = product(features, kernel)
-    logits = jnp.where(hits(labels, plain.shape[1]), t.logit[:, None], plain)
+    logits = jnp.where(is_label(labels, plain.shape[1]), t.logit[:, None], plain)
     logits = jnp.where(labels[:, None] >= 0, logits, jnp.nan).astype(features.dtype)
     return logits, (features, kernel, labels, t)
 
 
 def _logits_bwd(
     margin: int,
-    residuals: tuple[jax.Array, jax.Array, jax.Array, Target],
+    residuals: tuple[jax.Array, jax.Array, jax.Array, "Target"],
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
     features, kernel, labels, t = residuals
-    hit = hits(labels, kernel.shape[1])
-    g = jnp.sum(jnp.where(hit, cotangent, 0), axis=1, dtype=t.alpha.dtype)
+    at_label = is_label(labels, kernel.shape[1])
+    g = jnp.sum(jnp.where(at_label, cotangent, 0), axis=1, dtype=t.alpha.dtype)
     g = jnp.where(labels >= 0, g, jnp.nan)
-    pull = pull_target(g, t, features.dtype)
-    grad = jnp.where(hit, pull.at_target[:, None], cotangent.astype(g.dtype))
+    pull = pulled_back(g, t, features.dtype)
+    grad = jnp.where(at_label, pull.plain[:, None], cotangent.astype(g.dtype))
     grad = jnp.where(labels[:, None] >= 0, grad, jnp.nan).astype(features.dtype)
-    dfeatures = features_gradient(grad, kernel) + along_rows(pull.row, features)
-    sums = column_sums(pull.column, labels, kernel.shape[1])
+    dfeatures = features_gradient(grad, kernel) + along_features(pull, features)
+    sums = label_sums(pull.along_column, labels, kernel.shape[1])
     dkernel = kernel_gradient(features, grad) + along_columns(sums, kernel)
-    dlam = jnp.sum(g * t.lam)
+    dlam = jnp.sum(g * t.dlam)
     return dfeatures.astype(features.dtype), dkernel.astype(kernel.dtype), None, dlam
 
 
 _logits.defvjp(_logits_fwd, _logits_bwd)
 
 
-def target_of(
-    features: jax.Array, kernel: jax.Array, labels: jax.Array, lam: jax.Array, margin: int
-) -> Target:
-    """The target of every row, NaN where the label is -1, in the dtype of lam.
+# The target logit of each row, and its derivatives.
+
+
+class LabelTerms(NamedTuple):
+    """What the label's logit is made of, one value a row, without margin and λ."""
+
+    plain: jax.Array  # u = features . kernel_y; NaN where the label is -1
+    feature_norm: jax.Array  # 0 where it counts as no direction, as the three below
+    inverse_feature_norm: jax.Array
+    column_norm: jax.Array
+    inverse_column_norm: jax.Array
+
+
+class Target(NamedTuple):
+    """The annealed target logit t and its partial derivatives, one value a row.
+
+    dt/dfeatures = alpha kernel_y + beta |kernel_y| features / |features|
+    dt/dkernel_y = alpha features + beta |features| kernel_y / |kernel_y|
+    """
+
+    logit: jax.Array
+    alpha: jax.Array
+    beta: jax.Array
+    dlam: jax.Array  # dt/dlam
+    cosine: jax.Array
+    terms: LabelTerms
+
+
+def label_terms(features: jax.Array, kernel: jax.Array, labels: jax.Array) -> LabelTerms:
+    """`LabelTerms` of every row, in float32 or better.
 
     Never from logits of the default precision: bfloat16 or TF32, which that is on TPU and GPU,
     would put a cosine on the wrong side of a knot. With few classes the logits have full
     precision; the compiler finds them computed once.
     """
-    dtype = lam.dtype
+    dtype = _checks.at_least_f32(features.dtype)
+    wide = features.astype(dtype)
     if kernel.shape[1] <= _FEW_CLASSES:
-        logits = product(features, kernel)
-        hit = hits(labels, kernel.shape[1])
-        u = jnp.sum(jnp.where(hit, logits, 0), axis=1)
-        squares = jnp.sum(kernel.astype(dtype) ** 2, axis=0)
-        b = jnp.sum(jnp.where(hit, squares[None, :], 0), axis=1)
+        at_label = is_label(labels, kernel.shape[1])
+        plain = jnp.sum(jnp.where(at_label, product(features, kernel), 0), axis=1)
+        squares = jnp.sum((_SCALE * kernel.astype(dtype)) ** 2, axis=0)
+        column_square = jnp.sum(jnp.where(at_label, squares[None, :], 0), axis=1)
     else:
         columns = jnp.take(kernel, labels, axis=1, mode="clip").T.astype(dtype)
-        u = jnp.sum(features.astype(dtype) * columns, axis=1)
-        b = jnp.sum(columns**2, axis=1)
-    u = jnp.where(labels >= 0, u, jnp.nan)
-    return target(u, jnp.sum(features.astype(dtype) ** 2, axis=1), b, lam, margin)
+        plain = jnp.sum(wide * columns, axis=1)
+        column_square = jnp.sum((_SCALE * columns) ** 2, axis=1)
+    feature_square = jnp.sum((_SCALE * wide) ** 2, axis=1)
+    plain = jnp.where(labels >= 0, plain, jnp.nan)
+    return LabelTerms(plain, *_norm(feature_square), *_norm(column_square))
+
+
+def _norm(square: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A norm and its inverse from the square of _SCALE times it.
+
+    Both are 0 where the square is no positive normal number. Norms of features and columns stay
+    apart: their product or quotient would under- or overflow.
+    """
+    normal = (square > jnp.finfo(square.dtype).tiny) & (square < jnp.inf)
+    root = jnp.sqrt(jnp.where(normal, square, 1))
+    # A NaN must stay one.
+    zero = jnp.where(jnp.isnan(square), square, 0)
+    return jnp.where(normal, root / _SCALE, zero), jnp.where(normal, _SCALE / root, zero)
+
+
+def annealed_target(terms: LabelTerms, lam: jax.Array, margin: int) -> Target:
+    """t = (lam u + n psi(u / n)) / (1 + lam) with n = |features| |kernel_y|, and its derivatives.
+
+    Args:
+      terms: of each row.
+      lam: scalar >= 0; infinity gives the plain logit.
+      margin: static integer >= 1.
+
+    Without a direction (a norm that is 0, or too small or large for its square to be a normal
+    number) the cosine counts as 0.
+    """
+    u = terms.plain
+    cosine = jnp.clip(u * terms.inverse_feature_norm * terms.inverse_column_norm, -1, 1)
+    if margin == 1:
+        zero = jnp.zeros_like(u)
+        return Target(u, jnp.ones_like(u), zero, zero, cosine, terms)
+    value, slope = psi_and_slope(cosine, margin)
+    # t = u + gap / (1 + lam) rather than the quotient of the formula also serves lam = infinity.
+    share = 1 / (1 + lam)
+    gap = terms.feature_norm * terms.column_norm * value - u
+    return Target(
+        logit=u + gap * share,
+        alpha=1 + (slope - 1) * share,
+        beta=(value - cosine * slope) * share,
+        dlam=-gap * share**2,
+        cosine=cosine,
+        terms=terms,
+    )
 
 
 class Pull(NamedTuple):
     """A cotangent g of the target logit, pulled back: one value a row."""
 
-    at_target: jax.Array  # the gradient of the plain logit at the label, for the two products
-    row: jax.Array  # times features, a part of dfeatures
-    column: jax.Array  # times the label's column, a part of dkernel
+    plain: jax.Array  # the gradient of the plain logit at the label, for the two products
+    along_feature: jax.Array  # times features / |features|, a part of dfeatures
+    inverse_feature_norm: jax.Array
+    along_column: jax.Array  # times the label's column, a part of dkernel
 
 
-def pull_target(g: jax.Array, t: Target, dtype: jnp.dtype) -> Pull:
+def pulled_back(g: jax.Array, t: Target, dtype: jnp.dtype) -> Pull:
     """`Pull` for matrix products with operands of `dtype`.
 
-    At small angles alpha is near m² and `row` takes most of it back. Half precision would round
-    the one and not the other, so what rounding takes off `at_target` is given back along features
+    At small angles alpha is near m² and beta takes most of it back. Half precision would round
+    the one and not the other, so what rounding takes off `plain` is given back along features
     and kernel; what stays lost is smaller by the sine of the angle.
     """
-    exact = g * t.alpha
-    if dtype == exact.dtype:
-        return Pull(exact, g * t.row, g * t.column)
-    # A cast there and back the compiler may drop.
-    info = jnp.finfo(dtype)
-    rounded = jax.lax.reduce_precision(exact, info.nexp, info.nmant)
-    lost = exact - rounded
-    return Pull(rounded, g * t.row + lost * t.shadow_row, g * t.column + lost * t.shadow_column)
+    exact, beta = g * t.alpha, g * t.beta
+    rounded = exact
+    if dtype != exact.dtype:
+        # A cast there and back the compiler may drop.
+        info = jnp.finfo(dtype)
+        rounded = jax.lax.reduce_precision(exact, info.nexp, info.nmant)
+        beta = beta + (exact - rounded) * t.cosine
+    along_column = beta * t.terms.feature_norm * t.terms.inverse_column_norm
+    return Pull(rounded, beta * t.terms.column_norm, t.terms.inverse_feature_norm, along_column)
 
 
-def hits(labels: jax.Array, classes: int) -> jax.Array:
+def is_label(labels: jax.Array, classes: int) -> jax.Array:
     """(batch, classes), true at each row's label: compared with an iota, nothing gathered."""
     shape = labels.shape[0], classes
     return jax.lax.broadcasted_iota(jnp.int32, shape, 1) == labels[:, None]
 
 
+# The products.
+
+
 def product(features: jax.Array, kernel: jax.Array) -> jax.Array:
-    """features @ kernel, accumulated in float32 or better; see `target_of` for the precision."""
+    """features @ kernel, accumulated in float32 or better; see `label_terms` for the precision."""
     precision = jax.lax.Precision.HIGHEST if kernel.shape[1] <= _FEW_CLASSES else None
     return _contract(features, 1, kernel, 0, precision)
 
@@ -179,15 +263,17 @@ def kernel_gradient(features: jax.Array, grad: jax.Array) -> jax.Array:
     return _contract(features, 0, grad, 0)
 
 
-def along_rows(scale: jax.Array, features: jax.Array) -> jax.Array:
-    return scale[:, None] * features.astype(scale.dtype)
+def along_features(pull: Pull, features: jax.Array) -> jax.Array:
+    """The part of dfeatures along features; two factors, whose product may overflow."""
+    directions = pull.inverse_feature_norm[:, None] * features.astype(pull.along_feature.dtype)
+    return pull.along_feature[:, None] * directions
 
 
 def along_columns(scale: jax.Array, kernel: jax.Array) -> jax.Array:
     return scale[None, :] * kernel.astype(scale.dtype)
 
 
-def column_sums(values: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
+def label_sums(values: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
     """(classes,): the sum of each row's value into its label's column.
 
     Scalars are scattered, not rows of D values, which is the slow path on GPU.
@@ -204,6 +290,6 @@ def _contract(
     rhs_axis: int,
     precision: jax.lax.Precision | None = None,
 ) -> jax.Array:
-    dtype = arguments.at_least_f32(lhs.dtype)
+    dtype = _checks.at_least_f32(lhs.dtype)
     axes = (((lhs_axis,), (rhs_axis,)), ((), ()))
     return jax.lax.dot_general(lhs, rhs, axes, precision, preferred_element_type=dtype)

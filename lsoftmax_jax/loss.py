@@ -1,85 +1,54 @@
-"""The fused losses of the large-margin softmax: of each example, and their weighted sum."""
+"""The fused losses of the large-margin softmax: of each example, and their weighted sum.
+
+Source: Liu et al., ICML 2016, https://arxiv.org/abs/1612.02295.
+"""
 
 import functools
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lsoftmax_jax import arguments
-from lsoftmax_jax.algebra import (
-    Columns,
-    Plan,
-    Row,
+from lsoftmax_jax import _checks
+from lsoftmax_jax._fused import (
+    LogitGradient,
     Setting,
     Statistics,
-    add_along,
-    block_gradients,
-    gradient_row,
-    gradients,
-    loss_and_z,
-    scan_rows,
+    like_statistics,
+    logit_gradient,
+    loss_of,
+    paced_target,
     statistics_of,
+)
+from lsoftmax_jax._pace import SelfPaced
+from lsoftmax_jax._placement import on_any_mesh
+from lsoftmax_jax._plans import (
+    Columns,
+    Pieces,
+    Plan,
+    block_gradients,
+    gradients,
+    pieces_of,
+    scan_rows,
     summarise,
+    with_norm_parts,
     zeros_like_rows,
 )
-from lsoftmax_jax.logits import target_of
-
-DEFAULT_MEMORY_BUDGET = 2**30  # bytes
-# Row blocks below this many rows starve the matrix units; class blocks win there.
-_FEWEST_ROWS = 704
-# A block of classes this wide keeps them busy; wider only costs memory.
-_FEWEST_CLASSES, _MOST_CLASSES = 512, 8192
+from lsoftmax_jax.logits import label_terms
 
 
-@overload
 def lsoftmax_loss(
     features: ArrayLike,
     kernel: ArrayLike,
     labels: ArrayLike,
     *,
     margin: int,
-    lam: ArrayLike = ...,
-    where: ArrayLike | None = ...,
-    label_smoothing: float = ...,
-    statistics: Literal[False] = ...,
-    memory_budget: int = ...,
-    row_block: int | None = ...,
-    class_block: int | None = ...,
-    keep_exponentials: bool | None = ...,
-) -> jax.Array: ...
-@overload
-def lsoftmax_loss(
-    features: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    *,
-    margin: int,
-    lam: ArrayLike = ...,
-    where: ArrayLike | None = ...,
-    label_smoothing: float = ...,
-    statistics: Literal[True],
-    memory_budget: int = ...,
-    row_block: int | None = ...,
-    class_block: int | None = ...,
-    keep_exponentials: bool | None = ...,
-) -> tuple[jax.Array, Statistics]: ...
-def lsoftmax_loss(
-    features: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    *,
-    margin: int,
-    lam: ArrayLike = 0.0,
+    lam: ArrayLike | SelfPaced,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
-    statistics: bool = False,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
-    row_block: int | None = None,
-    class_block: int | None = None,
-    keep_exponentials: bool | None = None,
-) -> jax.Array | tuple[jax.Array, Statistics]:
+    plan: Plan | None = None,
+) -> jax.Array:
     r"""Cross-entropy of the margin logits, one value an example, fused with its gradient.
 
     .. math:: \ell = -\log \frac{e^{z_y}}{\sum_j e^{z_j}}, \qquad z = \text{lsoftmax\_logits}
@@ -91,32 +60,20 @@ def lsoftmax_loss(
     only a (weighted) sum is needed, `lsoftmax_loss_sum` is cheaper for many classes. Reverse mode
     works to any order; for a Hessian take reverse over reverse.
 
-    The plan is chosen from `memory_budget`, or forced by `row_block` or `class_block`:
-
-    - one-shot: one (batch, classes) array of exponentials kept for the backward pass;
-    - class blocks: the same cut into pieces, so that only the kept array is large, or, without
-      `keep_exponentials`, nothing is: the backward pass computes the logits again;
-    - row blocks: nothing kept, `row_block` rows of logits at a time.
-
     Args:
       features: (..., D) floating point.
       kernel: (D, classes).
       labels: (...,) integers in [0, classes). Outside, -1 included, loss and gradient are NaN
         unless `where` masks the example.
       margin: integer m >= 1, static; 1 gives plain softmax.
-      lam: annealing λ >= 0, scalar, may be traced and infinite; its gradient is the true one.
+      lam: annealing λ >= 0, scalar, may be traced and infinite; its gradient is the true one. Or
+        `lsoftmax_jax.self_paced()`: the batch shows λ, through which no gradient flows.
       where: (...,) bool; False gives exactly zero loss and gradient, whatever the row holds.
       label_smoothing: e in [0, 1], a Python float.
-      statistics: also return `Statistics`.
-      memory_budget: bytes that (batch, classes) temporaries may take.
-      row_block: rows at a time; forces row blocks.
-      class_block: classes at a time; forces class blocks, `classes` itself being the one-shot.
-      keep_exponentials: whether the backward pass reuses the forward's exponentials (three matrix
-        products, batch x classes kept, in the operands' dtype where in blocks) or computes them
-        again (four); None decides by the budget.
+      plan: in which pieces to compute, by default the fastest that takes 1 GiB.
 
     Returns:
-      (...,) float32, or float64 for float64 operands; with `statistics` a pair.
+      (...,) float32, or float64 for float64 operands.
 
     Raises:
       TypeError, ValueError: an argument has the wrong type, shape or value; the message names it.
@@ -126,18 +83,55 @@ def lsoftmax_loss(
       >>> features, kernel = jnp.ones((2, 3)), jnp.eye(3)
       >>> lsm.lsoftmax_loss(features, kernel, jnp.array([0, 2]), margin=4, lam=5.0).round(3)
       Array([1.473, 1.473], dtype=float32)
+    """
+    return lsoftmax_loss_and_statistics(
+        features,
+        kernel,
+        labels,
+        margin=margin,
+        lam=lam,
+        where=where,
+        label_smoothing=label_smoothing,
+        plan=plan,
+    )[0]
 
-    Source: Liu et al., ICML 2016.
+
+def lsoftmax_loss_and_statistics(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    margin: int,
+    lam: ArrayLike | SelfPaced,
+    where: ArrayLike | None = None,
+    label_smoothing: float = 0.0,
+    plan: Plan | None = None,
+) -> tuple[jax.Array, Statistics]:
+    """`lsoftmax_loss`, and what it saw of each example, at no second pass.
+
+    Args:
+      features, kernel, labels, margin, lam, where, label_smoothing, plan: as in `lsoftmax_loss`.
+
+    Returns:
+      the loss (...,), and `Statistics`, through which no gradient flows.
+
+    Raises:
+      TypeError, ValueError: as `lsoftmax_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> features, kernel, labels = jnp.ones((2, 3)), jnp.eye(3), jnp.array([0, 2])
+      >>> loss, seen = lsm.lsoftmax_loss_and_statistics(
+      ...     features, kernel, labels, margin=4, lam=lsm.self_paced())
+      >>> seen.plain_logit.tolist(), float(seen.lam)
+      ([1.0, 1.0], inf)
     """
     call = Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
-    knobs = Knobs(memory_budget, row_block, class_block, keep_exponentials).checked()
-    plan = knobs.plan(*call.size, call.head.kernel.dtype, rows_cost_no_more=False)
-    core = functools.partial(per_example, call.setting(plan))
-    loss, seen = arguments.place(core, "batch", (*call.head[:3], call.lam))
-    loss = call.mask(loss.reshape(call.head.batch_shape))
-    if not statistics:
-        return loss
-    return loss, jax.tree.map(lambda value: value.reshape(call.head.batch_shape), seen)
+    pieces = pieces_of(plan, *call.size, call.operands.kernel.dtype, rows_cost_no_more=False)
+    core = functools.partial(per_example, call.setting, pieces)
+    operands = (*call.operands[:3], call.lam, None, call.counted())
+    loss, seen = on_any_mesh(core, ("batch", like_statistics("batch", "scalar")), operands)
+    return call.mask(call.unflattened(loss)), call.unflattened(seen)
 
 
 def lsoftmax_loss_sum(
@@ -147,13 +141,10 @@ def lsoftmax_loss_sum(
     weights: ArrayLike | None = None,
     *,
     margin: int,
-    lam: ArrayLike = 0.0,
+    lam: ArrayLike | SelfPaced,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
-    row_block: int | None = None,
-    class_block: int | None = None,
-    keep_exponentials: bool | None = None,
+    plan: Plan | None = None,
 ) -> jax.Array:
     r"""The scalar sum of weights * `lsoftmax_loss`, its gradients computed in the forward pass.
 
@@ -166,9 +157,8 @@ def lsoftmax_loss_sum(
     Args:
       weights: (...,) floating-point weights s of the examples, or None for ones; for a mean pass
         `jnp.full(labels.shape, 1 / labels.size)`. Their gradient is the loss of each example.
-      features, kernel, labels, margin, lam, where, label_smoothing: as in `lsoftmax_loss`.
-      memory_budget, row_block, class_block, keep_exponentials: as there, but row blocks need three
-        matrix products and not four.
+      features, kernel, labels, margin, lam, where, label_smoothing, plan: as in `lsoftmax_loss`.
+        Self-pacing weighs the examples by `weights`, a negative one counting as 0.
 
     Returns:
       scalar, float32, or float64 for float64 operands.
@@ -179,31 +169,28 @@ def lsoftmax_loss_sum(
     Example:
       >>> import jax, jax.numpy as jnp, lsoftmax_jax as lsm
       >>> features, kernel, labels = jnp.ones((2, 3)), jnp.eye(3), jnp.array([0, 2])
-      >>> mean = lambda w: lsm.lsoftmax_loss_sum(features, w, labels, jnp.full(2, 0.5), margin=4)
+      >>> def mean(kernel):
+      ...     weights = jnp.full(2, 0.5)
+      ...     return lsm.lsoftmax_loss_sum(features, kernel, labels, weights, margin=4, lam=5.0)
       >>> loss, gradient = jax.value_and_grad(mean)(kernel)
       >>> round(float(loss), 3), gradient.shape
-      (3.832, (3, 3))
-
-    Source: Liu et al., ICML 2016.
+      (1.473, (3, 3))
     """
     call = Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
-    knobs = Knobs(memory_budget, row_block, class_block, keep_exponentials).checked()
-    plan = knobs.plan(*call.size, call.head.kernel.dtype, rows_cost_no_more=True)
-    weights = check_weights(weights, call.head.batch_shape, call.lam.dtype)
-    weights = call.mask(weights).reshape(call.head.labels.shape)
-    core = functools.partial(_sum, call.setting(plan))
-    return arguments.place(core, "scalar", (*call.head[:3], call.lam, weights))
+    pieces = pieces_of(plan, *call.size, call.operands.kernel.dtype, rows_cost_no_more=True)
+    weights = _checks.check_weights(weights, call.operands.batch_shape, call.lam.dtype)
+    weights = call.mask(weights).reshape(call.operands.labels.shape)
+    core = functools.partial(_sum, call.setting, pieces)
+    return on_any_mesh(core, "scalar", (*call.operands[:3], call.lam, weights))
 
 
 class Call(NamedTuple):
     """The checked arguments of a loss."""
 
-    head: arguments.Head
-    margin: int
-    lam: jax.Array
+    operands: _checks.Operands
+    setting: Setting
+    lam: jax.Array  # 0 where the loss is self-paced
     where: jax.Array | None
-    label_smoothing: float
-    classes: int
 
     @classmethod
     def checked(
@@ -212,146 +199,117 @@ class Call(NamedTuple):
         kernel: ArrayLike,
         labels: ArrayLike,
         margin: int,
-        lam: ArrayLike,
+        lam: ArrayLike | SelfPaced,
         where: ArrayLike | None,
         label_smoothing: float,
         classes: int | None = None,
     ) -> "Call":
-        margin = arguments.check_size("margin", margin)
-        label_smoothing = arguments.check_fraction("label_smoothing", label_smoothing)
-        features, kernel = arguments.check_features(features, kernel)
-        dtype = arguments.promoted(features, kernel)
-        lam = arguments.check_lam(lam, arguments.at_least_f32(dtype))
-        where = arguments.check_mask(where, features.shape[:-1])
+        margin = _checks.check_size("margin", margin)
+        label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
+        features, kernel = _checks.check_features(features, kernel)
+        dtype = _checks.promoted(features, kernel)
+        pace, lam = _paced(lam, margin)
+        lam = _checks.check_lam(lam, _checks.at_least_f32(dtype))
+        where = _checks.check_mask(where, features.shape[:-1])
+        classes = kernel.shape[1] if classes is None else classes
+        labels = _checks.check_labels(labels, features.shape[:-1], classes)
         if where is not None:
             # A masked row may hold NaN, which zero times its gradient would not silence.
             features = jnp.where(where[..., None], features, 0)
-        classes = kernel.shape[1] if classes is None else classes
-        head = arguments.flatten(features.astype(dtype), kernel.astype(dtype), labels, classes)
-        if where is not None:
-            head = head._replace(labels=jnp.where(where.reshape(-1), head.labels, 0))
-        return cls(head, margin, lam, where, label_smoothing, classes)
+            labels = jnp.where(where, labels, 0)
+        operands = _checks.flattened(features.astype(dtype), kernel.astype(dtype), labels)
+        return cls(operands, Setting(margin, label_smoothing, pace, classes), lam, where)
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.head.features.shape[0], self.head.kernel.shape[1]
-
-    def setting(self, plan: Plan) -> Setting:
-        return Setting(self.margin, self.label_smoothing, plan, self.classes)
+        return self.operands.features.shape[0], self.operands.kernel.shape[1]
 
     def mask(self, values: jax.Array) -> jax.Array:
         return values if self.where is None else jnp.where(self.where, values, 0)
 
+    def counted(self) -> jax.Array | None:
+        """The weights of the rows for self-pacing; None where it has no use for them."""
+        if self.where is None or self.setting.pace is None:
+            return None
+        return self.where.reshape(self.operands.labels.shape).astype(self.lam.dtype)
 
-class Knobs(NamedTuple):
-    """What the caller says about the plan."""
-
-    memory_budget: int
-    row_block: int | None
-    class_block: int | None
-    keep_exponentials: bool | None
-
-    def checked(self) -> "Knobs":
-        arguments.check_size("memory_budget", self.memory_budget)
-        for name in ("row_block", "class_block"):
-            if getattr(self, name) is not None:
-                arguments.check_size(name, getattr(self, name))
-        if self.row_block is not None and self.class_block is not None:
-            raise ValueError(
-                f"row_block and class_block exclude each other, "
-                f"got {self.row_block} and {self.class_block}"
-            )
-        if not (self.keep_exponentials is None or isinstance(self.keep_exponentials, bool)):
-            raise TypeError(
-                f"keep_exponentials must be True, False or None, got {self.keep_exponentials!r}"
-            )
-        if self.row_block is not None and self.keep_exponentials:
-            raise ValueError("row_block keeps no exponentials, got keep_exponentials=True")
-        return self
-
-    def plan(self, batch: int, classes: int, dtype: jnp.dtype, *, rows_cost_no_more: bool) -> Plan:
-        """The fastest plan within the budget, as far as the caller leaves it open."""
-        if self.row_block is not None:
-            return Plan(row_block=min(self.row_block, max(batch, 1)), keep_exponentials=False)
-        cells, wide = batch * classes, max(dtype.itemsize, 4)
-        keep, block = self.keep_exponentials, self.class_block
-        if block is None and keep is not False:
-            rows = self.memory_budget // (wide * classes)
-            if batch <= rows:
-                return Plan()
-            if keep is None and rows_cost_no_more and rows >= _FEWEST_ROWS:
-                return Plan(row_block=rows // 64 * 64, keep_exponentials=False)
-        if keep is None:
-            keep = dtype.itemsize * cells <= self.memory_budget
-        if block is None:
-            # A block's logits and exponentials exist at once.
-            affordable = self.memory_budget // (2 * wide * max(batch, 1)) // 128 * 128
-            block = max(min(affordable, _MOST_CLASSES), _FEWEST_CLASSES)
-        return Plan(class_block=min(block, classes), keep_exponentials=keep)
+    def unflattened(self, tree: Any) -> Any:
+        """(batch,) arrays in the batch's own shape; scalars as they are."""
+        shape = self.operands.batch_shape
+        return jax.tree.map(lambda value: value.reshape(shape) if value.ndim else value, tree)
 
 
-def check_weights(
-    weights: ArrayLike | None, batch_shape: tuple[int, ...], dtype: jnp.dtype
-) -> jax.Array:
-    if weights is None:
-        return jnp.ones(batch_shape, dtype)
-    weights = jnp.asarray(weights)
-    if weights.shape != batch_shape:
-        raise ValueError(f"weights must have the batch shape {batch_shape}, got {weights.shape}")
-    if not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise TypeError(f"weights must be floating point, got dtype {weights.dtype}")
-    return weights.astype(dtype)
+def _paced(lam: ArrayLike | SelfPaced, margin: int) -> tuple[SelfPaced | None, ArrayLike]:
+    if not isinstance(lam, SelfPaced):
+        return None, lam
+    # Plain softmax has no margin to pace: the same as if λ were infinite.
+    return (None, jnp.inf) if margin == 1 else (lam, 0.0)
 
 
 # The loss of each example.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def per_example(
     setting: Setting,
+    pieces: Pieces,
     features: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
     lam: jax.Array,
     offset: jax.Array | None = None,
+    counted: jax.Array | None = None,
 ) -> tuple[jax.Array, Statistics]:
-    """The core of `lsoftmax_loss`; no gradient for the `offset` of `Columns`."""
-    return _per_example_fwd(setting, features, kernel, labels, lam, offset)[0]
+    """The core of `lsoftmax_loss`; no gradient for `Columns`' offset nor for counted rows."""
+    return _per_example_fwd(setting, pieces, features, kernel, labels, lam, offset, counted)[0]
 
 
 def _per_example_fwd(
     setting: Setting,
+    pieces: Pieces,
     features: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
     lam: jax.Array,
     offset: jax.Array | None,
+    counted: jax.Array | None,
 ) -> tuple[tuple[jax.Array, Statistics], Any]:
-    t = target_of(features, kernel, labels, lam, setting.margin)
     columns = Columns(kernel, offset)
-    others, kept = summarise(setting, features, columns, labels)
-    loss, z = loss_and_z(setting, t, others)
-    return (loss, statistics_of(t, others)), (features, columns, labels, t, z, kept)
+    terms = label_terms(features, kernel, labels)
+    others, kept = summarise(setting, pieces, features, columns, labels)
+    t, lam = paced_target(setting, terms, others, lam, counted)
+    seen = statistics_of(t, others, lam)
+    return (loss_of(setting, t, others), seen), (features, columns, labels, t, others, kept)
 
 
 def _per_example_bwd(
-    setting: Setting, residuals: Any, cotangents: tuple[jax.Array, Statistics]
-) -> tuple[jax.Array, jax.Array, None, jax.Array, None]:
-    features, columns, labels, t, z, kept = residuals
-    row = gradient_row(setting, t, z, cotangents[0], features.dtype)
-    dfeatures, dkernel = gradients(setting, features, columns, labels, row, kept)
-    return dfeatures.astype(features.dtype), dkernel, None, jnp.sum(row.dlam), None
+    setting: Setting,
+    pieces: Pieces,
+    residuals: Any,
+    cotangents: tuple[jax.Array, Statistics],
+) -> tuple[jax.Array | None, ...]:
+    features, columns, labels, t, others, kept = residuals
+    rows = logit_gradient(setting, t, others, cotangents[0], features.dtype)
+    dfeatures, dkernel = gradients(pieces, features, columns, labels, rows, kept)
+    return dfeatures.astype(features.dtype), dkernel, None, lam_gradient(setting, rows), None, None
 
 
 per_example.defvjp(_per_example_fwd, _per_example_bwd)
 
 
+def lam_gradient(setting: Setting, rows: LogitGradient) -> jax.Array:
+    """That of the λ that was given, which a self-paced loss ignores."""
+    dlam = jnp.sum(rows.dlam)
+    return dlam if setting.pace is None else jnp.zeros_like(dlam)
+
+
 # The weighted sum, its gradients computed in the forward pass.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum(
     setting: Setting,
+    pieces: Pieces,
     features: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
@@ -359,44 +317,51 @@ def _sum(
     weights: jax.Array,
 ) -> jax.Array:
     # Not _sum_fwd(...)[0], which would pay for the gradients.
-    return jnp.sum(weights * per_example(setting, features, kernel, labels, lam)[0])
+    counted = None if setting.pace is None else jax.lax.stop_gradient(weights)
+    losses, _ = per_example(setting, pieces, features, kernel, labels, lam, None, counted)
+    return jnp.sum(weights * losses)
 
 
 def _sum_fwd(
     setting: Setting,
+    pieces: Pieces,
     features: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
     lam: jax.Array,
     weights: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    def block(setting: Setting, rows: Any) -> tuple[jax.Array, Row, Any]:
-        features, labels, t, weights = rows
-        others, kept = summarise(setting, features, Columns(kernel), labels)
-        loss, z = loss_and_z(setting, t, others)
-        return loss, gradient_row(setting, t, z, weights, features.dtype), kept
+    columns = Columns(kernel)
 
-    t = target_of(features, kernel, labels, lam, setting.margin)
-    rows = features, labels, t, weights
-    if setting.plan.row_block is None:
-        loss, row, kept = block(setting, rows)
-        dfeatures, dkernel = gradients(setting, features, Columns(kernel), labels, row, kept)
+    def of_rows(
+        pieces: Pieces, features: jax.Array, labels: jax.Array, terms: Any, weights: jax.Array
+    ) -> tuple[jax.Array, LogitGradient, Any]:
+        others, kept = summarise(setting, pieces, features, columns, labels)
+        t, _ = paced_target(setting, terms, others, lam, weights)
+        rows = logit_gradient(setting, t, others, weights, features.dtype)
+        return loss_of(setting, t, others), rows, kept
+
+    whole = features, labels, label_terms(features, kernel, labels), weights
+    if pieces.row_block is None or setting.pace is not None:
+        # λ of the whole batch comes before the gradient of any row.
+        losses, rows, kept = of_rows(pieces, *whole)
+        dfeatures, dkernel = gradients(pieces, features, columns, labels, rows, kept)
     else:
 
-        def step(dkernel: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
-            loss, row, kept = block(setting._replace(plan=Plan()), rows)
-            dfeatures, change = block_gradients(rows[0], Columns(kernel), rows[1], row, kept)
-            return dkernel + change, (loss, row, dfeatures)
+        def step(dkernel: jax.Array, block: Any) -> tuple[jax.Array, Any]:
+            losses, rows, kept = of_rows(Pieces(), *block)
+            dfeatures, change = block_gradients(block[0], columns, block[1], rows, kept)
+            return dkernel + change, (losses, rows, dfeatures)
 
-        zeros = zeros_like_rows(kernel.shape, t.logit)
-        dkernel, (loss, row, dfeatures) = scan_rows(step, zeros, setting.plan.row_block, rows)
-        dfeatures, dkernel = add_along(features, kernel, labels, row, dfeatures, dkernel)
-    dfeatures = dfeatures.astype(features.dtype)
-    return jnp.sum(weights * loss), (dfeatures, dkernel, jnp.sum(row.dlam), loss)
+        zeros = zeros_like_rows(kernel.shape, weights)
+        dkernel, (losses, rows, dfeatures) = scan_rows(step, zeros, pieces.row_block, whole)
+        dfeatures, dkernel = with_norm_parts(features, kernel, labels, rows, dfeatures, dkernel)
+    dlam = lam_gradient(setting, rows)
+    return jnp.sum(weights * losses), (dfeatures.astype(features.dtype), dkernel, dlam, losses)
 
 
 def _sum_bwd(
-    setting: Setting, residuals: tuple[jax.Array, ...], cotangent: jax.Array
+    setting: Setting, pieces: Pieces, residuals: tuple[jax.Array, ...], cotangent: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     return scaled_gradients(residuals, cotangent)
 

@@ -1,4 +1,7 @@
-"""The large-margin softmax head as a Flax NNX module."""
+"""The large-margin softmax head as a Flax NNX module.
+
+Source: Liu et al., ICML 2016, https://arxiv.org/abs/1612.02295.
+"""
 
 import functools
 from typing import Any
@@ -7,25 +10,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
 
-from lsoftmax_jax import sharded
-from lsoftmax_jax.arguments import check_labels, check_size, check_whole
-from lsoftmax_jax.logits import lsoftmax_logits
-from lsoftmax_jax.loss import lsoftmax_loss
+from lsoftmax_jax import _checks, _head, sharded
+from lsoftmax_jax.sharded import ClassParallel
 
 _KERNEL_INIT = initializers.lecun_normal()
 
 
-class LSoftmaxDense(nnx.Module):
+class LSoftmaxDense(_head.HeadCalls, nnx.Module):
     """The last layer of a classifier: a bias-free Dense that knows the margin in training.
 
-    With labels it gives the margin logits of `lsoftmax_jax.lsoftmax_logits`, without labels the
-    plain product, features @ kernel; `loss` gives the fused per-example loss. The one parameter
-    is `kernel` (in_features, classes), so a checkpoint of a bias-free `nnx.Linear` loads, and the
-    trained head exports as a plain matrix product.
+    ``loss(features, labels)`` is the fused loss of each example, self-paced unless it is given a
+    λ. Called with features alone the head gives the plain product, features @ kernel. The one
+    parameter is `kernel` (in_features, classes), so a checkpoint of a bias-free `nnx.Linear` loads,
+    and the trained head exports as a plain matrix product.
 
     Args:
       in_features: D, the length of a feature.
@@ -35,16 +35,14 @@ class LSoftmaxDense(nnx.Module):
         norms and angles are float32 or better whatever the dtype.
       param_dtype: dtype of the kernel.
       kernel_init: initializer of the kernel, `nnx.Linear`'s by default.
-      class_axis: mesh axis to shard the classes over; `loss` is then
-        `lsoftmax_jax.sharded.lsoftmax_loss`, and where the axis does not divide the classes the
-        kernel has some more columns, which take no part.
-      batch_axes: mesh axes of the batch, see there; only with `class_axis`, as `mesh`.
-      mesh: the mesh, by default that of `jax.set_mesh`.
+      layout: the mesh axes to shard the classes and the batch over; the loss is then
+        `lsoftmax_jax.sharded.lsoftmax_loss`, and where the class axis does not divide the classes
+        the kernel has some more columns, which take no part.
       rngs: source of the `params` key.
 
     Raises:
-      TypeError, ValueError: a margin that is no integer >= 1, or mesh axes of the batch without one
-        of the classes; in calls, as the functions.
+      TypeError, ValueError: a margin that is no integer >= 1, or a layout without its mesh; in
+        calls, as the functions.
 
     Example:
       >>> import jax.numpy as jnp
@@ -52,12 +50,10 @@ class LSoftmaxDense(nnx.Module):
       >>> from lsoftmax_jax.nnx import LSoftmaxDense
       >>> head = LSoftmaxDense(8, 10, margin=4, rngs=nnx.Rngs(0))
       >>> features, labels = jnp.ones((2, 8)), jnp.array([3, 7])
+      >>> head.loss(features, labels).shape, head.loss(features, labels, lam=5.0).shape
+      ((2,), (2,))
       >>> head(features).shape, head(features, labels, lam=5.0).shape
       ((2, 10), (2, 10))
-      >>> head.loss(features, labels, lam=5.0).shape
-      (2,)
-
-    Source: Liu et al., ICML 2016.
     """
 
     def __init__(
@@ -69,65 +65,29 @@ class LSoftmaxDense(nnx.Module):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         kernel_init: nnx.Initializer = _KERNEL_INIT,
-        class_axis: str | None = None,
-        batch_axes: str | tuple[str, ...] = (),
-        mesh: Mesh | AbstractMesh | None = None,
+        layout: ClassParallel | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        self.in_features = check_size("in_features", in_features)
-        self.classes = check_size("classes", classes)
-        self.margin = check_size("margin", margin)
-        self.dtype = dtype
-        self.class_axis, self.batch_axes, self.mesh = class_axis, batch_axes, mesh
-        if class_axis is None:
-            check_whole(batch_axes, mesh)
+        self.in_features = _checks.check_size("in_features", in_features)
+        self.classes, self.margin, self.dtype, self.layout = classes, margin, dtype, layout
+        _head.check_fields(self)
+        if layout is None:
             kernel = kernel_init(rngs.params(), (in_features, classes), param_dtype)
             self.kernel = nnx.Param(kernel)
             return
-        shape = in_features, sharded.padded_columns(classes, class_axis, mesh)
+        shape = in_features, sharded.padded_columns(classes, layout)
+        spec, mesh = (None, layout.class_axis), layout.mesh
 
         # Under jit, where no device ever holds more than its shard. An Explicit mesh that is not
         # set by jax.set_mesh is not enough for jit to know the devices.
-        placed = NamedSharding(mesh, P(None, class_axis)) if isinstance(mesh, Mesh) else None
+        placed = NamedSharding(mesh, P(*spec)) if isinstance(mesh, Mesh) else None
 
         @functools.partial(jax.jit, out_shardings=placed)
         def create(key: jax.Array) -> nnx.Param[jax.Array]:
             kernel = kernel_init(key, shape, param_dtype)
-            return nnx.Param(kernel, out_sharding=(None, class_axis), mesh=mesh)
+            return nnx.Param(kernel, out_sharding=spec, mesh=mesh)
 
         self.kernel = create(rngs.params())
 
-    def __call__(
-        self, features: ArrayLike, labels: ArrayLike | None = None, lam: ArrayLike = 0.0
-    ) -> jax.Array:
-        """Logits (..., classes): with labels those with margin, without the plain ones."""
-        features, kernel = self._operands(features)
-        if labels is not None and kernel.shape[1] > self.classes:
-            labels = check_labels(labels, features.shape[:-1], self.classes)
-        logits = lsoftmax_logits(features, kernel, labels, margin=self.margin, lam=lam)
-        return sharded.real_logits(logits, self.classes)
-
-    def loss(
-        self, features: ArrayLike, labels: ArrayLike, lam: ArrayLike = 0.0, **options: Any
-    ) -> Any:
-        """The fused per-example loss; `options` are `lsoftmax_jax.lsoftmax_loss`'s keywords."""
-        features, kernel = self._operands(features)
-        options = {"margin": self.margin, "lam": lam, **options}
-        if self.class_axis is None:
-            return lsoftmax_loss(features, kernel, labels, **options)
-        return sharded.lsoftmax_loss(
-            features,
-            kernel,
-            labels,
-            classes=self.classes,
-            class_axis=self.class_axis,
-            batch_axes=self.batch_axes,
-            mesh=self.mesh,
-            **options,
-        )
-
-    def _operands(self, features: ArrayLike) -> tuple[jax.Array, jax.Array]:
-        features, kernel = jnp.asarray(features), self.kernel[...]
-        if self.dtype is None:
-            return features, kernel
-        return features.astype(self.dtype), kernel.astype(self.dtype)
+    def _kernel_for(self, features: jax.Array) -> jax.Array:
+        return self.kernel[...]

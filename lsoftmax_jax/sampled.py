@@ -3,6 +3,9 @@
 Exact are the target logit and its gradient. The other logits' sum is estimated from the classes of
 the batch's labels, which are always in, and from others drawn without replacement; only the drawn
 columns of the kernel are read and updated.
+
+Source: An et al., "Partial FC: Training 10 Million Identities on a Single Machine", 2021,
+https://arxiv.org/abs/2010.05222.
 """
 
 import math
@@ -10,10 +13,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from lsoftmax_jax import arguments
-from lsoftmax_jax.loss import DEFAULT_MEMORY_BUDGET, Call, Knobs, per_example
+from lsoftmax_jax import _checks
+from lsoftmax_jax._pace import SelfPaced
+from lsoftmax_jax._plans import Plan, pieces_of
+from lsoftmax_jax.loss import Call, per_example
 
 _ROUNDS = 6
 # Up to here shuffling all classes is as quick, and so small a Feistel network mixes badly.
@@ -64,14 +70,12 @@ def sample_classes(
       >>> sample = lsm.sample_classes(jax.random.key(0), jnp.array([7, 7, 3]), 1_000_000, 5)
       >>> sample.ids.shape, sample.ids[:3].tolist(), sample.labels.tolist()
       ((8,), [3, 7, 1000000], [1, 1, 0])
-
-    Source: An et al., "Partial FC: Training 10 Million Identities on a Single Machine", 2021.
     """
-    classes = arguments.check_size("classes", classes)
-    if arguments.check_size("negatives", negatives) > classes:
+    classes = _checks.check_size("classes", classes)
+    if _checks.check_size("negatives", negatives) > classes:
         raise ValueError(f"negatives must be at most classes = {classes}, got {negatives}")
-    labels = jnp.asarray(labels)
-    labels = arguments.check_labels(labels, labels.shape, classes).reshape(labels.size)
+    shape = np.shape(labels)
+    labels = _checks.check_labels(labels, shape, classes).reshape(math.prod(shape))
     known = jnp.where(labels >= 0, labels, classes)
     positives = jnp.unique(known, size=labels.size, fill_value=classes)
     drawn = _permuted(key, classes, negatives)
@@ -164,9 +168,9 @@ def lsoftmax_sampled_loss(
     sample: Sample,
     *,
     margin: int,
-    lam: ArrayLike = 0.0,
+    lam: ArrayLike | SelfPaced,
     where: ArrayLike | None = None,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    plan: Plan | None = None,
 ) -> jax.Array:
     r"""`lsoftmax_jax.lsoftmax_loss` against the sampled classes alone, one value an example.
 
@@ -180,7 +184,7 @@ def lsoftmax_sampled_loss(
       columns: (D, batch + negatives), `take_columns(kernel, sample)`; differentiate with respect
         to these, update them and their optimiser state, and put them back.
       sample: from `sample_classes` for the labels of these features.
-      margin, lam, where, memory_budget: as in `lsoftmax_jax.lsoftmax_loss`.
+      margin, lam, where, plan: as in `lsoftmax_jax.lsoftmax_loss`.
 
     Returns:
       (...,) float32, or float64 for float64 operands.
@@ -193,21 +197,16 @@ def lsoftmax_sampled_loss(
       >>> kernel, features, labels = jnp.eye(4, 1000), jnp.ones((2, 4)), jnp.array([0, 2])
       >>> sample = lsm.sample_classes(jax.random.key(0), labels, 1000, negatives=1000)
       >>> columns = lsm.sampled.take_columns(kernel, sample)
-      >>> sampled = lsm.lsoftmax_sampled_loss(features, columns, sample, margin=4)
-      >>> exact = lsm.lsoftmax_loss(features, kernel, labels, margin=4)
+      >>> sampled = lsm.lsoftmax_sampled_loss(features, columns, sample, margin=4, lam=5.0)
+      >>> exact = lsm.lsoftmax_loss(features, kernel, labels, margin=4, lam=5.0)
       >>> bool(jnp.allclose(sampled, exact))
       True
-
-    Source: Liu et al., ICML 2016; An et al., "Partial FC", 2021.
     """
-    features = jnp.asarray(features)
+    features, _ = _checks.check_features(features, columns)
     labels = sample.labels.reshape(features.shape[:-1])
     call = Call.checked(features, columns, labels, margin, lam, where, 0.0)
-    plan = (
-        Knobs(memory_budget, None, None, None)
-        .checked()
-        .plan(*call.size, call.head.kernel.dtype, rows_cost_no_more=False)
-    )
+    pieces = pieces_of(plan, *call.size, call.operands.kernel.dtype, rows_cost_no_more=False)
     offset = sample.offset.astype(call.lam.dtype)
-    loss, _ = per_example(call.setting(plan), *call.head[:3], call.lam, offset)
-    return call.mask(loss.reshape(call.head.batch_shape))
+    operands = (*call.operands[:3], call.lam, offset, call.counted())
+    loss, _ = per_example(call.setting, pieces, *operands)
+    return call.mask(call.unflattened(loss))

@@ -1,4 +1,8 @@
-"""Schedules of the annealing λ: the formula of the authors' released code and its constants."""
+"""How λ is chosen: by what the batch shows, or by the step.
+
+Source: `annealed_lambda` is the formula of the loss layer in the authors' released Caffe code,
+https://github.com/wy1iu/LargeMargin_Softmax_Loss.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,6 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+
+from lsoftmax_jax import _checks
+from lsoftmax_jax._pace import SelfPaced
 
 
 class LambdaPreset(NamedTuple):
@@ -53,8 +60,7 @@ def annealed_lambda(
       >>> float(lam(0)) < 1000.0, round(float(lam(10_000)), 2)
       (True, 0.41)
 
-    Source: the loss layer of the authors' released Caffe code; `lsoftmax_jax.schedule` has its
-    constants for MNIST, CIFAR10 and CIFAR10+.
+    `lsoftmax_jax.schedule` has the released constants for MNIST, CIFAR10 and CIFAR10+.
     """
     constants = {"base": base, "gamma": gamma, "power": power, "minimum": minimum}
     for name, value in constants.items():
@@ -69,3 +75,56 @@ def annealed_lambda(
         return jnp.maximum(base * jnp.exp(-power * jnp.log1p(gamma * updates)), minimum)
 
     return schedule
+
+
+def self_paced(
+    *,
+    fraction: float = 0.5,
+    accuracy: float = 0.5,
+    power: float = 2.0,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> SelfPaced:
+    r"""λ from what the batch shows, without a schedule, a number of steps or any state.
+
+    Pass the result as `lam` to any loss; a head without `lam` uses ``self_paced()``. In each call
+
+    .. math:: \frac{1}{1+\lambda} = fraction \cdot s^* \cdot
+        \left(\frac{a - accuracy}{1 - accuracy}\right)_+^{power}
+
+    with a the margin-free accuracy of the batch and s* the largest share of the margin in [0, 1] at
+    which the mean radial force on the batch's features, -<x, d loss / dx>, is not negative: beyond
+    it features shrink, and a run whose features reach length 0 has collapsed. λ is infinite, which
+    is plain softmax, while the accuracy is low, and no gradient flows through it.
+
+    Args:
+      fraction: how much of s* to use, in [0, 1].
+      accuracy: the accuracy at which the margin comes in, in [0, 1).
+      power: how gently it does, >= 0.
+      axis_name: the mapped axes over which a batch is split under `jax.pmap` or `jax.shard_map`,
+        like a batch normalisation's. Under `jax.jit` on a mesh the batch is whole by itself.
+
+    Returns:
+      a frozen, hashable value, to be passed as `lam`; it holds no arrays.
+
+    Raises:
+      TypeError, ValueError: a number is none, or outside its range.
+
+    Example:
+      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> features, kernel = 9 * jnp.eye(3), jnp.eye(3)
+      >>> loss, seen = lsm.lsoftmax_loss_and_statistics(
+      ...     features, kernel, jnp.array([0, 1, 2]), margin=2, lam=lsm.self_paced())
+      >>> float(seen.lam)
+      1.0
+    """
+    fraction = _checks.check_fraction("fraction", fraction)
+    if _checks.check_fraction("accuracy", accuracy) == 1:
+        raise ValueError("accuracy must be below 1, got 1")
+    if isinstance(power, bool) or not isinstance(power, (int, float)):
+        raise TypeError(f"power must be a real number, got {power!r}")
+    if not 0 <= power < float("inf"):
+        raise ValueError(f"power must be finite and >= 0, got {power}")
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"axis_name must be a name, names or None, got {axis_name!r}")
+    return SelfPaced(fraction, float(accuracy), float(power), names)

@@ -6,19 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lsoftmax_jax import arguments
-from lsoftmax_jax.algebra import (
-    Columns,
-    Plan,
-    Statistics,
-    block_gradients,
-    gradient_row,
-    loss_and_z,
-    statistics_of,
-    summarise,
-)
-from lsoftmax_jax.logits import along_columns, along_rows, column_sums, target_of
-from lsoftmax_jax.loss import Call, check_weights
+from lsoftmax_jax import _checks
+from lsoftmax_jax._fused import Statistics, logit_gradient, loss_of, paced_target, statistics_of
+from lsoftmax_jax._pace import SelfPaced
+from lsoftmax_jax._plans import Columns, Pieces, block_gradients, summarise
+from lsoftmax_jax.logits import along_columns, along_features, label_sums, label_terms
+from lsoftmax_jax.loss import Call
 
 
 class SgdStep(NamedTuple):
@@ -30,7 +23,7 @@ class SgdStep(NamedTuple):
       kernel: after the update.
       momentum: after the update.
       statistics: of each example before the update; `plain_logit > max_logit` is the margin-free
-        hit. At no cost where it is not used.
+        classification. At no cost where it is not used.
     """
 
     loss: jax.Array
@@ -48,10 +41,10 @@ def lsoftmax_sgd(
     weights: ArrayLike | None = None,
     *,
     margin: int,
+    lam: ArrayLike | SelfPaced,
     learning_rate: ArrayLike,
     decay: ArrayLike = 0.9,
     weight_decay: ArrayLike = 0.0,
-    lam: ArrayLike = 0.0,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
     class_block: int = 4096,
@@ -94,34 +87,33 @@ def lsoftmax_sgd(
       >>> features, kernel, labels = jnp.ones((2, 3)), jnp.eye(3), jnp.array([0, 2])
       >>> step = lsm.lsoftmax_sgd(
       ...     features, kernel, jnp.zeros_like(kernel), labels, jnp.full(2, 0.5),
-      ...     margin=4, learning_rate=0.1)
+      ...     margin=4, lam=5.0, learning_rate=0.1)
       >>> step.loss.round(3).item(), step.dfeatures.shape, step.kernel.shape
-      (3.832..., (2, 3), (3, 3))
-
-    Source: Liu et al., ICML 2016.
+      (1.473..., (2, 3), (3, 3))
     """
     call = Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
-    weights = call.mask(check_weights(weights, call.head.batch_shape, call.lam.dtype))
-    kernel, momentum = jnp.asarray(kernel), jnp.asarray(momentum)
+    weights = _checks.check_weights(weights, call.operands.batch_shape, call.lam.dtype)
+    weights = call.mask(weights).reshape(call.operands.labels.shape)
+    kernel = jnp.asarray(kernel)
+    momentum = _checks.as_array("momentum", momentum, "an array like kernel")
     if momentum.shape != kernel.shape:
         raise ValueError(
             f"momentum must have the kernel's shape {kernel.shape}, got {momentum.shape}"
         )
     if not jnp.issubdtype(momentum.dtype, jnp.floating):
         raise TypeError(f"momentum must be floating point, got dtype {momentum.dtype}")
-    block = min(arguments.check_size("class_block", class_block), kernel.shape[1])
-    setting = call.setting(Plan(class_block=block, keep_exponentials=False))
-    eta = _rate("learning_rate", learning_rate, call.lam.dtype)
-    mu = _rate("decay", decay, call.lam.dtype)
-    omega = _rate("weight_decay", weight_decay, call.lam.dtype)
+    block = min(_checks.check_size("class_block", class_block), kernel.shape[1])
+    pieces = Pieces(class_block=block, keep_exponentials=False)
+    eta = _checks.check_scalar("learning_rate", learning_rate, call.lam.dtype)
+    mu = _checks.check_scalar("decay", decay, call.lam.dtype)
+    omega = _checks.check_scalar("weight_decay", weight_decay, call.lam.dtype)
 
-    features, operand, labels, _ = call.head
-    t = target_of(features, operand, labels, call.lam, call.margin)
-    others, _ = summarise(setting, features, Columns(operand), labels)
-    loss, z = loss_and_z(setting, t, others)
-    weights = weights.reshape(labels.shape)
-    row = gradient_row(setting, t, z, weights, features.dtype)
-    sums = column_sums(row.target.column, labels, kernel.shape[1])
+    features, operand, labels, batch_shape = call.operands
+    terms = label_terms(features, operand, labels)
+    others, _ = summarise(call.setting, pieces, features, Columns(operand), labels)
+    t, lam = paced_target(call.setting, terms, others, call.lam, weights)
+    rows = logit_gradient(call.setting, t, others, weights, features.dtype)
+    sums = label_sums(rows.target.along_column, labels, kernel.shape[1])
 
     def update(start: Any, width: int, carry: Any) -> Any:
         # Reads from the carry, and in this order, or XLA copies kernel and momentum in the loop:
@@ -129,7 +121,7 @@ def lsoftmax_sgd(
         dfeatures, kernel, momentum = carry
         columns = _block(kernel, start, width)
         change, gradient = block_gradients(
-            features, Columns(columns.astype(features.dtype)), labels - start, row, None
+            features, Columns(columns.astype(features.dtype)), labels - start, rows, None
         )
         decayed = jax.lax.dynamic_slice_in_dim(sums, start, width) + omega
         gradient = gradient + along_columns(decayed, columns)
@@ -139,24 +131,16 @@ def lsoftmax_sgd(
         changed = _block(kernel, start, width).astype(eta.dtype) - eta * velocity
         return dfeatures + change, _with_block(kernel, changed, start), momentum
 
-    carry = along_rows(row.target.row, features), kernel, momentum
+    carry = along_features(rows.target, features), kernel, momentum
     count = kernel.shape[1] // block
     carry = jax.lax.fori_loop(0, count, lambda j, carry: update(j * block, block, carry), carry)
     if tail := kernel.shape[1] - count * block:
         carry = update(count * block, tail, carry)
     dfeatures, kernel, momentum = carry
-    dfeatures = dfeatures.astype(features.dtype).reshape(*call.head.batch_shape, features.shape[1])
-    seen = jax.tree.map(
-        lambda value: value.reshape(call.head.batch_shape), statistics_of(t, others)
-    )
-    return SgdStep(jnp.sum(weights * loss), dfeatures, kernel, momentum, seen)
-
-
-def _rate(name: str, value: ArrayLike, dtype: jnp.dtype) -> jax.Array:
-    rate = jnp.asarray(value)
-    if rate.shape != () or not jnp.isrealobj(rate):
-        raise ValueError(f"{name} must be a real scalar, got {value!r}")
-    return rate.astype(dtype)
+    dfeatures = dfeatures.astype(features.dtype).reshape(*batch_shape, features.shape[1])
+    seen = call.unflattened(statistics_of(t, others, lam))
+    loss = jnp.sum(weights * loss_of(call.setting, t, others))
+    return SgdStep(loss, dfeatures, kernel, momentum, seen)
 
 
 def _block(array: jax.Array, start: Any, width: int) -> jax.Array:

@@ -6,59 +6,112 @@ a step of `lsoftmax_loss_sum`, loss and gradients:
 
 - features split over another axis than the kernel: the exchange, the features' gradient, the
   kernel's gradient over the data axis, the scalars: 4;
-- features split over the class axis too: gathering them comes first, 5; over it alone: 3.
+- features split over the class axis too: gathering them comes first, 5; over it alone: 3;
+- self-pacing adds one sum of 35 numbers over the data axis, if there is one.
 
 With a data axis every device sums its columns' gradient over that axis, which for very many classes
 is most of the bytes sent; one axis for both features and classes sends none of it.
+
+Source: class-parallel softmax as in An et al., "Partial FC", 2021,
+https://arxiv.org/abs/2010.05222.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple, overload
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from lsoftmax_jax import arguments
-from lsoftmax_jax.algebra import (
-    Columns,
+from lsoftmax_jax import _checks
+from lsoftmax_jax._fused import (
+    LogitGradient,
     Others,
-    Row,
     Setting,
     Statistics,
-    gradient_row,
-    gradients,
-    loss_and_z,
+    like_statistics,
+    logit_gradient,
+    loss_of,
+    paced_target,
     statistics_of,
-    summarise,
 )
-from lsoftmax_jax.logits import target_of
-from lsoftmax_jax.loss import (
-    DEFAULT_MEMORY_BUDGET,
-    Call,
-    Knobs,
-    check_weights,
-    scaled_gradients,
-)
-from lsoftmax_jax.margin import Target
+from lsoftmax_jax._pace import SelfPaced
+from lsoftmax_jax._placement import AnyMesh, given_or_set, resharded
+from lsoftmax_jax._plans import Columns, Pieces, Plan, gradients, pieces_of, summarise
+from lsoftmax_jax.logits import LabelTerms, Target, label_terms
+from lsoftmax_jax.loss import Call, lam_gradient, scaled_gradients
 
 
-class _Layout(NamedTuple):
-    """How the operands lie on the mesh. Static."""
+@dataclass(frozen=True)
+class ClassParallel:
+    """How a head lies on a mesh: its kernel's columns split over an axis.
 
-    mesh: Mesh | AbstractMesh
+    Attributes:
+      class_axis: mesh axis of the classes.
+      batch_axes: mesh axes of the batch, a name or names, which may include `class_axis`: then
+        every device gathers the rows of its group.
+      mesh: the mesh, by default that of `jax.set_mesh`.
+      classes: number of real classes, by default all columns of the kernel. The size of
+        `class_axis` must divide the columns: fill up with columns of any finite value and say how
+        many are real. The filling takes no part and gets zero gradient. A Flax head fills up by
+        itself and says its own number.
+
+    Raises:
+      TypeError: an axis is no name, or `classes` no int.
+      ValueError: `classes` is below 1. Where the layout is used: there is no mesh, or it lacks an
+        axis.
+
+    Example:
+      >>> import lsoftmax_jax as lsm
+      >>> lsm.ClassParallel("model", "data").batch_axes
+      ('data',)
+    """
+
+    class_axis: str
+    batch_axes: str | tuple[str, ...] = ()
+    mesh: AnyMesh | None = None
+    classes: int | None = None
+
+    def __post_init__(self) -> None:
+        axes = (self.batch_axes,) if isinstance(self.batch_axes, str) else tuple(self.batch_axes)
+        object.__setattr__(self, "batch_axes", axes)
+        for name, values in (("class_axis", (self.class_axis,)), ("batch_axes", axes)):
+            for axis in values:
+                if not isinstance(axis, str):
+                    raise TypeError(f"{name} must name axes of a mesh, got {axis!r}")
+        if self.classes is not None:
+            _checks.check_size("classes", self.classes)
+
+
+class Layout(NamedTuple):
+    """A `ClassParallel` whose mesh is known. Static."""
+
+    mesh: AnyMesh
     class_axis: str
     batch_axes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, parallel: ClassParallel) -> "Layout":
+        if not isinstance(parallel, ClassParallel):
+            raise TypeError(f"layout must be a lsoftmax_jax.ClassParallel, got {parallel!r}")
+        mesh, batch_axes = given_or_set(parallel.mesh), tuple(parallel.batch_axes)
+        for name, axes in (("class_axis", (parallel.class_axis,)), ("batch_axes", batch_axes)):
+            for axis in axes:
+                if axis not in mesh.axis_names:
+                    raise ValueError(
+                        f"layout: {name} must be axes of the mesh {mesh.axis_names}, got {axis!r}"
+                    )
+        return cls(mesh, parallel.class_axis, batch_axes)
+
+    @property
+    def shards(self) -> int:
+        return self.mesh.shape[self.class_axis]
 
     @property
     def data_axes(self) -> tuple[str, ...]:
         return tuple(axis for axis in self.batch_axes if axis != self.class_axis)
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        return (*self.data_axes, self.class_axis)
 
     @property
     def rows(self) -> P:
@@ -71,73 +124,27 @@ class _Layout(NamedTuple):
     @property
     def local(self) -> P:
         """For arrays that belong to one device each, stacked along a new first axis."""
-        return P(self.axes)
+        return P((*self.data_axes, self.class_axis))
 
     @property
-    def gathers(self) -> bool:
+    def splits_rows(self) -> bool:
+        """Whether the class axis splits the rows too, which each device then gathers."""
         return self.class_axis in self.batch_axes
 
 
-@overload
 def lsoftmax_loss(
     features: ArrayLike,
     kernel: ArrayLike,
     labels: ArrayLike,
     *,
     margin: int,
-    class_axis: str,
-    batch_axes: str | tuple[str, ...] = ...,
-    mesh: Mesh | AbstractMesh | None = ...,
-    classes: int | None = ...,
-    lam: ArrayLike = ...,
-    where: ArrayLike | None = ...,
-    label_smoothing: float = ...,
-    statistics: Literal[False] = ...,
-    memory_budget: int = ...,
-    row_block: int | None = ...,
-    class_block: int | None = ...,
-    keep_exponentials: bool | None = ...,
-) -> jax.Array: ...
-@overload
-def lsoftmax_loss(
-    features: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    *,
-    margin: int,
-    class_axis: str,
-    batch_axes: str | tuple[str, ...] = ...,
-    mesh: Mesh | AbstractMesh | None = ...,
-    classes: int | None = ...,
-    lam: ArrayLike = ...,
-    where: ArrayLike | None = ...,
-    label_smoothing: float = ...,
-    statistics: Literal[True],
-    memory_budget: int = ...,
-    row_block: int | None = ...,
-    class_block: int | None = ...,
-    keep_exponentials: bool | None = ...,
-) -> tuple[jax.Array, Statistics]: ...
-def lsoftmax_loss(
-    features: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    *,
-    margin: int,
-    class_axis: str,
-    batch_axes: str | tuple[str, ...] = (),
-    mesh: Mesh | AbstractMesh | None = None,
-    classes: int | None = None,
-    lam: ArrayLike = 0.0,
+    lam: ArrayLike | SelfPaced,
+    layout: ClassParallel,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
-    statistics: bool = False,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
-    row_block: int | None = None,
-    class_block: int | None = None,
-    keep_exponentials: bool | None = None,
-) -> jax.Array | tuple[jax.Array, Statistics]:
-    r"""`lsoftmax_jax.lsoftmax_loss` with the kernel's columns sharded over `class_axis`.
+    plan: Plan | None = None,
+) -> jax.Array:
+    r"""`lsoftmax_jax.lsoftmax_loss` with the kernel's columns sharded over a mesh axis.
 
     .. math:: \ell = -\log \frac{e^{z_y}}{\sum_j e^{z_j}}
 
@@ -145,21 +152,15 @@ def lsoftmax_loss(
     Auto and Explicit meshes; the kernel is never gathered and no device sees another's logits.
 
     Args:
-      features: (batch, D), split over `batch_axes`.
-      kernel: (D, columns), split over `class_axis`, whose size must divide the columns: fill up
-        with columns of any finite value and say how many `classes` are real. The filling takes no
-        part and gets zero gradient.
+      features: (batch, D), split over the batch axes of `layout`.
+      kernel: (D, columns), split over its class axis, whose size must divide the columns.
       labels: (batch,) integers in [0, classes).
-      margin, lam, where, label_smoothing, statistics: as in `lsoftmax_jax.lsoftmax_loss`.
-      memory_budget, row_block, class_block, keep_exponentials: as there, of each device.
-      class_axis: mesh axis of the classes.
-      batch_axes: mesh axes of the batch, which may include `class_axis`: then every device
-        gathers the rows of its group.
-      mesh: the mesh, by default that of `jax.set_mesh`.
-      classes: number of real classes, by default all columns.
+      layout: how the head lies on the mesh.
+      margin, lam, where, label_smoothing: as in `lsoftmax_jax.lsoftmax_loss`.
+      plan: as there, of each device.
 
     Returns:
-      (batch,) float32, or float64 for float64 operands; with `statistics` a pair.
+      (batch,) float32, or float64 for float64 operands.
 
     Raises:
       TypeError, ValueError: as `lsoftmax_jax.lsoftmax_loss`; also a missing mesh or axis, and
@@ -170,19 +171,62 @@ def lsoftmax_loss(
       >>> mesh = jax.make_mesh((1, jax.device_count()), ("data", "model"))
       >>> features, kernel = jnp.ones((2, 3)), jnp.eye(3, 8 * jax.device_count())
       >>> lsm.sharded.lsoftmax_loss(
-      ...     features, kernel, jnp.array([0, 2]), margin=4, lam=5.0, classes=3,
-      ...     mesh=mesh, class_axis="model", batch_axes="data").round(3).tolist()
+      ...     features, kernel, jnp.array([0, 2]), margin=4, lam=5.0,
+      ...     layout=lsm.ClassParallel("model", "data", mesh, classes=3)).round(3).tolist()
       [1.473..., 1.473...]
-
-    Source: Liu et al., ICML 2016; class-parallel softmax as in An et al., "Partial FC", 2021.
     """
-    layout = _layout(mesh, class_axis, batch_axes)
-    call = _checked(layout, features, kernel, labels, margin, lam, where, label_smoothing, classes)
-    knobs = Knobs(memory_budget, row_block, class_block, keep_exponentials).checked()
-    setting = call.setting(_plan(layout, call, knobs))
-    loss, seen = _loss(layout, setting, *_placed(layout, call), call.lam)
-    loss = call.mask(loss)
-    return (loss, seen) if statistics else loss
+    return lsoftmax_loss_and_statistics(
+        features,
+        kernel,
+        labels,
+        margin=margin,
+        lam=lam,
+        layout=layout,
+        where=where,
+        label_smoothing=label_smoothing,
+        plan=plan,
+    )[0]
+
+
+def lsoftmax_loss_and_statistics(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    margin: int,
+    lam: ArrayLike | SelfPaced,
+    layout: ClassParallel,
+    where: ArrayLike | None = None,
+    label_smoothing: float = 0.0,
+    plan: Plan | None = None,
+) -> tuple[jax.Array, Statistics]:
+    """`lsoftmax_loss` here, and what it saw of each example, at no second pass.
+
+    Args:
+      features, kernel, labels, margin, lam, layout, where, label_smoothing, plan: as there.
+
+    Returns:
+      the loss (batch,), and `lsoftmax_jax.Statistics`, through which no gradient flows.
+
+    Raises:
+      TypeError, ValueError: as `lsoftmax_loss` here.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+      >>> loss, seen = lsm.sharded.lsoftmax_loss_and_statistics(
+      ...     jnp.ones((2, 3)), jnp.eye(3), jnp.array([0, 2]), margin=4, lam=5.0,
+      ...     layout=lsm.ClassParallel("model", "data", mesh))
+      >>> seen.plain_logit.tolist(), float(seen.lam)
+      ([1.0, 1.0], 5.0)
+    """
+    call, on_mesh = _checked(layout, features, kernel, labels, margin, lam, where, label_smoothing)
+    pieces = _pieces(on_mesh, call, plan)
+    counted = call.counted()
+    if counted is not None:
+        counted = resharded(counted, on_mesh.mesh, on_mesh.rows)
+    loss, seen = _loss(on_mesh, call.setting, pieces, *_placed(on_mesh, call), call.lam, counted)
+    return call.mask(loss), seen
 
 
 def lsoftmax_loss_sum(
@@ -192,30 +236,23 @@ def lsoftmax_loss_sum(
     weights: ArrayLike | None = None,
     *,
     margin: int,
-    class_axis: str,
-    batch_axes: str | tuple[str, ...] = (),
-    mesh: Mesh | AbstractMesh | None = None,
-    classes: int | None = None,
-    lam: ArrayLike = 0.0,
+    lam: ArrayLike | SelfPaced,
+    layout: ClassParallel,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
-    row_block: int | None = None,
-    class_block: int | None = None,
-    keep_exponentials: bool | None = None,
+    plan: Plan | None = None,
 ) -> jax.Array:
-    r"""`lsoftmax_jax.lsoftmax_loss_sum` with the kernel's columns sharded over `class_axis`.
+    r"""`lsoftmax_jax.lsoftmax_loss_sum` with the kernel's columns sharded over a mesh axis.
 
     .. math:: L = \sum_i s_i \ell_i
 
     Under differentiation the forward pass computes all gradients, with at most 5 collectives.
 
     Args:
-      features, kernel, labels, class_axis, batch_axes, mesh, classes: as in `lsoftmax_loss` here.
+      features, kernel, labels, layout: as in `lsoftmax_loss` here.
       weights: (batch,) floating-point weights of the examples, or None for ones.
       margin, lam, where, label_smoothing: as in `lsoftmax_jax.lsoftmax_loss_sum`.
-      memory_budget, row_block, class_block, keep_exponentials: as there, of each device, but row
-        blocks compute the logits twice.
+      plan: as there, of each device, but row blocks compute the logits twice.
 
     Returns:
       scalar, float32, or float64 for float64 operands.
@@ -228,31 +265,26 @@ def lsoftmax_loss_sum(
       >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
       >>> features, kernel, labels = jnp.ones((2, 3)), jnp.eye(3), jnp.array([0, 2])
       >>> lsm.sharded.lsoftmax_loss_sum(
-      ...     features, kernel, labels, jnp.full(2, 0.5), margin=4,
-      ...     mesh=mesh, class_axis="model", batch_axes="data").round(3).item()
-      3.832...
-
-    Source: Liu et al., ICML 2016; class-parallel softmax as in An et al., "Partial FC", 2021.
+      ...     features, kernel, labels, jnp.full(2, 0.5), margin=4, lam=5.0,
+      ...     layout=lsm.ClassParallel("model", "data", mesh)).round(3).item()
+      1.473...
     """
-    layout = _layout(mesh, class_axis, batch_axes)
-    call = _checked(layout, features, kernel, labels, margin, lam, where, label_smoothing, classes)
-    weights = call.mask(check_weights(weights, call.head.batch_shape, call.lam.dtype))
-    knobs = Knobs(memory_budget, row_block, class_block, keep_exponentials).checked()
-    setting = call.setting(_plan(layout, call, knobs))
-    weights = _place(layout, weights, layout.rows)
-    return _sum(layout, setting, *_placed(layout, call), call.lam, weights)
+    call, on_mesh = _checked(layout, features, kernel, labels, margin, lam, where, label_smoothing)
+    weights = call.mask(_checks.check_weights(weights, call.operands.batch_shape, call.lam.dtype))
+    weights = resharded(weights, on_mesh.mesh, on_mesh.rows)
+    pieces = _pieces(on_mesh, call, plan)
+    return _sum(on_mesh, call.setting, pieces, *_placed(on_mesh, call), call.lam, weights)
 
 
 # The arguments.
 
 
-def padded_columns(classes: int, class_axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
-    """The least number of kernel columns >= classes that the mesh axis divides.
+def padded_columns(classes: int, layout: ClassParallel) -> int:
+    """The least number of kernel columns >= classes that the class axis divides.
 
     Args:
       classes: number of classes.
-      class_axis: the mesh axis that the classes are sharded over.
-      mesh: by default that of `jax.set_mesh`.
+      layout: says the mesh and the axis.
 
     Returns:
       the number of columns that the kernel of a sharded head has.
@@ -262,158 +294,132 @@ def padded_columns(classes: int, class_axis: str, mesh: Mesh | AbstractMesh | No
 
     Example:
       >>> import jax, lsoftmax_jax as lsm
-      >>> lsm.sharded.padded_columns(10575, "model", jax.sharding.AbstractMesh((8,), ("model",)))
+      >>> mesh = jax.sharding.AbstractMesh((8,), ("model",))
+      >>> lsm.sharded.padded_columns(10575, lsm.ClassParallel("model", mesh=mesh))
       10576
     """
-    classes = arguments.check_size("classes", classes)
-    shards = _layout(mesh, class_axis, ()).mesh.shape[class_axis]
+    classes = _checks.check_size("classes", classes)
+    shards = Layout.of(layout).shards
     return -(-classes // shards) * shards
 
 
-def placed_columns(
-    kernel: jax.Array, class_axis: str, mesh: Mesh | AbstractMesh | None = None
-) -> jax.Array:
-    """kernel split over `class_axis` where the mesh has Explicit axes and would not do it."""
-    layout = _layout(mesh, class_axis, ())
-    return _place(layout, kernel, layout.columns)
-
-
-def real_logits(logits: jax.Array, classes: int) -> jax.Array:
-    """logits (..., columns) without those of the columns that only fill up the kernel."""
-    if logits.shape[-1] == classes:
-        return logits
-    sharding = jax.typeof(logits).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        # An odd number of classes cannot stay split.
-        logits = jax.reshard(logits, NamedSharding(sharding.mesh, P(*sharding.spec[:-1], None)))
-    return logits[..., :classes]
-
-
-def _mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if mesh.empty:
-        raise ValueError("mesh must be given, or set by jax.set_mesh; got neither")
-    return mesh
-
-
-def _layout(
-    mesh: Mesh | AbstractMesh | None, class_axis: str, batch_axes: str | tuple[str, ...]
-) -> _Layout:
-    mesh = _mesh(mesh)
-    batch_axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
-    for name, axes in (("class_axis", (class_axis,)), ("batch_axes", batch_axes)):
-        for axis in axes:
-            if axis not in mesh.axis_names:
-                raise ValueError(f"{name} must be axes of the mesh {mesh.axis_names}, got {axis!r}")
-    return _Layout(mesh, class_axis, batch_axes)
-
-
 def _checked(
-    layout: _Layout,
+    parallel: ClassParallel,
     features: ArrayLike,
     kernel: ArrayLike,
     labels: ArrayLike,
     margin: int,
-    lam: ArrayLike,
+    lam: ArrayLike | SelfPaced,
     where: ArrayLike | None,
     label_smoothing: float,
-    classes: int | None,
-) -> Call:
-    features, kernel = arguments.check_features(features, kernel)
+) -> tuple[Call, Layout]:
+    layout, classes = Layout.of(parallel), parallel.classes
+    features, kernel = _checks.check_features(features, kernel)
     if features.ndim != 2:
         raise ValueError(f"features must have shape (batch, D), got {features.shape}")
     columns = kernel.shape[1]
-    if classes is not None and not 1 <= arguments.check_size("classes", classes) <= columns:
-        raise ValueError(f"classes must be at most the kernel's {columns} columns, got {classes}")
-    shards, groups = layout.mesh.shape[layout.class_axis], 1
+    if classes is not None and classes > columns:
+        raise ValueError(
+            f"layout: classes must be at most the kernel's {columns} columns, got {classes}"
+        )
+    groups = 1
     for axis in layout.batch_axes:
         groups *= layout.mesh.shape[axis]
-    if columns % shards:
+    if columns % layout.shards:
         raise ValueError(
-            f"kernel must have a multiple of {shards} columns to lie on axis "
-            f"{layout.class_axis!r}, got {columns}: fill it up and pass classes={columns}"
+            f"kernel must have a multiple of {layout.shards} columns to lie on axis "
+            f"{layout.class_axis!r}, got {columns}: fill it up and say classes={columns}"
         )
     if features.shape[0] % groups:
         raise ValueError(
             f"features must have a multiple of {groups} rows to lie on axes "
             f"{layout.batch_axes}, got {features.shape[0]}"
         )
-    return Call.checked(features, kernel, labels, margin, lam, where, label_smoothing, classes)
+    call = Call.checked(features, kernel, labels, margin, lam, where, label_smoothing, classes)
+    return call, layout
 
 
-def _plan(layout: _Layout, call: Call, knobs: Knobs) -> Any:
+def _pieces(layout: Layout, call: Call, plan: Plan | None) -> Pieces:
     batch, columns = call.size
     for axis in layout.data_axes:
         batch //= layout.mesh.shape[axis]
-    columns //= layout.mesh.shape[layout.class_axis]
-    return knobs.plan(batch, columns, call.head.kernel.dtype, rows_cost_no_more=False)
+    dtype = call.operands.kernel.dtype
+    return pieces_of(plan, batch, columns // layout.shards, dtype, rows_cost_no_more=False)
 
 
-def _placed(layout: _Layout, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
-    features, kernel, labels, _ = call.head
+def _placed(layout: Layout, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
+    features, kernel, labels, _ = call.operands
     return (
-        _place(layout, features, layout.rows),
-        _place(layout, kernel, layout.columns),
-        _place(layout, labels, layout.rows),
+        resharded(features, layout.mesh, layout.rows),
+        resharded(kernel, layout.mesh, layout.columns),
+        resharded(labels, layout.mesh, layout.rows),
     )
-
-
-def _place(layout: _Layout, array: jax.Array, spec: P) -> jax.Array:
-    """On a mesh with Explicit axes shard_map takes no operand that is placed otherwise."""
-    if AxisType.Explicit not in layout.mesh.axis_types:
-        return array
-    return jax.reshard(array, NamedSharding(layout.mesh, spec))
 
 
 # The loss of each example.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _loss(
-    layout: _Layout,
+    layout: Layout,
     setting: Setting,
+    pieces: Pieces,
     features: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
     lam: jax.Array,
+    counted: jax.Array | None,
 ) -> tuple[jax.Array, Statistics]:
-    return _loss_fwd(layout, setting, features, kernel, labels, lam)[0]
+    return _loss_fwd(layout, setting, pieces, features, kernel, labels, lam, counted)[0]
 
 
 def _loss_fwd(
-    layout: _Layout,
+    layout: Layout,
     setting: Setting,
+    pieces: Pieces,
     features: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
     lam: jax.Array,
+    counted: jax.Array | None,
 ) -> tuple[Any, Any]:
-    def local(features: Any, kernel: Any, labels: Any, lam: Any) -> tuple[Any, Any]:
-        rows = _gather(layout, features, labels)
-        shard = _forward(layout, setting, rows[0], kernel, rows[1], lam)
-        seen = shard.loss, statistics_of(shard.t, shard.others)
-        residuals = rows[0], shard.labels, shard.t, shard.z, shard.kept
-        return _own_rows(layout, seen), jax.tree.map(lambda array: array[None], residuals)
+    def local(features: Any, kernel: Any, labels: Any, lam: Any, counted: Any) -> tuple[Any, Any]:
+        if counted is None:
+            features, labels = _gather(layout, features, labels)
+        else:
+            features, labels, counted = _gather(layout, features, labels, counted)
+        shard = _forward(layout, setting, pieces, features, kernel, labels, lam, counted)
+        seen = statistics_of(shard.t, shard.others, shard.lam)
+        residuals = features, shard.labels, shard.t, shard.others, shard.kept
+        loss, *own = _own_rows(layout, (shard.loss, *seen[:4]))
+        return (loss, Statistics(*own, seen.lam)), jax.tree.map(
+            lambda array: array[None], residuals
+        )
 
+    rows = layout.rows
     outputs, residuals = _on_devices(
         layout,
         local,
-        (layout.rows, layout.columns, layout.rows, P()),
-        (layout.rows, layout.local),
-    )(features, kernel, labels, lam)
+        (rows, layout.columns, rows, P(), rows),
+        ((rows, like_statistics(rows, P())), layout.local),
+    )(features, kernel, labels, lam, counted)
     return outputs, (kernel, residuals)
 
 
 def _loss_bwd(
-    layout: _Layout, setting: Setting, residuals: Any, cotangents: tuple[jax.Array, Statistics]
-) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+    layout: Layout,
+    setting: Setting,
+    pieces: Pieces,
+    residuals: Any,
+    cotangents: tuple[jax.Array, Statistics],
+) -> tuple[jax.Array | None, ...]:
     def local(kernel: Any, residuals: Any, cotangent: jax.Array) -> Any:
-        features, labels, t, z, kept = jax.tree.map(lambda array: array[0], residuals)
-        if layout.gathers:
+        features, labels, t, others, kept = jax.tree.map(lambda array: array[0], residuals)
+        if layout.splits_rows:
             cotangent = jax.lax.all_gather(cotangent, layout.class_axis, tiled=True)
-        row = gradient_row(setting, t, z, cotangent, features.dtype)
-        dfeatures, dkernel = _backward(layout, setting, features, kernel, labels, row, kept)
-        return dfeatures, dkernel, _over_data(layout, jnp.sum(row.dlam))
+        rows = logit_gradient(setting, t, others, cotangent, features.dtype)
+        gradient = _backward(layout, setting, pieces, features, kernel, labels, rows, kept)
+        return *gradient, _over_data(layout, lam_gradient(setting, rows))
 
     dfeatures, dkernel, dlam = _on_devices(
         layout,
@@ -421,7 +427,7 @@ def _loss_bwd(
         (layout.columns, layout.local, layout.rows),
         (layout.rows, layout.columns, P()),
     )(*residuals, cotangents[0])
-    return dfeatures, dkernel, None, dlam
+    return dfeatures, dkernel, None, dlam, None
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)
@@ -430,10 +436,11 @@ _loss.defvjp(_loss_fwd, _loss_bwd)
 # The weighted sum, its gradients computed in the forward pass.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _sum(
-    layout: _Layout,
+    layout: Layout,
     setting: Setting,
+    pieces: Pieces,
     features: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
@@ -441,12 +448,15 @@ def _sum(
     weights: jax.Array,
 ) -> jax.Array:
     # Not _sum_fwd(...)[0], which would pay for the gradients.
-    return jnp.sum(weights * _loss(layout, setting, features, kernel, labels, lam)[0])
+    counted = None if setting.pace is None else jax.lax.stop_gradient(weights)
+    losses, _ = _loss(layout, setting, pieces, features, kernel, labels, lam, counted)
+    return jnp.sum(weights * losses)
 
 
 def _sum_fwd(
-    layout: _Layout,
+    layout: Layout,
     setting: Setting,
+    pieces: Pieces,
     features: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
@@ -455,23 +465,28 @@ def _sum_fwd(
 ) -> tuple[jax.Array, Any]:
     def local(features: Any, kernel: Any, labels: Any, lam: Any, weights: Any) -> Any:
         features, labels, weights = _gather(layout, features, labels, weights)
-        shard = _forward(layout, setting, features, kernel, labels, lam)
-        row = gradient_row(setting, shard.t, shard.z, weights, features.dtype)
-        gradient = _backward(layout, setting, features, kernel, shard.labels, row, shard.kept)
-        sums = jnp.stack([jnp.sum(weights * shard.loss), jnp.sum(row.dlam)])
+        shard = _forward(layout, setting, pieces, features, kernel, labels, lam, weights)
+        rows = logit_gradient(setting, shard.t, shard.others, weights, features.dtype)
+        own = shard.labels, rows, shard.kept
+        gradient = _backward(layout, setting, pieces, features, kernel, *own)
+        sums = jnp.stack([jnp.sum(weights * shard.loss), lam_gradient(setting, rows)])
         return _over_data(layout, sums), *gradient, _own_rows(layout, shard.loss)
 
-    sums, dfeatures, dkernel, loss = _on_devices(
+    sums, dfeatures, dkernel, losses = _on_devices(
         layout,
         local,
         (layout.rows, layout.columns, layout.rows, P(), layout.rows),
         (P(), layout.rows, layout.columns, layout.rows),
     )(features, kernel, labels, lam, weights)
-    return sums[0], (dfeatures, dkernel, sums[1], loss)
+    return sums[0], (dfeatures, dkernel, sums[1], losses)
 
 
 def _sum_bwd(
-    layout: _Layout, setting: Setting, residuals: tuple[jax.Array, ...], cotangent: jax.Array
+    layout: Layout,
+    setting: Setting,
+    pieces: Pieces,
+    residuals: tuple[jax.Array, ...],
+    cotangent: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
     return scaled_gradients(residuals, cotangent)
 
@@ -486,80 +501,101 @@ class _Shard(NamedTuple):
     """All classes' view of the rows, and what of it belongs to this device alone."""
 
     loss: jax.Array
-    z: jax.Array
+    t: Target
+    lam: jax.Array
     others: Others
-    t: Target  # logit, lam, cosine and plain of any row; the rest of rows whose class is here
     labels: jax.Array  # counted from this device's first class, -1 where the class is elsewhere
     kept: Any
 
 
 def _forward(
-    layout: _Layout,
+    layout: Layout,
     setting: Setting,
+    pieces: Pieces,
     features: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
     lam: jax.Array,
+    counted: jax.Array | None,
 ) -> _Shard:
     width = kernel.shape[1]
     start = jax.lax.axis_index(layout.class_axis) * width
     here = (labels >= start) & (labels < start + width)
-    t = target_of(features, kernel, jnp.where(here, labels - start, 0), lam, setting.margin)
-    t = jax.tree.map(lambda value: jnp.where(here, value, 0), t)
-    t = t._replace(logit=jnp.where(labels >= 0, t.logit, jnp.nan))
-    labels = jnp.where(here, labels - start, -1)
+    terms = label_terms(features, kernel, jnp.where(here, labels - start, 0))
+    terms = terms._replace(
+        plain=jnp.where(here, terms.plain, 0), column_norm=jnp.where(here, terms.column_norm, 0)
+    )
+    own_labels = jnp.where(here, labels - start, -1)
     columns = _real_columns(layout, setting, kernel, start)
-    others, kept = summarise(setting, features, columns, labels)
-    t, others = _exchange(layout, t, others)
-    loss, z = loss_and_z(setting, t, others)
-    return _Shard(loss, z, others, t, labels, kept)
+    others, kept = summarise(setting, pieces, features, columns, own_labels)
+    terms, others = _exchange(layout, setting, terms, others)
+    terms = terms._replace(plain=jnp.where(labels >= 0, terms.plain, jnp.nan))
+    t, lam = paced_target(setting, terms, others, lam, counted, layout.data_axes)
+    return _Shard(loss_of(setting, t, others), t, lam, others, own_labels, kept)
 
 
-def _exchange(layout: _Layout, t: Target, others: Others) -> tuple[Target, Others]:
-    """Sums what each device knows of the target and the other logits, in one collective."""
-    mine = jnp.stack([*others, t.logit, t.lam, t.cosine, t.plain])
-    peaks, masses, totals, *target = jnp.moveaxis(jax.lax.all_gather(mine, layout.class_axis), 1, 0)
+def _exchange(
+    layout: Layout, setting: Setting, terms: LabelTerms, others: Others
+) -> tuple[LabelTerms, Others]:
+    """Joins what each device knows of the label's and the other logits, in one collective."""
+    known = [terms.plain, terms.column_norm, others.peak, others.mass]
+    known += [others.total] if setting.label_smoothing else []
+    known += [others.moment] if setting.pace is not None else []
+    gathered = jax.lax.all_gather(jnp.stack(known), layout.class_axis)
+    plain, norm, peaks, masses, *more = jnp.moveaxis(gathered, 1, 0)
     peak = jnp.max(peaks, axis=0)
-    mass = jnp.sum(masses * jnp.exp(peaks - peak[None, :]), axis=0)
-    logit, dlam, cosine, plain = (jnp.sum(value, axis=0) for value in target)
-    t = t._replace(logit=logit, lam=dlam, cosine=cosine, plain=plain)
-    return t, Others(peak, mass, jnp.sum(totals, axis=0))
+    scale = jnp.exp(peaks - peak)
+    total = jnp.sum(more.pop(0), axis=0) if setting.label_smoothing else others.total
+    moment = others.moment
+    if setting.pace is not None:
+        # See `merge`: nothing may be infinitely far below.
+        shift = jnp.where(masses != 0, peaks - peak, 0)
+        moment = jnp.sum((more.pop(0) + masses * shift) * scale, axis=0)
+    norm = jnp.sum(norm, axis=0)
+    inverse_norm = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), norm)
+    terms = terms._replace(
+        plain=jnp.sum(plain, axis=0), column_norm=norm, inverse_column_norm=inverse_norm
+    )
+    return terms, Others(peak, jnp.sum(masses * scale, axis=0), total, moment)
 
 
 def _backward(
-    layout: _Layout,
+    layout: Layout,
     setting: Setting,
+    pieces: Pieces,
     features: jax.Array,
     kernel: jax.Array,
     labels: jax.Array,
-    row: Row,
+    rows: LogitGradient,
     kept: Any,
 ) -> tuple[jax.Array, jax.Array]:
+    # What lies along the features is added once, by the device that has the row's class.
+    here = labels >= 0
+    target = rows.target._replace(along_feature=jnp.where(here, rows.target.along_feature, 0))
+    rows = rows._replace(target=target)
     start = jax.lax.axis_index(layout.class_axis) * kernel.shape[1]
     columns = _real_columns(layout, setting, kernel, start)
-    dfeatures, dkernel = gradients(setting, features, columns, labels, row, kept)
-    if layout.gathers:
+    dfeatures, dkernel = gradients(pieces, features, columns, labels, rows, kept)
+    if layout.splits_rows:
         dfeatures = jax.lax.psum_scatter(dfeatures, layout.class_axis, tiled=True)
     else:
         dfeatures = jax.lax.psum(dfeatures, layout.class_axis)
     return dfeatures.astype(features.dtype), _over_data(layout, dkernel)
 
 
-def _real_columns(
-    layout: _Layout, setting: Setting, kernel: jax.Array, start: jax.Array
-) -> Columns:
+def _real_columns(layout: Layout, setting: Setting, kernel: jax.Array, start: jax.Array) -> Columns:
     width = kernel.shape[1]
-    if width * layout.mesh.shape[layout.class_axis] == setting.classes:
+    if width * layout.shards == setting.classes:
         return Columns(kernel)
     real = start + jnp.arange(width, dtype=jnp.int32) < setting.classes
-    dtype = arguments.at_least_f32(kernel.dtype)
+    dtype = _checks.at_least_f32(kernel.dtype)
     return Columns(kernel, jnp.where(real, 0, -jnp.inf).astype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather(layout: _Layout, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def _gather(layout: Layout, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The rows of all devices along the class axis, in one collective, as bits."""
-    if not layout.gathers:
+    if not layout.splits_rows:
         return arrays
     bits = jnp.dtype(f"uint{8 * arrays[0].dtype.itemsize}")
     parts = [_bits(array, bits) for array in arrays]
@@ -573,18 +609,18 @@ def _gather(layout: _Layout, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(outputs)
 
 
-def _gather_fwd(layout: _Layout, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+def _gather_fwd(layout: Layout, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
     return _gather(layout, *arrays), None
 
 
 def _gather_bwd(
-    layout: _Layout, _: None, cotangents: tuple[jax.Array, ...]
+    layout: Layout, _: None, cotangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array | None, ...]:
     # Bits have no derivative; only a second derivative of the loss comes here.
     def own(cotangent: jax.Array) -> jax.Array | None:
         if cotangent.dtype == jax.dtypes.float0:
             return None
-        if not layout.gathers:
+        if not layout.splits_rows:
             return cotangent
         return jax.lax.psum_scatter(cotangent, layout.class_axis, tiled=True)
 
@@ -610,8 +646,8 @@ def _from_bits(piece: jax.Array, dtype: jnp.dtype, shape: tuple[int, ...]) -> ja
     return jax.lax.bitcast_convert_type(pieces, dtype)
 
 
-def _own_rows(layout: _Layout, tree: Any) -> Any:
-    if not layout.gathers:
+def _own_rows(layout: Layout, tree: Any) -> Any:
+    if not layout.splits_rows:
         return tree
     shards = layout.mesh.shape[layout.class_axis]
 
@@ -623,11 +659,11 @@ def _own_rows(layout: _Layout, tree: Any) -> Any:
     return jax.tree.map(own, tree)
 
 
-def _over_data(layout: _Layout, array: jax.Array) -> jax.Array:
+def _over_data(layout: Layout, array: jax.Array) -> jax.Array:
     return jax.lax.psum(array, layout.data_axes) if layout.data_axes else array
 
 
-def _on_devices(layout: _Layout, local: Any, in_specs: Any, out_specs: Any) -> Any:
+def _on_devices(layout: Layout, local: Any, in_specs: Any, out_specs: Any) -> Any:
     # What is gathered is the same on every device of the class axis, which JAX cannot know.
     return jax.shard_map(
         local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False

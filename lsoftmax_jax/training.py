@@ -2,17 +2,19 @@ r"""Training and evaluation steps for any Flax NNX model that ends in a large-ma
 
 The model is called as ``model(images) -> features`` and carries the head as ``model.head``. The
 steps are pure functions of arrays, so that the same step runs under `jax.jit` on one device, under
-jit over a mesh (`compile_step`, `repeat`), under `jax.pmap` and under `jax.vmap` over seeds::
+jit over a mesh (`lsoftmax_jax.devices`), under `jax.pmap` and under `jax.vmap` over seeds::
 
     graphdef, state = create(model, optimizer)
-    step = compile_step(train_step(graphdef, optimizer, annealed_lambda(1000, 2.5e-5, 35)), mesh)
+    step = jax.jit(train_step(graphdef, optimizer, self_paced()))
     state, metrics = step(state, images, labels)
 
-λ is a function of ``state.step`` and so are Optax's learning-rate schedules, hence a restored state
-continues exactly. Batch normalisation spans the global batch on every path: on a mesh because the
-step is written for the whole batch, under pmap through ``axis_name``.
+λ is a function of the batch or of ``state.step``, and so are Optax's learning-rate schedules, hence
+a restored state continues exactly. Batch normalisation spans the global batch on every path: on a
+mesh because the step is written for the whole batch, under pmap through ``axis_name``.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -20,15 +22,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, auto_axes
-from jax.sharding import PartitionSpec as P
-from numpy.typing import NDArray
 
-DATA_AXIS = "data"
+from lsoftmax_jax._pace import SelfPaced
 
 Schedule = Callable[[jax.Array], jax.Array]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
-Batch = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 
 class State(NamedTuple):
@@ -67,19 +65,24 @@ class Sums(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What one update saw: `Sums` over its global batch, λ, and norms.
+    """What one update saw: `Sums` over its global batch, λ, norms, and what went wrong.
 
     Attributes:
       sums: over the batch.
-      lam: λ of this update.
+      lam: λ of this update, infinite for a loss without a margin.
       kernel_norm: mean length of the head's kernel columns before the update.
       grad_norm: length of the whole gradient.
+      skipped: whether loss or gradient was not finite, so that nothing but the step changed.
+      collapsing: whether the margin is shrinking the features to nothing: the logits are all but
+        0, the loss is that of guessing, and λ lets the margin in. A higher λ is the cure.
     """
 
     sums: Sums
     lam: jax.Array
     kernel_norm: jax.Array
     grad_norm: jax.Array
+    skipped: jax.Array
+    collapsing: jax.Array
 
 
 class TrainStep(Protocol):
@@ -150,7 +153,7 @@ def restore_model(graphdef: nnx.GraphDef[Any], state: State) -> Any:
 def train_step(
     graphdef: nnx.GraphDef[Any],
     optimizer: optax.GradientTransformation,
-    lam_schedule: Schedule,
+    lam: Schedule | SelfPaced,
     *,
     loss: Loss | None = None,
     axis_name: str | None = None,
@@ -159,12 +162,14 @@ def train_step(
 
     .. math:: p_{t+1} = p_t + U\left(\nabla_p \frac1B \sum_i \ell_i(p_t, \lambda_t)\right)
 
-    with the optimizer's update U, the large-margin loss of the head, and λ of the state's step.
+    with the optimizer's update U and the large-margin loss of the head. An update whose loss or
+    gradient is not finite changes nothing but the step.
 
     Args:
       graphdef: the model's structure, from `create`.
       optimizer: an Optax transformation.
-      lam_schedule: step -> λ, such as `lsoftmax_jax.annealed_lambda`.
+      lam: `lsoftmax_jax.self_paced()`, or a schedule step -> λ such as
+        `lsoftmax_jax.margin_schedule(steps)`.
       loss: (plain logits, labels) -> per-example loss, in place of the head's large-margin loss.
       axis_name: the axis to sum over when the step runs under `jax.pmap` or `jax.shard_map`.
 
@@ -180,19 +185,22 @@ def train_step(
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from flax import nnx
-      >>> from lsoftmax_jax import annealed_lambda
+      >>> from lsoftmax_jax import self_paced
       >>> from lsoftmax_jax.nnx import LSoftmaxDense
       >>> model = nnx.Sequential(nnx.relu)
       >>> model.head = LSoftmaxDense(3, 2, margin=4, rngs=nnx.Rngs(0))
       >>> sgd = optax.sgd(0.1)
       >>> graphdef, state = create(model, sgd)
-      >>> step = train_step(graphdef, sgd, annealed_lambda(1000.0, 2.5e-5, 35.0))
+      >>> step = train_step(graphdef, sgd, self_paced())
       >>> state, metrics = step(state, jnp.ones((4, 3)), jnp.array([0, 1, 1, 1]))
-      >>> int(state.step), round(float(metrics.lam), 2), float(metrics.sums.examples)
-      (1, 999.13, 4.0)
-
-    Source: Liu et al., ICML 2016; λ by the step as in the authors' released code.
+      >>> int(state.step), float(metrics.sums.examples), bool(metrics.skipped)
+      (1, 4.0, False)
     """
+    if isinstance(lam, SelfPaced):
+        names = lam.axis_name if axis_name is None else (*lam.axis_name, axis_name)
+        lam = dataclasses.replace(lam, axis_name=names)
+    elif not callable(lam):
+        raise TypeError(f"lam must be a schedule step -> λ or self_paced(), got {lam!r}")
 
     def total(tree: Any) -> Any:
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)
@@ -200,29 +208,37 @@ def train_step(
     def step(
         state: State, images: jax.Array, labels: jax.Array, where: jax.Array | None = None
     ) -> tuple[State, StepMetrics]:
-        lam = jnp.asarray(lam_schedule(state.step))
+        given = lam if isinstance(lam, SelfPaced) else jnp.asarray(lam(state.step))
         count = total(jnp.float32(len(images)) if where is None else jnp.sum(where, dtype=float))
 
-        def mean_loss(params: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
+        def mean_loss(params: Any) -> tuple[jax.Array, tuple[Any, Sums, jax.Array]]:
             model = nnx.merge(graphdef, params, state.other)
             model.train()
             model.set_attributes(nnx.BatchNorm, raise_if_not_found=False, axis_name=axis_name)
             features = model(images) if where is None else model(images, where=where)
-            sums = _sums(model.head, features, labels, lam, where, loss)
+            sums, used = _sums(model.head, features, labels, given, where, loss)
             other = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
-            return sums.loss / jnp.maximum(count, 1), (other, sums)
+            return sums.loss / jnp.maximum(count, 1), (other, sums, used)
 
-        grads, (other, sums) = jax.grad(mean_loss, has_aux=True)(state.params)
+        grads, (other, sums, used) = jax.grad(mean_loss, has_aux=True)(state.params)
         grads, sums = total((grads, sums))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(dict[Any, Any], optax.apply_updates(state.params, updates))
+        kernel = state.params["head"]["kernel"]
+        grad_norm = optax.tree.norm(grads).astype(jnp.float32)
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        new, old = (params, other, opt_state), (state.params, state.other, state.opt_state)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        kernel_norm = jnp.mean(_norm(kernel, axis=0))
         metrics = StepMetrics(
             sums=sums,
-            lam=lam.astype(jnp.float32),
-            kernel_norm=jnp.mean(_norm(state.params["head"]["kernel"], axis=0)),
-            grad_norm=optax.tree.norm(grads).astype(jnp.float32),
+            lam=used,
+            kernel_norm=kernel_norm,
+            grad_norm=grad_norm,
+            skipped=~finite,
+            collapsing=_collapsing(sums, used, kernel_norm, kernel.shape[1]),
         )
-        return State(state.step + 1, params, other, opt_state), metrics
+        return State(state.step + 1, *kept), metrics
 
     return step
 
@@ -263,7 +279,7 @@ def eval_step(
         state: State, images: jax.Array, labels: jax.Array, where: jax.Array | None = None
     ) -> Sums:
         model = restore_model(graphdef, state)
-        sums = _sums(model.head, model(images), labels, jnp.float32(jnp.inf), where, loss)
+        sums, _ = _sums(model.head, model(images), labels, jnp.float32(jnp.inf), where, loss)
         return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
     return step
@@ -305,14 +321,17 @@ def _sums(
     head: Any,
     features: jax.Array,
     labels: jax.Array,
-    lam: jax.Array,
+    lam: jax.Array | SelfPaced,
     where: jax.Array | None,
     loss: Loss | None,
-) -> Sums:
+) -> tuple[Sums, jax.Array]:
+    """The sums over a batch, and its λ."""
     if loss is None:
-        losses, seen = head.loss(features, labels, lam, where=where, statistics=True)
+        losses, seen = head.loss_and_statistics(features, labels, lam, where=where)
         correct, cosine = seen.plain_logit > seen.max_logit, seen.target_cosine
+        used = seen.lam.astype(jnp.float32)
     else:
+        used = jnp.float32(jnp.inf)
         logits = head(features)
         losses, correct = loss(logits, labels), jnp.argmax(logits, axis=-1) == labels
         columns = head.kernel[...].T[labels].astype(features.dtype)
@@ -324,7 +343,15 @@ def _sums(
         jnp.arccos(jnp.clip(cosine, -1, 1)),
         _norm(features, axis=-1),
     )
-    return Sums(*(jnp.sum(row, where=where, dtype=jnp.float32) for row in rows))
+    return Sums(*(jnp.sum(row, where=where, dtype=jnp.float32) for row in rows)), used
+
+
+def _collapsing(sums: Sums, lam: jax.Array, kernel_norm: jax.Array, classes: int) -> jax.Array:
+    count = jnp.maximum(sums.examples, 1)
+    guessing = sums.loss / count > 0.98 * math.log(classes)
+    # Logits below a tenth move no probability by much; at the start features are longer.
+    vanishing = sums.feature_norm / count * kernel_norm < 0.1
+    return guessing & vanishing & (1 / (1 + lam) > 0.01)
 
 
 def _norm(array: jax.Array, axis: int) -> jax.Array:
@@ -334,173 +361,3 @@ def _norm(array: jax.Array, axis: int) -> jax.Array:
 def _unit(array: jax.Array) -> jax.Array:
     norm = jnp.linalg.norm(array, axis=-1, keepdims=True)
     return array / jnp.where(norm > 0, norm, 1)
-
-
-def data_mesh(devices: int | None = None) -> Mesh:
-    """A mesh with the one axis "data".
-
-    Args:
-      devices: how many, the first ones; all by default. Under `jax.distributed` they are those of
-        all processes, and each must have one in the mesh.
-
-    Returns:
-      the mesh; its axis is of Auto type.
-
-    Raises:
-      ValueError: there are fewer devices, or a process has none in the mesh.
-
-    Example:
-      >>> dict(data_mesh(1).shape)
-      {'data': 1}
-    """
-    if devices is not None and not 1 <= devices <= jax.device_count():
-        raise ValueError(f"devices must be 1 to {jax.device_count()}, got {devices}")
-    chosen = jax.devices()[:devices]
-    if len({device.process_index for device in chosen}) < jax.process_count():
-        raise ValueError(
-            f"devices must reach into all {jax.process_count()} processes, got {devices} "
-            f"of {jax.device_count()}"
-        )
-    return jax.make_mesh((len(chosen),), (DATA_AXIS,), (AxisType.Auto,), devices=chosen)
-
-
-def place(arrays: Any, mesh: Mesh, spec: P) -> Any:
-    """A tree of host arrays on the devices of a mesh, which may be those of several processes.
-
-    Args:
-      arrays: the same in every process; each copies its own devices' parts and sends nothing.
-      mesh: of any axes.
-      spec: how each array is split, for all the same.
-
-    Returns:
-      The tree, each leaf a `jax.Array`.
-
-    Raises:
-      ValueError: an axis of an array does not divide over its part of the mesh.
-
-    Example:
-      >>> import numpy as np
-      >>> from jax.sharding import PartitionSpec
-      >>> place(np.arange(3), data_mesh(1), PartitionSpec("data")).shape
-      (3,)
-    """
-
-    def one(array: NDArray) -> jax.Array:
-        sharding = NamedSharding(mesh, spec)
-        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-
-    return jax.tree.map(one, arrays)
-
-
-def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> Any:
-    """`step` compiled for a mesh with a "data" axis, of Auto or Explicit type.
-
-    Args:
-      step: from `train_step` or `eval_step`.
-      mesh: the state is replicated on it; images, labels and where are split along "data".
-      donate: reuse the state's memory for the new one. For an `eval_step` pass False: its state
-        is needed again.
-
-    Returns:
-      a function of the arguments of `step`, compiled when first called.
-
-    Raises:
-      ValueError: in calls, if the size of "data" does not divide the batch.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from flax import nnx
-      >>> from lsoftmax_jax.nnx import LSoftmaxDense
-      >>> model = nnx.Sequential(nnx.relu)
-      >>> model.head = LSoftmaxDense(3, 2, margin=4, rngs=nnx.Rngs(0))
-      >>> graphdef, state = create(model, optax.sgd(0.1))
-      >>> evaluate = compile_step(eval_step(graphdef), data_mesh(1), donate=False)
-      >>> float(evaluate(state, jnp.eye(3), jnp.array([0, 1, 0])).examples)
-      3.0
-    """
-    replicated, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(DATA_AXIS))
-    compiled = jax.jit(
-        _with_auto_axes(step, mesh),
-        in_shardings=(replicated, rows, rows, rows),
-        out_shardings=replicated,
-        donate_argnums=0 if donate else (),
-    )
-
-    def call(
-        state: State, images: jax.Array, labels: jax.Array, where: jax.Array | None = None
-    ) -> Any:
-        return compiled(state, images, labels, where)
-
-    return call
-
-
-def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = None) -> Any:
-    """Many updates in one dispatch, on batches made on the device.
-
-    Args:
-      step: from `train_step`.
-      batch: (step, data) -> (images, labels), pure: the rows of a step, augmented.
-      mesh: has a "data" axis, of Auto or Explicit type; each batch is split along it.
-      loop: compile one update in a loop, not ``length`` updates in a row; by default everywhere
-        but on CPUs, where XLA makes the gradient of a convolution in a loop up to 50 times slower.
-
-    Returns:
-      ``many(state, data, length) -> (state, metrics)``, jitted with the length static and the state
-      donated; metrics are `StepMetrics` with a leading axis of that length.
-
-    Raises:
-      TypeError, ValueError: when traced, as `lsoftmax_jax.lsoftmax_loss`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from flax import nnx
-      >>> from lsoftmax_jax.nnx import LSoftmaxDense
-      >>> model = nnx.Sequential(nnx.relu)
-      >>> model.head = LSoftmaxDense(3, 2, margin=4, rngs=nnx.Rngs(0))
-      >>> sgd = optax.sgd(0.1)
-      >>> graphdef, state = create(model, sgd)
-      >>> step = train_step(graphdef, sgd, lambda step: jnp.float32(5.0))
-      >>> many = repeat(step, lambda step, data: data, data_mesh(1))
-      >>> state, metrics = many(state, (jnp.eye(3), jnp.array([0, 1, 0])), 2)
-      >>> int(state.step), metrics.sums.loss.shape
-      (2, (2,))
-    """
-    rows = P(DATA_AXIS) if _is_explicit(mesh) else NamedSharding(mesh, P(DATA_AXIS))
-    if loop is None:
-        loop = mesh.devices.flat[0].platform != "cpu"
-
-    def many(state: State, data: Any, length: int) -> Any:
-        def update(state: State, data: Any) -> tuple[State, StepMetrics]:
-            images, labels = jax.lax.with_sharding_constraint(batch(state.step, data), rows)
-            return step(state, images, labels)
-
-        def updates(state: State, data: Any) -> tuple[State, StepMetrics]:
-            if loop:
-                return jax.lax.scan(lambda state, _: update(state, data), state, length=length)
-            metrics = []
-            for _ in range(length):
-                state, seen = update(state, data)
-                metrics.append(seen)
-            return state, jax.tree.map(lambda *entries: jnp.stack(entries), *metrics)
-
-        return _with_auto_axes(updates, mesh)(state, data)
-
-    replicated = NamedSharding(mesh, P())
-    return jax.jit(
-        many,
-        in_shardings=(replicated, replicated),
-        out_shardings=replicated,
-        static_argnums=2,
-        donate_argnums=0,
-    )
-
-
-def _is_explicit(mesh: Mesh) -> bool:
-    return AxisType.Explicit in mesh.axis_types
-
-
-def _with_auto_axes(function: Any, mesh: Mesh) -> Any:
-    """Leaves the placement inside `function` to the compiler on an Explicit mesh too."""
-    if not _is_explicit(mesh):
-        return function
-    return auto_axes(function, axes=mesh.axis_names, out_sharding=NamedSharding(mesh, P()))

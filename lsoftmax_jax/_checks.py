@@ -1,25 +1,34 @@
 """What a caller may pass, checked once, in the form the cores compute with."""
 
 import math
-from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, auto_axes
-from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 
-class Head(NamedTuple):
-    """The operands of a classification head with the batch flattened to one axis."""
+class Operands(NamedTuple):
+    """The arrays of a classification head, the batch flattened to one axis."""
 
     features: jax.Array  # (batch, D)
-    kernel: jax.Array  # (D, classes)
+    kernel: jax.Array  # (D, classes), in the dtype of features
     labels: jax.Array  # (batch,) int32, -1 where outside [0, classes)
     batch_shape: tuple[int, ...]
+
+
+def as_array(name: str, value: Any, expected: str) -> jax.Array:
+    """`value` as an array; a TypeError that names the argument where it is none."""
+    if value is None or isinstance(value, str) or callable(value):
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be {expected}, got {type(value).__name__}: {error}"
+        ) from error
 
 
 def check_size(name: str, value: int) -> int:
@@ -30,28 +39,6 @@ def check_size(name: str, value: int) -> int:
     return int(value)
 
 
-def check_whole(batch_axes: str | tuple[str, ...], mesh: Mesh | AbstractMesh | None) -> None:
-    """A head without `class_axis` leaves the placement to JAX and takes no mesh of its own."""
-    for name, value in (("batch_axes", batch_axes), ("mesh", mesh)):
-        if value not in ((), None):
-            raise ValueError(f"{name} must come with class_axis, got {value!r} alone")
-
-
-def check_lam(lam: ArrayLike, dtype: jnp.dtype) -> jax.Array:
-    """λ as a scalar of `dtype`; a traced negative or NaN λ becomes NaN, a concrete one raises."""
-    if isinstance(lam, (bool, np.bool_, complex, str)) or lam is None:
-        raise TypeError(f"lam must be a real scalar >= 0, got {lam!r}")
-    if isinstance(lam, Real) and not lam >= 0:
-        raise ValueError(f"lam must be >= 0, got {lam}")
-    lam = jnp.asarray(lam)
-    if lam.shape != ():
-        raise ValueError(f"lam must be a scalar, got shape {lam.shape}")
-    if not jnp.issubdtype(lam.dtype, jnp.floating) and not jnp.issubdtype(lam.dtype, jnp.integer):
-        raise TypeError(f"lam must be a real scalar, got dtype {lam.dtype}")
-    lam = lam.astype(dtype)
-    return jnp.where(lam >= 0, lam, jnp.nan)
-
-
 def check_fraction(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a Python float in [0, 1], got {value!r}")
@@ -60,8 +47,30 @@ def check_fraction(name: str, value: float) -> float:
     return float(value)
 
 
+def check_scalar(name: str, value: ArrayLike, dtype: jnp.dtype) -> jax.Array:
+    """A real scalar >= 0 of `dtype`; a number below 0 raises, in a JAX array it becomes NaN."""
+    scalar = as_array(name, value, "a real scalar >= 0")
+    if scalar.shape != ():
+        raise ValueError(f"{name} must be a scalar, got shape {scalar.shape}")
+    if not jnp.issubdtype(scalar.dtype, jnp.floating) and not jnp.issubdtype(
+        scalar.dtype, jnp.integer
+    ):
+        raise TypeError(f"{name} must be a real scalar >= 0, got dtype {scalar.dtype}")
+    if not isinstance(value, jax.Array) and not np.asarray(value) >= 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
+    scalar = scalar.astype(dtype)
+    return jnp.where(scalar >= 0, scalar, jnp.nan)
+
+
+def check_lam(lam: ArrayLike, dtype: jnp.dtype) -> jax.Array:
+    if callable(lam):
+        raise TypeError(f"lam must be a scalar: pass schedule(step), not the schedule, got {lam!r}")
+    return check_scalar("lam", lam, dtype)
+
+
 def check_features(features: ArrayLike, kernel: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    features, kernel = jnp.asarray(features), jnp.asarray(kernel)
+    features = as_array("features", features, "a floating-point array (..., D)")
+    kernel = as_array("kernel", kernel, "a floating-point array (D, classes)")
     for name, array in (("features", features), ("kernel", kernel)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating point, got dtype {array.dtype}")
@@ -79,9 +88,9 @@ def check_features(features: ArrayLike, kernel: ArrayLike) -> tuple[jax.Array, j
 
 def check_labels(labels: ArrayLike, batch_shape: tuple[int, ...], classes: int) -> jax.Array:
     """Labels as int32, every value outside [0, classes) as -1."""
-    if labels is None:
-        raise TypeError("labels must be integers, got None")
-    labels = jnp.asarray(labels)
+    if not isinstance(labels, jax.Array):
+        labels = _narrowed(labels, classes)
+    labels = as_array("labels", labels, "integers")
     soft = labels.shape == (*batch_shape, classes) or jnp.issubdtype(labels.dtype, jnp.floating)
     if soft and labels.shape != batch_shape:
         raise ValueError(
@@ -103,10 +112,21 @@ def check_labels(labels: ArrayLike, batch_shape: tuple[int, ...], classes: int) 
     return jnp.where((labels >= 0) & (labels < classes), labels, -1).astype(jnp.int32)
 
 
+def _narrowed(labels: Any, classes: int) -> Any:
+    """Host integers wider than 32 bits with -1 outside [0, classes), before JAX cuts them off."""
+    try:
+        host = np.asarray(labels)
+    except (TypeError, ValueError, jax.errors.TracerArrayConversionError):
+        return labels  # a list of tracers, or nothing that is an array
+    if not np.issubdtype(host.dtype, np.integer) or host.dtype.itemsize <= 4:
+        return labels
+    return np.where((host >= 0) & (host < classes), host, -1).astype(np.int32)
+
+
 def check_mask(where: ArrayLike | None, batch_shape: tuple[int, ...]) -> jax.Array | None:
     if where is None:
         return None
-    where = jnp.asarray(where)
+    where = as_array("where", where, "boolean")
     if where.dtype != jnp.bool_:
         raise TypeError(f"where must be boolean, got dtype {where.dtype}")
     if where.shape != batch_shape:
@@ -114,14 +134,26 @@ def check_mask(where: ArrayLike | None, batch_shape: tuple[int, ...]) -> jax.Arr
     return where
 
 
-def flatten(features: jax.Array, kernel: jax.Array, labels: ArrayLike, classes: int) -> Head:
+def check_weights(
+    weights: ArrayLike | None, batch_shape: tuple[int, ...], dtype: jnp.dtype
+) -> jax.Array:
+    if weights is None:
+        return jnp.ones(batch_shape, dtype)
+    weights = as_array("weights", weights, "a floating-point array")
+    if weights.shape != batch_shape:
+        raise ValueError(f"weights must have the batch shape {batch_shape}, got {weights.shape}")
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise TypeError(f"weights must be floating point, got dtype {weights.dtype}")
+    return weights.astype(dtype)
+
+
+def flattened(features: jax.Array, kernel: jax.Array, labels: jax.Array) -> Operands:
     batch_shape = features.shape[:-1]
-    labels = check_labels(labels, batch_shape, classes)
     if len(batch_shape) != 1:
         # Not reshape(-1, D): an empty batch has no -1 to infer.
         features = features.reshape(math.prod(batch_shape), features.shape[-1])
         labels = labels.reshape(math.prod(batch_shape))
-    return Head(features, kernel, labels, batch_shape)
+    return Operands(features, kernel, labels, batch_shape)
 
 
 def promoted(*arrays: jax.Array) -> jnp.dtype:
@@ -133,39 +165,3 @@ def promoted(*arrays: jax.Array) -> jnp.dtype:
 def at_least_f32(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype computed and accumulated in: float32, or float64 for float64 operands."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
-def place(core: Callable[..., Any], out_axes: str, head: tuple[Any, ...]) -> Any:
-    """Calls `core(*head)` correctly on Explicit meshes and inside `jax.shard_map`.
-
-    On a mesh with Explicit axes a hand-written contraction raises, so the core runs with those
-    axes Auto and its outputs are placed again: "batch" like the rows of `head[0]`, "logits" like
-    the rows of `head[0]` by the columns of `head[1]`, "scalar" replicated.
-
-    Inside `jax.shard_map` a hand-written gradient of an operand that is the same on every device
-    would miss the sum over devices; marking all operands as varying makes JAX add it.
-    """
-    varying = frozenset().union(*(varying_axes(operand) for operand in head))
-    head = tuple(vary_over(operand, varying) for operand in head)
-    sharding = jax.typeof(head[0]).sharding, jax.typeof(head[1]).sharding
-    meshes = [s.mesh for s in sharding if AxisType.Explicit in s.mesh.axis_types]
-    if not meshes:
-        return core(*head)
-    rows, columns = sharding[0].spec[0], sharding[1].spec[-1]
-    spec = {
-        "batch": P(rows),
-        "logits": P(rows, columns if columns != rows else None),
-        "scalar": P(),
-    }
-    return auto_axes(core, out_sharding=NamedSharding(meshes[0], spec[out_axes]))(*head)
-
-
-def varying_axes(array: jax.Array) -> frozenset[str]:
-    """The manual mesh axes that `array` differs over inside `jax.shard_map`."""
-    return frozenset(jax.typeof(array).manual_axis_type.varying)
-
-
-def vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """`array` marked as varying over the manual mesh `axes` (nothing outside shard_map)."""
-    missing = axes - varying_axes(array)
-    return jax.lax.pcast(array, tuple(missing), to="varying") if missing else array
