@@ -138,7 +138,7 @@ def draw_regions(panel: Axes, kernel: NDArray, margin: int) -> None:
     features = np.stack(np.meshgrid(across, up), axis=-1).astype(np.float32)
     for label, color in enumerate((COLORS[0], COLORS[4])):
         labels = np.full(features.shape[:-1], label)
-        logits = lsm.lsoftmax_logits(features, kernel, labels, margin=margin)
+        logits = lsm.lsoftmax_logits(features, kernel, labels, margin=margin, lam=0.0)
         lead = np.asarray(logits[..., label] - logits[..., 1 - label])
         panel.contourf(across, up, lead, levels=(0, np.inf), colors=[color], alpha=0.25)
         panel.contour(across, up, lead, levels=(0,), colors=[color], linewidths=1.5)

@@ -43,13 +43,21 @@ def on_any_mesh(core: Callable[..., Any], out_like: Any, operands: tuple[Any, ..
 
 def varying_axes(array: jax.Array) -> frozenset[str]:
     """The manual mesh axes that `array` differs over inside `jax.shard_map`."""
-    return frozenset(jax.typeof(array).manual_axis_type.varying)
+    kind = jax.typeof(array)
+    # Before JAX 0.10 the type of an array has its varying axes as `vma`.
+    return frozenset(
+        kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+    )
 
 
 def vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     """`array` marked as varying over the manual mesh `axes` (nothing outside shard_map)."""
-    missing = axes - varying_axes(array)
-    return jax.lax.pcast(array, tuple(missing), to="varying") if missing else array
+    missing = tuple(axes - varying_axes(array))
+    if not missing:
+        return array
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, missing, to="varying")
+    return jax.lax.pvary(array, missing)  # its name before JAX 0.8.2
 
 
 def is_explicit(mesh: AnyMesh) -> bool:
@@ -66,7 +74,7 @@ def given_or_set(mesh: AnyMesh | None) -> AnyMesh:
 
 def resharded(array: jax.Array, mesh: AnyMesh, spec: P) -> jax.Array:
     """`array` split as `spec` on an Explicit mesh, where shard_map takes it no other way."""
-    return jax.reshard(array, NamedSharding(mesh, spec)) if is_explicit(mesh) else array
+    return jax.sharding.reshard(array, NamedSharding(mesh, spec)) if is_explicit(mesh) else array
 
 
 def first_columns(logits: jax.Array, count: int) -> jax.Array:

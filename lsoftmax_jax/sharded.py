@@ -391,10 +391,8 @@ def _loss_fwd(
         shard = _forward(layout, setting, pieces, features, kernel, labels, lam, counted)
         seen = statistics_of(shard.t, shard.others, shard.lam)
         residuals = features, shard.labels, shard.t, shard.others, shard.kept
-        loss, *own = _own_rows(layout, (shard.loss, *seen[:4]))
-        return (loss, Statistics(*own, seen.lam)), jax.tree.map(
-            lambda array: array[None], residuals
-        )
+        outputs = _own_rows(layout, (shard.loss, seen))
+        return outputs, jax.tree.map(lambda array: array[None], residuals)
 
     rows = layout.rows
     outputs, residuals = _on_devices(
@@ -652,6 +650,8 @@ def _own_rows(layout: Layout, tree: Any) -> Any:
     shards = layout.mesh.shape[layout.class_axis]
 
     def own(array: jax.Array) -> jax.Array:
+        if array.ndim == 0:
+            return array
         rows = array.shape[0] // shards
         start = jax.lax.axis_index(layout.class_axis) * rows
         return jax.lax.dynamic_slice_in_dim(array, start, rows)

@@ -81,14 +81,19 @@ def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
     def loss_sum(margin: int, **plan: Any) -> Callable[..., jax.Array]:
         def loss(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
             return lsm.lsoftmax_loss_sum(
-                features, kernel, labels, weights, margin=margin, lam=lam, **plan
+                features, kernel, labels, weights, margin=margin, lam=lam, plan=lsm.Plan(**plan)
             )
 
         return loss
 
     def per_example(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
         losses = lsm.lsoftmax_loss(
-            features, kernel, labels, margin=margin, lam=lam, memory_budget=UNLIMITED
+            features,
+            kernel,
+            labels,
+            margin=margin,
+            lam=lam,
+            plan=lsm.Plan(memory_budget=UNLIMITED),
         )
         return jnp.sum(weights * losses)
 

@@ -270,12 +270,8 @@ def class_parallel_step(job: Job, mesh: Mesh) -> Callable[..., Any]:
                 jnp.full(job.batch, 1 / job.batch),
                 margin=job.margin,
                 lam=job.lam,
-                classes=job.classes,
-                class_axis="model",
-                batch_axes=AXES,
-                mesh=mesh,
-                class_block=job.class_block,
-                keep_exponentials=job.keep_exponentials,
+                layout=lsm.ClassParallel("model", AXES, mesh, job.classes),
+                plan=lsm.Plan(class_block=job.class_block, keep_exponentials=job.keep_exponentials),
             )
 
         loss, (dfeatures, dkernel) = jax.value_and_grad(mean, (0, 1))(features, kernel)
@@ -291,24 +287,14 @@ def hits(
     job: Job, mesh: Mesh | None, features: jax.Array, kernel: jax.Array, labels: jax.Array
 ) -> jax.Array:
     """The margin-free accuracy, in blocks of classes and without gradients."""
-    options: dict[str, Any] = {
-        "margin": 1,
-        "class_block": job.class_block,
-        "keep_exponentials": False,
-    }
+    plan = lsm.Plan(class_block=job.class_block, keep_exponentials=False)
+    head = features, kernel, labels
     if mesh is None:
-        _, seen = lsm.lsoftmax_loss(features, kernel, labels, statistics=True, **options)
+        _, seen = lsm.lsoftmax_loss_and_statistics(*head, margin=1, lam=0.0, plan=plan)
     else:
-        _, seen = lsm.sharded.lsoftmax_loss(
-            features,
-            kernel,
-            labels,
-            statistics=True,
-            classes=job.classes,
-            class_axis="model",
-            batch_axes=AXES,
-            mesh=mesh,
-            **options,
+        layout = lsm.ClassParallel("model", AXES, mesh, job.classes)
+        _, seen = lsm.sharded.lsoftmax_loss_and_statistics(
+            *head, margin=1, lam=0.0, layout=layout, plan=plan
         )
     return jnp.mean(seen.plain_logit > seen.max_logit, dtype=jnp.float32)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from experiments.faces.images import FaceImages, list_faces, ordered_batches
 from experiments.faces.train import TrainedRun, load_run
 from experiments.store.files import replacing
-from lsoftmax_jax.training import DATA_AXIS, data_mesh
+from lsoftmax_jax.devices import DATA_AXIS, data_mesh
 
 # what NumPy raises for a file that is no .npz, a broken one, or one without these arrays
 UNREADABLE = (OSError, EOFError, BadZipFile, ValueError, TypeError, KeyError)

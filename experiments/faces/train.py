@@ -33,7 +33,7 @@ from experiments.store.checkpoints import Checkpoints
 from experiments.store.files import replacing
 from experiments.store.logs import Log, Seconds
 from experiments.store.results import load, provenance, save
-from lsoftmax_jax import annealed_lambda, training
+from lsoftmax_jax import annealed_lambda, devices, training
 from lsoftmax_jax.schedule import LambdaPreset
 
 LOG_UPDATES = 20
@@ -134,7 +134,7 @@ class FaceRun:
     """
 
     def __init__(self, recipe: FaceRecipe, faces: Faces, out: Path) -> None:
-        mesh = training.data_mesh()
+        mesh = devices.data_mesh()
         if recipe.batch % mesh.size:
             raise ValueError(f"batch must divide over {mesh.size} devices, got {recipe.batch}")
         _claim(out / "run.json", recipe, faces)
@@ -145,8 +145,8 @@ class FaceRun:
         # Through the host: placed and typed as every later state, the first one compiles no extra.
         self.state = jax.device_put(jax.tree.map(np.asarray, state), NamedSharding(mesh, P()))
         step = training.train_step(graphdef, optimizer, annealed_lambda(*recipe.lam))
-        self._compiled = training.compile_step(step, mesh)
-        self._rows = NamedSharding(mesh, P(training.DATA_AXIS))
+        self._compiled = devices.compile_step(step, mesh)
+        self._rows = NamedSharding(mesh, P(devices.DATA_AXIS))
         self._stream = iter(
             training_batches(
                 self.images,
@@ -327,7 +327,7 @@ def load_run(out: Path) -> TrainedRun:
     )
     graphdef, like = training.create(recipe.model(len(saved["people"])), recipe.optimizer())
     with Checkpoints(out / "checkpoints") as checkpoints:
-        state = checkpoints.latest(like, training.data_mesh())
+        state = checkpoints.latest(like, devices.data_mesh())
     if state is None:
         raise ValueError(f"{out} holds no checkpoint yet; train-faces writes them")
     model = training.restore_model(graphdef, state)

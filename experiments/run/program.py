@@ -18,7 +18,7 @@ from experiments.paper import data
 from experiments.paper import measures as measure
 from experiments.paper import networks as models
 from experiments.paper.config import Config
-from lsoftmax_jax import training
+from lsoftmax_jax import devices, training
 
 
 class Program(NamedTuple):
@@ -72,8 +72,8 @@ def build(config: Config, train: data.Split, mesh: Mesh) -> Program:
 
     return Program(
         create=lambda seed: training.create(model(seed), sgd)[1],
-        updates=_of_seeds(training.repeat(step, batch, mesh), mesh),
-        examine=training.compile_step(examine, mesh, donate=False),
+        updates=_of_seeds(devices.repeat(step, batch, mesh), mesh),
+        examine=devices.compile_step(examine, mesh, donate=False),
         mean=mean,
     )
 
@@ -125,7 +125,7 @@ def evaluate(
     """Sums, features and plain logits of a whole split."""
     size = mesh.size * -(-500 // mesh.size)
     batches = [
-        program.examine(state, *training.place(rows, mesh, P(training.DATA_AXIS)))
+        program.examine(state, *devices.put(rows, mesh, P(devices.DATA_AXIS)))
         for rows in data.padded_batches(split, size)
     ]
     sums = jax.tree.map(lambda *parts: np.sum(jax.device_get(parts)), *[b[0] for b in batches])

@@ -21,7 +21,7 @@ from experiments.store import processes
 from experiments.store import results as result
 from experiments.store.checkpoints import Checkpoints
 from experiments.store.logs import Log, Seconds, finite
-from lsoftmax_jax import training
+from lsoftmax_jax import devices, training
 
 
 class Clock:
@@ -74,7 +74,7 @@ class Shared(NamedTuple):
             dataset = load(config, folder)
             program = build(config, dataset.train, mesh)
             processes.check_same(dataset.fingerprint, "data")
-            train = data.Split(*training.place(tuple(dataset.train), mesh, P()))
+            train = data.Split(*devices.put(tuple(dataset.train), mesh, P()))
         return Shared(dataset, train, program, mesh, clock)
 
 

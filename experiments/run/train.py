@@ -28,6 +28,7 @@ from experiments.store import processes
 from experiments.store import results as result
 from experiments.store.checkpoints import Checkpoints, steps_in
 from lsoftmax_jax import annealed_lambda, training
+from lsoftmax_jax.devices import data_mesh
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -79,7 +80,7 @@ def evaluate_run(
     if not (place / "config.json").exists():
         raise FileNotFoundError(f"no run in {place}")
     config = Config.from_json(result.load(place / "config.json"))
-    mesh = training.data_mesh(devices)
+    mesh = data_mesh(devices)
     dataset = load(config, folder)
     program = build(config, dataset.train, mesh)
     with Checkpoints(place / "checkpoints") as checkpoints:
@@ -150,7 +151,7 @@ def run_seeds(
         if processes.is_first():
             warn_if_lam_stays(missing[0])
         processes.check_same(str(missing), "configuration")
-        mesh = training.data_mesh(devices)
+        mesh = data_mesh(devices)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         pace = Pace(
             dispatch=dispatch or (1 if on_cpu else 100),

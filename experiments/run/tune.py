@@ -21,7 +21,7 @@ from experiments.paper.config import Config
 from experiments.run import train
 from experiments.run.queue import INTERRUPTED, Budget, Queue, keep_compiled
 from experiments.store import results as result
-from lsoftmax_jax import training
+from lsoftmax_jax.devices import data_mesh
 from lsoftmax_jax.schedule import LambdaPreset
 
 
@@ -100,7 +100,7 @@ def tune(
         queue.print_summary()
         interrupted = asked()
     found = summary(config, [judged(runs, out) for runs in candidates])
-    found |= result.provenance(training.data_mesh(devices).size)
+    found |= result.provenance(data_mesh(devices).size)
     file = out / f"{run_name(replace(config, seed=0)).removesuffix('seed0')}tuned.json"
     result.save(file, found)
     Console().print(table(found))
