@@ -5,7 +5,7 @@ manual (inside `jax.shard_map`).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, auto_axes
@@ -55,9 +55,10 @@ def vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     missing = tuple(axes - varying_axes(array))
     if not missing:
         return array
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(array, missing, to="varying")
-    return jax.lax.pvary(array, missing)  # its name before JAX 0.8.2
+    if pcast := getattr(jax.lax, "pcast", None):
+        return cast(jax.Array, pcast(array, missing, to="varying"))
+    before_0_8_2 = "pvary"
+    return cast(jax.Array, getattr(jax.lax, before_0_8_2)(array, missing))
 
 
 def is_explicit(mesh: AnyMesh) -> bool:
