@@ -10,7 +10,14 @@ from jax.stages import Compiled
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.+?) ([a-z][\w-]*)\((.*)$", re.MULTILINE)
 _ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+)\[([\d,]*)\]")
 _LIBRARY_PRODUCT = re.compile(r'custom_call_target="[^"]*(?:matmul|gemm)')
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+# Devices that take part together: [groups,size], {{0,1},{2,3}}, or, in texts of JAX 0.12, the axes
+# of a mesh, mesh['data'=2,'model'=4] {'model'}.
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[(.*?)\] ?\{(.*?)\})")
+_AXIS = re.compile(r"'(\w+)'=(\d+)")
+
+# The body of a fusion; what is no result of it never reaches memory.
+_FUSED = re.compile(r"\bfusion\(.*calls=%?([\w.-]+)")
+_COMPUTATION = re.compile(r"^%?([\w.-]+) \(.*\{\n((?:  .*\n)*)\}", re.MULTILINE)
 
 # Seen by users as time and memory, and absent from a head that is written well.
 MOVES = ("copy", "copy-start", "pad", "scatter", "transpose")
@@ -50,7 +57,7 @@ def facts(compiled: Compiled, elements: int) -> Facts:
     text = compiled.as_text() or ""
     memory: Any = compiled.memory_analysis()
     moves = dict.fromkeys(MOVES, 0)
-    for shape, operation, _ in _instructions(text):
+    for shape, operation, _ in _instructions(_without_fused(text)):
         if operation in moves and max(_elements(shape), default=0) >= elements:
             moves[operation] += 1
     return Facts(
@@ -78,16 +85,39 @@ def collectives(compiled: Compiled, devices: int) -> list[Collective]:
         kind = operation.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
-        groups = _GROUPS.search(rest)
-        together = devices
-        if groups:
-            together = int(groups[1]) if groups[1] else len(groups[2].split(","))
+        together = _together(rest) or devices
         arrays = _ARRAY.findall(shape)
         if kind == "all-gather" and operation != kind:
             arrays = arrays[len(arrays) // 2 :]  # the first half are its operands
         if together > 1:
             found.append(Collective(kind, sum(_bytes(*array) for array in arrays), together))
     return found
+
+
+def _without_fused(text: str) -> str:
+    """The text without what is computed inside a fusion: of its body the result stays."""
+    fused = set(_FUSED.findall(text))
+
+    def shorter(body: re.Match) -> str:
+        if body[1] not in fused:
+            return body[0]
+        return "\n".join(line for line in body[2].splitlines() if line.startswith("  ROOT "))
+
+    return _COMPUTATION.sub(shorter, text)
+
+
+def _together(rest: str) -> int | None:
+    """Devices of one of a collective's groups; None if the text says nothing: then all."""
+    groups = _GROUPS.search(rest)
+    if groups is None:
+        return None
+    size, first, mesh, axes = groups.groups()
+    if size:
+        return int(size)
+    if first is not None:
+        return len(first.split(","))
+    sizes = {name: int(value) for name, value in _AXIS.findall(mesh)}
+    return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", axes))
 
 
 def _instructions(text: str) -> Iterator[tuple[str, str, str]]:
