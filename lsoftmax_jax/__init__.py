@@ -13,7 +13,7 @@ from lsoftmax_jax.logits import lsoftmax_logits
 from lsoftmax_jax.loss import lsoftmax_loss, lsoftmax_loss_and_statistics, lsoftmax_loss_sum
 from lsoftmax_jax.margins import psi
 from lsoftmax_jax.sampled import lsoftmax_sampled_loss, sample_classes
-from lsoftmax_jax.schedule import annealed_lambda, self_paced
+from lsoftmax_jax.schedule import annealed_lambda, margin_schedule, self_paced
 from lsoftmax_jax.sgd import SgdStep, lsoftmax_sgd
 from lsoftmax_jax.sharded import ClassParallel
 
@@ -30,6 +30,7 @@ __all__ = [
     "lsoftmax_loss_sum",
     "lsoftmax_sampled_loss",
     "lsoftmax_sgd",
+    "margin_schedule",
     "margins",
     "psi",
     "sample_classes",

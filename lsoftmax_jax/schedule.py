@@ -41,6 +41,12 @@ def annealed_lambda(
 
     Step 0 is the first update. The authors count iterations from 1, hence s + 1.
 
+    It is here for the released constants. They count updates, about 18,000 of them, and end at
+    λ = 0: in a shorter run λ stays so large that it is softmax, and with `gamma` stretched to the
+    length of the run the last updates have nearly the whole margin, under which features can shrink
+    to length 0 and the run is lost. `margin_schedule` and `self_paced` keep to a part of the
+    margin; with this schedule a `minimum` of 5 does.
+
     Args:
       base: λ before the first step, >= 0; 0 turns annealing off.
       gamma: how fast λ falls per step, >= 0.
@@ -73,6 +79,55 @@ def annealed_lambda(
         updates = jnp.asarray(step).astype(jnp.float32) + 1
         # Not base * (1 + gamma t)**-power: 1 + gamma t loses gamma's digits in float32.
         return jnp.maximum(base * jnp.exp(-power * jnp.log1p(gamma * updates)), minimum)
+
+    return schedule
+
+
+def margin_schedule(
+    steps: int, *, share: float = 0.2, start: float = 0.1, end: float = 0.7
+) -> Callable[[ArrayLike], jax.Array]:
+    r"""λ for a run of `steps` updates: softmax first, then a part of the margin, by a smooth ramp.
+
+    The margin's share of the target logit rises from 0 at `start` to `share` at `end`, both
+    fractions of the run, and stays:
+
+    .. math:: \frac{1}{1+\lambda(s)} = share \cdot p^2 (3 - 2p), \qquad
+        p = \mathrm{clip}\left(\frac{s / steps - start}{end - start},\, 0,\, 1\right)
+
+    It is for runs whose λ must be known beforehand; `self_paced` needs no number of steps. λ ends
+    at 1 / share - 1, which is 4 by default. A share of 1, the whole margin, collapses runs.
+
+    Args:
+      steps: updates of the run, >= 1.
+      share: the largest share of the margin, in [0, 1]; 0 is softmax.
+      start: the fraction of the run before which λ is infinite, in [0, 1].
+      end: the fraction after which λ no longer falls, in [0, 1] and above `start`.
+
+    Returns:
+      schedule(step) -> float32 scalar, infinite at first; `step` an integer, traced or not, counted
+      from 0. Steps past the end have the last λ.
+
+    Raises:
+      TypeError: `steps` is no Python int, or another argument no real number.
+      ValueError: an argument is outside its range, or `start` is not below `end`.
+
+    Example:
+      >>> import lsoftmax_jax as lsm
+      >>> lam = lsm.margin_schedule(2000)
+      >>> [round(float(lam(step)), 1) for step in (0, 500, 800, 1400, 2000)]
+      [inf, 31.0, 9.0, 4.0, 4.0]
+    """
+    steps = _checks.check_size("steps", steps)
+    share = _checks.check_fraction("share", share)
+    start, end = _checks.check_fraction("start", start), _checks.check_fraction("end", end)
+    if start >= end:
+        raise ValueError(f"start must be below end, got start {start} and end {end}")
+
+    def schedule(step: ArrayLike) -> jax.Array:
+        done = jnp.asarray(step).astype(jnp.float32) / steps
+        part = jnp.clip((done - start) / (end - start), 0, 1)
+        now = share * part * part * (3 - 2 * part)
+        return jnp.where(now > 0, 1 / jnp.where(now > 0, now, 1) - 1, jnp.inf)
 
     return schedule
 

@@ -1,4 +1,4 @@
-"""annealed_lambda against the released code's formula, t counted from 1 at the first update."""
+"""Schedules of λ: the released code's formula, t counted from 1, and the ramp of the share."""
 
 import jax
 import jax.numpy as jnp
@@ -85,3 +85,55 @@ def test_constants_that_are_no_numbers_are_refused(argument):
     constants = {"base": 1000.0, "gamma": 1e-5, "power": 35.0, "minimum": 0.0, argument: "1"}
     with pytest.raises(TypeError, match=argument):
         lsm.annealed_lambda(**constants)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    steps=st.integers(1, 10**5),
+    share=st.floats(0.01, 1),
+    ends=st.tuples(st.integers(0, 100), st.integers(0, 100)).filter(lambda ends: ends[0] < ends[1]),
+    at=st.floats(0, 1.2),
+)
+def test_ramp_of_the_share(steps, share, ends, at):
+    start, end = ends[0] / 100, ends[1] / 100
+    step = round(at * steps)
+    lam = float(lsm.margin_schedule(steps, share=share, start=start, end=end)(step))
+    # The smoothstep is the cubic with these values and slopes 0 at both ends.
+    ramp = np.poly1d(np.linalg.solve([[1, 1], [3, 2]], [1, 0]).tolist() + [0, 0])
+    wanted = share * ramp(np.clip((step / steps - start) / (end - start), 0, 1))
+    np.testing.assert_allclose(1 / (1 + lam), wanted, rtol=1e-4, atol=2e-6)
+
+
+def test_ramp_starts_as_softmax_and_keeps_its_last_share():
+    lam = lsm.margin_schedule(1000)
+    assert lam(0) == lam(100) == jnp.inf and lam(101) < jnp.inf
+    np.testing.assert_allclose([lam(700), lam(999), lam(5000)], 4.0, rtol=1e-5)
+    falling = np.array([lam(step) for step in range(101, 701, 20)])
+    assert (np.diff(falling) < 0).all()
+    assert lsm.margin_schedule(10, share=0)(10) == jnp.inf
+
+
+def test_ramp_of_a_traced_step_is_the_same_float32_scalar_under_strict_promotion():
+    lam_of = lsm.margin_schedule(300, share=0.5)
+    with jax.numpy_dtype_promotion("strict"):
+        for step in (0, 31, 299):
+            lam = jax.jit(lam_of)(jnp.int32(step))
+            assert lam.shape == () and lam.dtype == jnp.float32
+            np.testing.assert_allclose(lam, lam_of(step), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps must be >= 1, got 0"),
+        ({"steps": 10.0}, TypeError, "steps must be a Python int"),
+        ({"share": 1.5}, ValueError, "share must be in"),
+        ({"share": "half"}, TypeError, "share must be a Python float"),
+        ({"start": -0.1}, ValueError, "start must be in"),
+        ({"end": float("nan")}, ValueError, "end must be in"),
+        ({"start": 0.7}, ValueError, "start must be below end, got start 0.7 and end 0.7"),
+    ],
+)
+def test_ramps_of_no_run_are_refused(changed, error, message):
+    with pytest.raises(error, match=message):
+        lsm.margin_schedule(**{"steps": 100} | changed)
