@@ -20,10 +20,10 @@ from experiments.faces.pairs import pairs
 from experiments.faces.train import train_faces
 from experiments.faces.verify import verify_faces
 from experiments.paper import measures as measure
-from experiments.paper import networks as models
-from experiments.paper.cells import CELLS, Named, run_name
+from experiments.paper.cells import Named, run_name
 from experiments.report.figures import figures
 from experiments.report.report import report
+from experiments.report.scoreboard import scoreboard
 from experiments.run import train
 from experiments.run.queue import INTERRUPTED, reproduce
 from experiments.run.tune import tune
@@ -42,32 +42,6 @@ def quickstart_(out: Path = quickstart.OUT) -> int:
     with train.interruptible() as stop:
         done = quickstart.run(out, stop)
         return 0 if done else INTERRUPTED if stop() else 1
-
-
-def list_() -> None:
-    """Prints every configuration: its cell, the paper's number, its size."""
-    table = Table(title="python -m experiments train CONFIGURATION")
-    for header in ("configuration", "cell", "paper's error, %"):
-        table.add_column(header, no_wrap=True)
-    for header in ("parameters", "batch x steps"):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("time", no_wrap=True)
-    for name, cell in CELLS.items():
-        config = cell.config
-        table.add_row(
-            name,
-            cell.where,
-            "" if cell.reported is None else f"{cell.reported:.2f} {cell.standing}",
-            f"{models.parameter_count(config.built_network, config.classes):,}",
-            f"{config.batch} x {config.steps:,}",
-            cell.time,
-        )
-    # Piped, a console takes itself for 80 characters wide.
-    console = Console(width=max(Console().width, 132))
-    console.print(table)
-    console.print(
-        "An aim is a target that nobody has measured; CONFIGURATION --help shows the rest."
-    )
 
 
 def train_(
@@ -183,7 +157,7 @@ def bench(benchmark: Benchmark) -> None:
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "quickstart": quickstart_,
-    "list": list_,
+    "list": scoreboard,
     "train": train_,
     "evaluate": evaluate,
     "reproduce": reproduce,

@@ -36,7 +36,8 @@ from IPython.display import Markdown
 
 from experiments.paper import data
 from experiments.paper.cells import CONFIGS, changes_of, command_of, run_name
-from experiments.report import figures, report
+from experiments.report import figures, tables
+from experiments.report.outcomes import load_outcomes
 from experiments.report.style import STYLE
 from experiments.run import train
 from experiments.store import results as result
@@ -111,13 +112,12 @@ for split in ("train", "test"):
 # %% [markdown]
 # ## The report
 #
-# `python -m experiments report` writes these tables into `experiments/README.md`. A reduced run has
-# a table of its own; several seeds become mean ± standard deviation.
+# `python -m experiments report` writes this table and others into `experiments/README.md`, first of
+# all data set by loss. Several seeds become mean ± standard deviation.
 
 # %%
-title = report.REDUCED if changes_of(config) else report.PAPER
-outcomes = report.load_results(OUT)
-Markdown(f"### {title}\n\n{report.sections(outcomes)[title]}")
+outcomes = load_outcomes(OUT)
+Markdown(f"### {tables.ALL}\n\n{tables.sections(outcomes)[tables.ALL]}")
 
 # %% [markdown]
 # ## The curve
@@ -127,7 +127,7 @@ Markdown(f"### {title}\n\n{report.sections(outcomes)[title]}")
 
 # %%
 label = f"{CELL}, reduced" if changes_of(config) else CELL
-figures.draw_curves(figures.finished(outcomes, bool(changes_of(config))), {CELL: label})
+figures.draw_curves({label: outcomes.runs})
 
 # %% [markdown]
 # ## The whole row

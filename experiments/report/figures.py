@@ -4,7 +4,8 @@ Figs. 3 and 4 are computed from the loss and need no run; the others need the ru
 configurations, and are left out, by name, until those are there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +19,19 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 import lsoftmax_jax as lsm
-from experiments.quickstart import draw_features
-from experiments.report.report import Outcome, load_results
-from experiments.report.roc import roc_figure
-from experiments.report.style import COLORS, MARGINS, STYLE, write
+from experiments.paper.cells import CONFIGS
+from experiments.report.features import common_reach, draw_features
+from experiments.report.outcomes import (
+    Group,
+    Outcome,
+    grouped,
+    load_outcomes,
+    own_words,
+    seeds_words,
+    words,
+)
+from experiments.report.roc import face_title, roc_figure
+from experiments.report.style import COLORS, MARGINS, STYLE, mark_reduced, write
 from experiments.run import train
 
 # Of W1 and W2 in Fig. 4.
@@ -32,7 +42,7 @@ LENGTHS = {
 }
 WHITE = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
 
-Runs = dict[str, list[Outcome]]
+Groups = dict[str, list[Group]]
 
 
 class Drawing(NamedTuple):
@@ -40,69 +50,103 @@ class Drawing(NamedTuple):
 
     Attributes:
       needs: the configurations whose runs it shows.
-      draw: makes it from the finished runs of every needed configuration.
+      draw: makes it from the groups of every configuration.
+      enough: of how many of them reduced runs make a figure.
+      across: a reduction that may differ between its runs.
     """
 
     needs: tuple[str, ...]
-    draw: Callable[[Runs], Figure]
+    draw: Callable[[Groups], Figure]
+    enough: int
+    across: str = ""
 
 
 def figures(out: Path = train.RESULTS, reduced: bool = False) -> int:
-    """Draws every figure whose runs are there into the folder figures of --out.
+    """Draws every figure whose runs are there into the folder figures of --out, and the ROC.
 
     Args:
       out: folder of the results.
-      reduced: draw from reduced runs, into the folder figures-reduced; each figure says so. Those
-        that need no run are left out.
+      reduced: draw from reduced runs, into the folder figures-reduced; each figure says how they
+        are reduced. Those that need no run are left out.
     """
-    if not out.is_dir():
-        raise ValueError(f"out must be a folder of results, got {out}")
-    outcomes = load_results(out)
-    runs = finished(outcomes, reduced)
+    outcomes = load_outcomes(out)
+    groups = [group for group in grouped(outcomes.runs) if bool(group.changes) == reduced]
     folder = out / ("figures-reduced" if reduced else "figures")
     for name, drawing in DRAWINGS.items():
         if reduced and not drawing.needs:
             continue
-        if missing := [config for config in drawing.needs if config not in runs]:
+        found = chosen(drawing, groups)
+        missing = [config for config in drawing.needs if config not in found]
+        if len(found) < (drawing.enough if reduced else len(drawing.needs)):
             print(f"{name} left out, no finished run of {', '.join(missing)}")
             continue
         with rc_context(STYLE):
-            figure = drawing.draw(runs)
+            figure = drawing.draw(found)
             if reduced:
-                figure.suptitle("Reduced runs", color="tab:red")
+                mark_reduced(figure, how(found, drawing.across))
             write(figure, folder / f"{name}.png")
-        print(f"{folder / name}.png written")
-    if faces := {o["file"][:-5]: o for o in outcomes if o.get("kind") == "verification"}:
+        without = f", without {', '.join(missing)}" if missing else ""
+        print(f"{folder / name}.png written{without}")
+    if outcomes.verifications and not reduced:
         with rc_context(STYLE):
-            write(roc_figure(faces), folder / "roc.png")
+            write(roc_of_all(outcomes.verifications), folder / "roc.png")
         print(f"{folder / 'roc.png'} written")
     return 0
 
 
-def finished(outcomes: Sequence[Outcome], reduced: bool) -> Runs:
-    """The finished runs by configuration; reduced ones, or the others."""
-    runs: Runs = {}
-    for outcome in outcomes:
-        if outcome.get("status") == "finished" and outcome["reduced"] == reduced:
-            runs.setdefault(outcome["name"], []).append(outcome)
-    return runs
+def chosen(drawing: Drawing, groups: Sequence[Group]) -> Groups:
+    """The groups of a figure, all reduced alike: as shows most of it, then as trains longest."""
+    alike: dict[str, Groups] = {}
+    for group in groups:
+        if group.name in drawing.needs:
+            shared = {n: v for n, v in group.reduction.items() if n != drawing.across}
+            alike.setdefault(words(shared), {}).setdefault(group.name, []).append(group)
+
+    def worth(found: Groups) -> tuple[int, int]:
+        return len(found), max(_steps(group) for here in found.values() for group in here)
+
+    return max(alike.values(), key=worth, default={})
 
 
-def draw_planes(runs: Runs) -> Figure:
-    """Fig. 2: the 2-D features, one column a margin, training images above test images."""
-    figure = Figure(figsize=(12, 6.6), layout="constrained")
-    panels = figure.subplots(2, len(MARGINS))
-    for column, margin in zip(panels.T, MARGINS, strict=True):
-        outcome = runs[f"fig2-m{margin}"][0]
+def _steps(group: Group) -> int:
+    return group.reduction.get("steps", CONFIGS[group.name].steps)
+
+
+def how(found: Groups, across: str = "") -> str:
+    """How the runs of a figure are reduced, and their seeds."""
+    groups = [group for here in found.values() for group in here]
+    shared = {n: v for n, v in groups[0].reduction.items() if n != across}
+    seeds = dict.fromkeys(seeds_words(group.runs) for group in groups)
+    return ", ".join([words(shared), " or ".join(seeds)])
+
+
+def label(group: Group) -> str:
+    """The loss, and what the group has of its own."""
+    margin = CONFIGS[group.name].margin
+    loss = "softmax" if margin == 1 else f"L-Softmax, m = {margin}"
+    own = own_words(group.name, group.own)
+    return f"{loss}, {own}" if own else loss
+
+
+def draw_planes(found: Groups) -> Figure:
+    """Fig. 2: the 2-D features of the first seed, a column a margin, test images below.
+
+    All panels have the same scale.
+    """
+    figure = Figure(figsize=(12, 6.9), layout="constrained")
+    panels = figure.subplots(2, len(MARGINS), sharex=True, sharey=True)
+    runs = [found[f"fig2-m{margin}"][0].runs[0] for margin in MARGINS]
+    reach = common_reach(run[split] for run in runs for split in ("train", "test"))
+    for column, margin, run in zip(panels.T, MARGINS, runs, strict=True):
         for panel, split in zip(column, ("train", "test"), strict=True):
-            draw_features(panel, outcome[split])
-            accuracy = 100 - outcome[split]["error"]
-            head = "softmax (m = 1)" if margin == 1 else f"L-Softmax (m = {margin})"
-            panel.set_title(f"{head}\n{split} accuracy {accuracy:.2f} %")
+            draw_features(panel, run[split], reach)
+            loss = "softmax (m = 1)" if margin == 1 else f"L-Softmax (m = {margin})"
+            panel.set_title(f"{loss}\n{split} accuracy {100 - run[split]['error']:.2f} %")
+            panel.label_outer()
     return figure
 
 
-def draw_psi(_: Runs) -> Figure:
+def draw_psi(_: Groups) -> Figure:
     """Fig. 3: psi against the angle."""
     figure = Figure(figsize=(4.6, 3.6), layout="constrained")
     panel = figure.add_subplot(xlabel="angle θ, degrees", ylabel="ψ(θ)", xlim=(0, 180))
@@ -117,7 +161,7 @@ def draw_psi(_: Runs) -> Figure:
     return figure
 
 
-def draw_geometry(_: Runs) -> Figure:
+def draw_geometry(_: Groups) -> Figure:
     """Fig. 4: two classes in the plane; where each counts as won, with its margin."""
     figure = Figure(figsize=(9, 4.9), layout="constrained")
     panels = figure.subplots(2, len(LENGTHS), sharex=True, sharey=True)
@@ -177,12 +221,13 @@ def _name_margin(panel: Axes, kernel: NDArray, margin: int) -> None:
     panel.text(x, y, "margin", ha="center", va="center", fontsize=8, bbox=WHITE)
 
 
-def draw_confusions(runs: Runs, data: str) -> Figure:
-    """Fig. 5: rows by label, in % of it, softmax beside L-Softmax; seeds summed."""
-    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, (loss, title) in zip(panels, FIG5_LOSSES.items(), strict=True):
-        counts = np.sum([o["test"]["confusion"] for o in runs[f"{data}-{loss}"]], axis=0)
+def draw_confusions(found: Groups) -> Figure:
+    """Fig. 5: rows by class, in % of it, softmax beside L-Softmax; seeds summed."""
+    groups = [group for here in found.values() for group in here]
+    figure = Figure(figsize=(0.8 + 3.8 * len(groups), 4.1), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True)
+    for panel, group in zip(panels, groups, strict=True):
+        counts = np.sum([run["test"]["confusion"] for run in group.runs], axis=0)
         share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         many = len(share) > 20
         # Mistakes are few: a linear scale from 0 to 100 would show the diagonal alone.
@@ -190,7 +235,7 @@ def draw_confusions(runs: Runs, data: str) -> Figure:
         if not many:
             draw_numbers(panel, share)
             panel.set(xticks=range(len(share)), yticks=range(len(share)))
-        panel.set(title=title, xlabel="predicted class")
+        panel.set(title=label(group), xlabel="predicted class")
     panels[0].set_ylabel("class")
     figure.colorbar(image, ax=panels, extend="max", label="% of the class's test images")
     return figure
@@ -204,55 +249,78 @@ def draw_numbers(panel: Axes, share: NDArray) -> None:
             panel.text(column, row, text, color=color, ha="center", va="center", fontsize=5.5)
 
 
-def draw_curves(runs: Runs, lines: dict[str, str]) -> Figure:
+def draw_curves(lines: Mapping[str, Sequence[Outcome]]) -> Figure:
     """Figs. 6 and 7: error against iteration, training left, test right.
 
     Args:
-      lines: label by configuration; mean over its seeds, with their range shaded.
+      lines: runs by label; the mean over seeds, with their range shaded.
     """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, split in zip(panels, ("train", "test"), strict=True):
-        for (config, label), color in zip(lines.items(), COLORS, strict=False):
-            curves = [outcome["curves"][split] for outcome in runs[config]]
+        for (name, runs), color in zip(lines.items(), COLORS, strict=False):
+            curves = [run["curves"][split] for run in runs]
             steps = curves[0]["step"]
-            errors = np.array([curve["error"] for curve in curves])
-            panel.plot(steps, errors.mean(axis=0), color=color, label=label, lw=1.2)
-            panel.fill_between(
-                steps, errors.min(axis=0), errors.max(axis=0), color=color, alpha=0.2, lw=0
-            )
-        name = "Training" if split == "train" else "Test"
-        panel.set(xlabel="iteration", ylabel=f"{name.lower()} error", title=name, xlim=(0, None))
-        panel.set_ylim(0, None)
+            errors = np.array([np.interp(steps, c["step"], c["error"]) for c in curves])
+            if split == "train":  # of single batches: noise would hide the order of the lines
+                errors = np.array([running_mean(row) for row in errors])
+            panel.plot(steps, errors.mean(axis=0), color=color, label=name, lw=1.2)
+            low, high = errors.min(axis=0), errors.max(axis=0)
+            panel.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
+        panel.set(xlabel="iteration", xlim=(0, None), ylim=(0, None))
         panel.yaxis.set_major_formatter(PercentFormatter(decimals=0))
         panel.grid(alpha=0.25)
-        panel.legend()
+    panels[0].set(title="Training", ylabel="training error, running mean over batches")
+    panels[1].set(title="Test", ylabel="test error")
+    panels[1].legend()
     return figure
 
 
-FIG5_LOSSES = {"softmax": "softmax", "m4": "L-Softmax, m = 4"}
-FIG6_LINES = {"cifar100-softmax": "softmax"} | {
-    f"cifar100-m{m}": f"L-Softmax, m = {m}" for m in (2, 3, 4)
-}
-FIG7_LINES = {f"fig7-{filters}": f"{filters} filters" for filters in (32, 64, 96, 128)}
+def running_mean(values: NDArray) -> NDArray:
+    """The mean over a twentieth of the points around each; fewer at the ends."""
+    window = np.ones(max(1, len(values) // 20))
+    counts = np.convolve(np.ones(len(values)), window, mode="same")
+    return np.convolve(values, window, mode="same") / counts
+
+
+def draw_losses(found: Groups) -> Figure:
+    """Fig. 6: a line a loss."""
+    groups = [group for here in found.values() for group in here]
+    return draw_curves({label(group): group.runs for group in groups})
+
+
+def draw_widths(found: Groups) -> Figure:
+    """Fig. 7: a line a number of filters, those that ran."""
+    lines = {}
+    for here in found.values():
+        for group in here:
+            config = replace(CONFIGS[group.name], width=group.reduction.get("width", 1.0))
+            filters = config.built_network.stages[0].filters
+            own = own_words(group.name, group.own)
+            lines[f"{filters} filters{', ' if own else ''}{own}"] = group.runs
+    return draw_curves(lines)
+
+
+def roc_of_all(faces: Sequence[Outcome]) -> Figure:
+    """The ROC of every verification, named by its network."""
+    return roc_figure({face_title(outcome): outcome for outcome in faces})
+
+
+LOSSES = ("softmax", "m2", "m3", "m4")
+_FIG7 = tuple(f"fig7-{filters}" for filters in (32, 64, 96, 128))
 
 
 def _fig5(data: str) -> Drawing:
-    needs = tuple(f"{data}-{loss}" for loss in FIG5_LOSSES)
-    return Drawing(needs, lambda runs: draw_confusions(runs, data))
-
-
-def _curves(lines: dict[str, str]) -> Drawing:
-    return Drawing(tuple(lines), lambda runs: draw_curves(runs, lines))
+    return Drawing((f"{data}-softmax", f"{data}-m4"), draw_confusions, enough=2)
 
 
 DRAWINGS: dict[str, Drawing] = {
-    "fig2": Drawing(tuple(f"fig2-m{margin}" for margin in MARGINS), draw_planes),
-    "fig3": Drawing((), draw_psi),
-    "fig4": Drawing((), draw_geometry),
+    "fig2": Drawing(tuple(f"fig2-m{margin}" for margin in MARGINS), draw_planes, enough=4),
+    "fig3": Drawing((), draw_psi, enough=0),
+    "fig4": Drawing((), draw_geometry, enough=0),
     "fig5-cifar10": _fig5("cifar10"),
     "fig5-cifar10plus": _fig5("cifar10plus"),
     "fig5-cifar100": _fig5("cifar100"),
-    "fig6": _curves(FIG6_LINES),
-    "fig7": _curves(FIG7_LINES),
+    "fig6": Drawing(tuple(f"cifar100-{loss}" for loss in LOSSES), draw_losses, enough=2),
+    "fig7": Drawing(_FIG7, draw_widths, enough=2, across="width"),
 }

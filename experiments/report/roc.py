@@ -36,6 +36,28 @@ def roc_figure(outcomes: Mapping[str, dict[str, Any]]) -> Figure:
     return figure
 
 
+def face_title(outcome: dict[str, Any]) -> str:
+    """What was verified: pixels, a file of embeddings, or a network and how far it was trained."""
+    config = outcome["config"]
+    if "pixels" in config:
+        return "raw pixels"
+    if "embeddings" in config:
+        return config["embeddings"]
+    loss = "softmax" if config["margin"] == 1 else f"m = {config['margin']}"
+    said = [loss, *_minimum(config), f"width {config['width']:g}", f"{config['steps']:,} updates"]
+    return ", ".join([*said, f"seed {config['seed']}"])
+
+
+def _minimum(config: dict[str, Any]) -> list[str]:
+    return [] if config["margin"] == 1 else [f"λ minimum {minimum_of(config):g}"]
+
+
+def minimum_of(config: dict[str, Any]) -> float:
+    """The value that λ never fell below."""
+    lam = config["lam"]
+    return lam["minimum"] if isinstance(lam, dict) else lam[-1]
+
+
 def lowest_rate(outcome: dict[str, Any]) -> float:
     """One false accept among a verification's different pairs, which are half of its pairs."""
     return 2 / outcome["pairs"]

@@ -33,7 +33,7 @@ def test_stops_continues_and_shows(tiny, tmp_path, capsys):
         assert title in printed
     names = [run_name(config) for config in tiny.values()]
     assert all((tmp_path / f"{name}.json").exists() for name in names)
-    assert imread(tmp_path / "features.png").shape[:2] == (896, 1664)
+    assert imread(tmp_path / "features.png").shape[:2] == (848, 1664)
 
 
 def test_the_two_differ_in_the_margin_alone():

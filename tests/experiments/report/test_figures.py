@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 from matplotlib import rc_context
-from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from experiments.__main__ import main
 from experiments.paper import measures as measure
 from experiments.paper.cells import CONFIGS
 from experiments.report import figures, style
+from experiments.report.outcomes import by_name, grouped
 from experiments.store import results as result
+from made_up import run_of
 
 FOLDER = "figures-reduced"
 
@@ -22,11 +24,8 @@ def made_up(config, seed):
     features = kernel.T[labels] + rng.normal(size=(len(labels), length))
     measured = measure.measures(features, features @ kernel, labels, kernel)
     curve = {"step": [1, 2, 3], "error": [90.0, 50.0 + seed, 10.0]}
-    return {
-        "name": config.name,
-        "seed": seed,
-        "status": "finished",
-        "reduced": True,
+    changes = {"steps": 3, "width": 0.25}
+    return run_of(config.name, seed, 1.0, **changes) | {
         "train": measured,
         "test": measured,
         "curves": {"train": curve, "test": curve},
@@ -35,28 +34,34 @@ def made_up(config, seed):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A folder of made-up results of every configuration but one, with its figures."""
+    """A folder of made-up results of every configuration but three, with its figures."""
     out = tmp_path_factory.mktemp("results")
     for config in CONFIGS.values():
-        if config.name != "fig7-128":
+        if config.name not in ("fig7-128", "cifar10plus-m4", "fig2-m3"):
             for seed in range(2):
-                result.save(out / f"{config.name}-{seed}.json", made_up(config, seed))
+                result.save(out / config.name / f"{seed}.json", made_up(config, seed))
     assert main(["figures", "--out", str(out), "--reduced"]) == 0
     return out
 
 
 @pytest.fixture(scope="module")
-def runs():
-    return {c.name: [made_up(c, seed) for seed in range(2)] for c in CONFIGS.values()}
+def found():
+    runs = [made_up(config, seed) for config in CONFIGS.values() for seed in range(2)]
+    return by_name(grouped(runs))
 
 
-def test_every_figure_is_a_png(drawn):
-    names = sorted(file.name for file in (drawn / FOLDER).iterdir())
-    assert names == sorted(
-        f"{name}.png"
-        for name, drawing in figures.DRAWINGS.items()
-        if drawing.needs and name != "fig7"
-    )
+def shown(name, found):
+    """A figure of the paper from its groups alone."""
+    drawing = figures.DRAWINGS[name]
+    return drawing.draw({config: found[config] for config in drawing.needs})
+
+
+def test_every_figure_with_enough_runs_is_a_png(drawn):
+    names = {file.name for file in (drawn / FOLDER).iterdir()}
+    with_runs = {f"{name}.png" for name, drawing in figures.DRAWINGS.items() if drawing.needs}
+    assert names == with_runs - {"fig5-cifar10plus.png", "fig2.png"}
+    for name in names:
+        assert imread(drawn / FOLDER / name).std() > 0.05, "an empty picture"
 
 
 def test_figures_without_runs_are_named_and_left_out(drawn, capsys, monkeypatch):
@@ -67,23 +72,69 @@ def test_figures_without_runs_are_named_and_left_out(drawn, capsys, monkeypatch)
     assert "fig2 left out, no finished run of fig2-m1, fig2-m2, fig2-m3, fig2-m4\n" in said
     assert {file.stem for file in (drawn / "figures").iterdir()} == {"fig3"}
     assert main(["figures", "--out", str(drawn), "--reduced"]) == 0
-    assert "fig7 left out, no finished run of fig7-128\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "fig2 left out, no finished run of fig2-m3\n" in said
+    assert "fig7.png written, without fig7-128\n" in said
 
 
-def test_same_results_give_the_same_bytes(drawn, runs):
+def test_same_results_give_the_same_bytes(drawn, found):
     with rc_context(style.STYLE):
         for name in ("first", "second"):
-            style.write(figures.draw_curves(runs, figures.FIG7_LINES), drawn / f"{name}.png")
+            style.write(shown("fig7", found), drawn / f"{name}.png")
     assert (drawn / "first.png").read_bytes() == (drawn / "second.png").read_bytes()
 
 
-def test_fig2_shows_stored_features_of_both_splits(runs):
-    panels = figures.draw_planes(runs).axes
-    assert len(panels) == 8
-    measured = runs["fig2-m3"][0]["test"]
-    shown = np.concatenate([points.get_offsets() for points in panels[6].collections])
-    assert {tuple(point) for point in shown} == {tuple(point) for point in measured["points"]}
-    assert f"test accuracy {100 - measured['error']:.2f} %" in panels[6].get_title()
+def test_a_reduced_figure_says_how_its_runs_are_reduced(found):
+    here = {name: found[name] for name in ("fig7-32", "fig7-64")}
+    assert figures.how(here) == "3 updates, width 0.25, seeds 0 to 1"
+    assert figures.how(here, "width") == "3 updates, seeds 0 to 1"
+    figure = shown("fig7", found)
+    style.mark_reduced(figure, figures.how(here))
+    assert "Reduced runs" in figure.get_suptitle() and "3 updates" in figure.get_suptitle()
+
+
+def test_a_figure_shows_runs_that_are_reduced_alike_the_longest():
+    def group(name, **changes):
+        (made,) = grouped([run_of(name, 0, 1.0, **changes)])
+        return made
+
+    short = [group("cifar10-softmax", steps=5), group("cifar10-m4", steps=5)]
+    long = [
+        group("cifar10-softmax", steps=9, learning_rate=0.05),
+        group("cifar10-m4", steps=9, pace="self-paced"),
+        group("cifar10-m4", steps=9),
+    ]
+    alone = [group("cifar10-m4", steps=11), group("cifar100-softmax", steps=11)]
+    drawing = figures.DRAWINGS["fig5-cifar10"]
+    chosen = figures.chosen(drawing, [*short, *long, *alone])
+    assert chosen == {"cifar10-softmax": long[:1], "cifar10-m4": long[1:]}
+    assert [figures.label(g) for g in long] == [
+        "softmax, learning rate 0.05",
+        "L-Softmax, m = 4, λ self-paced",
+        "L-Softmax, m = 4",
+    ]
+
+
+def test_fig2_shows_stored_features_of_both_splits_at_one_scale(found):
+    panels = np.array(shown("fig2", found).axes).reshape(2, 4)
+    measured = found["fig2-m3"][0].runs[0]["test"]
+    panel = panels[1, 2]
+    points = np.concatenate([dots.get_offsets() for dots in panel.collections])
+    assert {tuple(point) for point in points} == {tuple(point) for point in measured["points"]}
+    assert f"test accuracy {100 - measured['error']:.2f} %" in panel.get_title()
+    assert len({(p.get_xlim(), p.get_ylim()) for p in panels.flat}) == 1
+    assert [p.get_ylabel() for p in panels[:, 0]] == ["second feature"] * 2
+    assert [p.get_xlabel() for p in panels[1]] == ["first feature"] * 4
+
+
+def test_no_line_reaches_its_digit(found):
+    panel = shown("fig2", found).axes[0]
+    width = panel.get_xlim()[1]
+    for line, digit in zip(panel.lines, panel.texts, strict=True):
+        end = np.linalg.norm(line.get_xydata(), axis=1).max()
+        assert np.linalg.norm(digit.get_position()) - end > 0.05 * width
+    longest = max(np.linalg.norm(dots.get_offsets(), axis=1).max() for dots in panel.collections)
+    assert longest < 0.85 * width
 
 
 def test_fig3_is_psi_by_its_formula():
@@ -118,17 +169,42 @@ def test_fig4_regions_overlap_nowhere_with_a_margin():
         assert not (won[0] & won[1]).any() and (~won[0] & ~won[1]).sum() > 100
 
 
-def test_fig5_sums_seeds_and_counts_by_label(runs):
-    figure = figures.draw_confusions(runs, "cifar10")
-    counts = sum(np.array(o["test"]["confusion"]) for o in runs["cifar10-m4"])
-    shown = figure.axes[1].images[0].get_array()
-    np.testing.assert_allclose(shown, 100 * counts / counts.sum(axis=1, keepdims=True))
+def test_fig5_sums_seeds_and_counts_by_label(found):
+    figure = shown("fig5-cifar10", found)
+    counts = sum(np.array(run["test"]["confusion"]) for run in found["cifar10-m4"][0].runs)
+    share = figure.axes[1].images[0].get_array()
+    np.testing.assert_allclose(share, 100 * counts / counts.sum(axis=1, keepdims=True))
+    assert [panel.get_title() for panel in figure.axes[:2]] == ["softmax", "L-Softmax, m = 4"]
 
 
-@pytest.mark.parametrize("lines", [figures.FIG6_LINES, figures.FIG7_LINES])
-def test_figs_6_and_7_are_mean_error_against_iteration(runs, lines):
-    figure = figures.draw_curves(runs, lines)
-    assert isinstance(figure, Figure) and len(figure.axes) == 2
-    for panel in figure.axes:
+LEGENDS = {
+    "fig6": ["softmax", "L-Softmax, m = 2", "L-Softmax, m = 3", "L-Softmax, m = 4"],
+    "fig7": ["8 filters", "16 filters", "24 filters", "32 filters"],
+}
+
+
+@pytest.mark.parametrize("name", LEGENDS)
+def test_figs_6_and_7_are_mean_error_against_iteration(found, name):
+    figure = shown(name, found)
+    training, test = figure.axes
+    assert training.get_ylabel().startswith("training error") and test.get_ylabel() == "test error"
+    for panel in (training, test):
         assert panel.get_xlabel() == "iteration" and len(panel.lines) == 4
         assert panel.lines[0].get_xydata().tolist() == [[1, 90], [2, 50.5], [3, 10]]
+    assert [text.get_text() for text in test.get_legend().get_texts()] == LEGENDS[name]
+
+
+def test_curves_of_different_devices_are_compared_at_the_same_iterations():
+    def run(steps, errors):
+        curve = {"step": steps, "error": errors}
+        return {"curves": {"train": curve, "test": curve}}
+
+    figure = figures.draw_curves({"both": [run([1, 3], [4.0, 2.0]), run([1, 2, 3], [6.0, 5, 0])]})
+    assert figure.axes[1].lines[0].get_xydata().tolist() == [[1, 5], [3, 1]]
+
+
+def test_running_mean_is_over_a_twentieth_of_the_points():
+    values = np.arange(60.0)
+    mean = figures.running_mean(values)
+    np.testing.assert_allclose(mean[1:-1], values[1:-1])
+    np.testing.assert_allclose(mean[[0, -1]], [0.5, 58.5])

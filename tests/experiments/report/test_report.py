@@ -7,28 +7,29 @@ from dataclasses import replace
 import pytest
 
 from experiments.__main__ import main
-from experiments.paper.cells import CONFIGS
-from experiments.report import report
+from experiments.paper.cells import CELLS, CONFIGS
+from experiments.report import protocol, report, tables
+from experiments.report.outcomes import grouped, load_outcomes
 from experiments.report.report import BEGIN, END
 from experiments.store import results as result
+from made_up import run_of
 
-
-def run_of(name, seed, error, **changes):
-    status = "finished" if error is not None else "diverged"
-    outcome = {
-        "name": name,
-        "seed": seed,
-        "status": status,
-        "diverged": None if error is not None else {"step": 7, "lam": 12.5},
-        "reduced": bool(changes),
-        "changes": changes,
-        "device": "one GPU",
-        "data": {"fingerprint": "same"},
-    }
-    if error is None:
-        return outcome
-    angles = {"target_angle": 10.04, "intra_class_angle": 8.0, "inter_class_angle": 90.0}
-    return outcome | {"train": {"error": 0.0}, "test": {"error": error} | angles}
+FACES = {
+    "kind": "verification",
+    "protocol": "unrestricted, no outside data",
+    "pairs": 600,
+    "tested_folds": [3],
+    "people_trained_on": 5000,
+    "config": {"margin": 4, "lam": [1000.0, 0.1, 1.0, 30.0]},
+    "curve": {},
+    "metrics": {
+        "accuracy": 0.9,
+        "standard_error": None,
+        "auc": 0.95,
+        "equal_error_rate": 0.11,
+        "tar_at_far": {"0.001": 0.1, "0.1": 0.8},
+    },
+}
 
 
 RUNS = [
@@ -37,32 +38,22 @@ RUNS = [
     run_of("mnist-m4", 2, None),
     run_of("mnist-m2", 0, 0.375),
     run_of("mnist-m4", 0, 9.0, steps=8, lam={"base": 1.0, "gamma": 0.5}),
+    run_of("mnist-m4", 0, 8.0, steps=8),
 ]
-FACES = {
-    "kind": "verification",
-    "protocol": "unrestricted, no outside data",
-    "pairs": 600,
-    "tested_folds": [3],
-    "people_trained_on": 5000,
-    "metrics": {
-        "accuracy": 0.9,
-        "standard_error": None,
-        "auc": 0.95,
-        "equal_error_rate": 0.11,
-        "tar_at_far": {"0.1": 0.8},
-    },
-}
 
 
-def write(folder, outcomes):
-    for number, outcome in enumerate(outcomes):
+def sections(folder, runs):
+    for number, outcome in enumerate(runs):
         result.save(folder / f"r{number}.json", outcome)
+    return tables.sections(load_outcomes(folder))
 
 
-@pytest.fixture
-def lines(tmp_path):
-    write(tmp_path, [*RUNS, FACES])
-    return report.tables(report.load_results(tmp_path)).splitlines()
+def row(table, first):
+    """The entries of the row that begins so, by header."""
+    lines = [line[1:-1].split("|") for line in table.splitlines() if line[:1] == "|"]
+    header, _, *rows = [[entry.strip() for entry in line] for line in lines]
+    (found,) = [entries for entries in rows if entries[: len(first)] == first]
+    return dict(zip(header, found, strict=True))
 
 
 def test_readme_is_what_the_results_say():
@@ -71,9 +62,11 @@ def test_readme_is_what_the_results_say():
 
 def test_findings_quote_the_tables_and_name_their_results():
     text = (report.README.parent / "FINDINGS.md").read_text()
-    tables = report.README.read_text().partition(BEGIN)[2]
+    shown = report.README.read_text().partition(BEGIN)[2]
+    ours = text.partition("<!-- third parties: begin -->")
+    theirs = ours[2].partition("<!-- third parties: end -->")
     decimal = r"(?<![\w.])\d+\.\d+(?![\w.])"
-    assert set(re.findall(decimal, text)) <= set(re.findall(decimal, tables))
+    assert set(re.findall(decimal, ours[0] + theirs[2])) <= set(re.findall(decimal, shown))
     named = set(re.findall(r"\((results/[^)]+)\)", text))
     listed = subprocess.run(
         ["git", "ls-files", "results"],
@@ -87,23 +80,62 @@ def test_findings_quote_the_tables_and_name_their_results():
     assert named and named <= set(listed.stdout.splitlines())
 
 
-def test_cell_is_mean_and_sample_deviation_over_seeds(lines):
-    mean_of_two = "| one GPU | 0.31 | 0.35 ± 0.07 | 0.00 ± 0.00 | 2 |"
-    assert f"| `mnist-m4` | Table 2, MNIST, m4 | confirmed {mean_of_two}" in lines
-    assert "| `mnist-m2` | Table 2, MNIST, m2 | confirmed | one GPU | 0.32 | 0.38 | 0.00 | 1 |" in (
-        lines
+def test_full_matrix_has_paper_and_ours_and_commands_for_blanks(tmp_path):
+    table = sections(tmp_path, RUNS)[tables.FULL]
+    mnist = row(table, ["MNIST"])
+    assert mnist["m = 4"] == "0.31 / 0.35 ± 0.07 (2)"
+    assert mnist["m = 2"] == "0.32 / 0.38 (1)"
+    assert mnist["hinge"] == "0.47 _r_ / `train mnist-hinge`"
+    assert row(table, ["CIFAR100"])["m = 3"] == "29.87 _r_ / `train cifar100-m3`"
+    assert row(table, ["LFW, accuracy"])["m = 4"].startswith("98.71 / `train-faces --faces")
+    assert "9.00" not in table
+
+
+def test_reduced_matrix_has_a_row_a_reduction_and_a_line_a_λ(tmp_path):
+    table = sections(tmp_path, [*RUNS, FACES])[tables.REDUCED]
+    short = row(table, ["MNIST", "`--steps 8`"])
+    assert short["m = 4"] == "0.31 / 8.00 (1)<br>9.00 (1): λ base 1, gamma 0.5"
+    assert short["softmax"] == ""
+    planned = row(table, ["MNIST", "`--steps 2000 --batch 128 --width 0.25`"])
+    assert planned["m = 4"] == "0.31 / `train mnist-m4`<br>`train mnist-m4 --pace self-paced`"
+    assert row(table, ["LFW, accuracy"])["m = 4"] == "98.71 / 90.00 (1 fold): λ minimum 30"
+
+
+def test_what_the_protocol_still_wants():
+    changes = {"steps": 2000, "batch": 128, "width": 0.25}
+    before = protocol.left([])
+    assert len(before) == sum(wanted.seeds for wanted in protocol.WANTED)
+    assert before[0] == (
+        "python -m experiments train mnist-hinge --steps 2000 --batch 128 --width 0.25 --seed 0"
     )
+    tuned = run_of("mnist-hinge", 0, 1.0, **changes, learning_rate=0.05)
+    paced = run_of("mnist-m4", 2, 1.0, **changes, pace="self-paced")
+    wider = run_of("mnist-hinge", 1, 1.0, **changes | {"width": 0.5})
+    after = protocol.left(grouped([tuned, paced, wider]))
+    gone = [command for command in before if command not in after]
+    assert len(gone) == 2 and "mnist-hinge" in gone[0]
+    assert "mnist-m4 --pace self-paced" in gone[1] and gone[1].endswith("--seed 2")
 
 
-def test_what_did_not_run_is_blank(lines):
-    assert "| `cifar10-hinge` | Table 3, CIFAR10, hinge | recalled |  | 9.91 |  |  |  |" in lines
-    assert "| `fig7-32` | Fig. 7, 32 filters |  |  |  |  |  |  |" in lines
+def test_fig_7_is_planned_with_the_filters_of_the_protocol():
+    planned = [wanted for wanted in protocol.WANTED if wanted.name.startswith("fig7")]
+    networks = [replace(CONFIGS[w.name], width=w.width).built_network for w in planned]
+    assert [network.stages[0].filters for network in networks] == [12, 16, 24, 32]
 
 
-def test_reduced_and_diverged_runs_stand_apart(lines):
-    changed = "steps 8, lam.base 1.0, lam.gamma 0.5"
-    assert f"| `mnist-m4` | {changed} | one GPU | 9.00 | 0.00 | 10.0 | 8.0 | 90.0 | 1 |" in lines
-    assert "| `mnist-m4` |  | 2 | 7 | 12.5 |" in lines
+def test_every_cell_with_a_number_is_in_a_table(tmp_path):
+    text = tables.tables(load_outcomes(tmp_path))
+    for name, cell in CELLS.items():
+        if cell.where != "quickstart":
+            assert f"`train {name}`" in text
+    assert text.count("<details>") == text.count("</details>") == 8
+
+
+def test_diverged_runs_stand_apart(tmp_path):
+    found = sections(tmp_path, RUNS)
+    assert "| `mnist-m4` |  | 2 | 7 | 12.5 |" in found["Diverged runs"].splitlines()
+    whole = row(found[tables.ALL], ["`mnist-m4`", "8 updates, λ base 1, gamma 0.5"])
+    assert whole["test error %"] == "9.00" and whole["to the column"] == "10.0"
 
 
 def test_losses_are_compared_seed_by_seed(tmp_path):
@@ -118,16 +150,27 @@ def test_losses_are_compared_seed_by_seed(tmp_path):
     ]
     # λ changes nothing without a margin.
     annealed = run_of("mnist-m4", 0, 1.5, steps=8, lam={"minimum": 5.0})
-    write(tmp_path, [*softmax, *margin, *other, annealed])
-    table = report.sections(report.load_results(tmp_path))[report.PAIRED].splitlines()[2:]
-    assert table == [
-        "| `mnist-m2` | steps 8 | -0.75 ± 0.35 | 2 of 2 |",
-        "| `fig2-m3` |  | 1.00 | 0 of 1 |",
-        "| `mnist-m4` | steps 8, lam.minimum 5.0 | -0.50 | 1 of 1 |",
+    table = sections(tmp_path, [*softmax, *margin, *other, annealed])[tables.PAIRED]
+    assert table.splitlines()[2:] == [
+        "| `mnist-m2` | 8 updates |  | -0.75 ± 0.35 | 2 of 2 |",
+        "| `mnist-m4` | 8 updates, λ minimum 5 |  | -0.50 | 1 of 1 |",
+        "| `fig2-m3` |  |  | 1.00 | 0 of 1 |",
     ]
 
 
-def test_tunings_show_every_candidate_and_count_for_no_cell(tmp_path):
+def test_a_tuned_softmax_is_what_margins_are_compared_with(tmp_path):
+    tuned = run_of("mnist-softmax", 0, 2.0, steps=8, learning_rate=0.05)
+    margin = run_of("mnist-m2", 0, 1.5, steps=8)
+    table = sections(tmp_path / "one", [tuned, margin])[tables.PAIRED]
+    assert table.splitlines()[2:] == [
+        "| `mnist-m2` | 8 updates | learning rate 0.05 | -0.50 | 1 of 1 |"
+    ]
+    same = run_of("mnist-softmax", 0, 3.0, steps=8)
+    table = sections(tmp_path / "two", [tuned, same, margin])[tables.PAIRED]
+    assert table.splitlines()[2:] == ["| `mnist-m2` | 8 updates |  | -1.50 | 1 of 1 |"]
+
+
+def test_tunings_show_every_candidate(tmp_path):
     config = CONFIGS["mnist-m4"]
     schedules = [config.lam._asdict(), config.lam._replace(minimum=5.0)._asdict()]
     tuning = {
@@ -139,44 +182,31 @@ def test_tunings_show_every_candidate_and_count_for_no_cell(tmp_path):
             for lam, errors in zip(schedules, ([2.0], [1.0, 1.5]), strict=True)
         ],
     }
-    candidate = run_of("mnist-m4", 0, 2.0, validation=True)
-    write(tmp_path, [tuning, candidate])
-    found = report.sections(report.load_results(tmp_path))
-    assert found[report.TUNED].splitlines()[2:] == [
-        "| `mnist-m4` | steps 8 | 1000 | 2.5e-05 | 35 | 0 | 2.00 | 1 |",
-        "| `mnist-m4` | steps 8 | 1000 | 2.5e-05 | 35 | 5 | **1.25 ± 0.35** | 2 |",
+    found = sections(tmp_path / "tune", [tuning])
+    assert found[tables.TUNED].splitlines()[2:] == [
+        "| `mnist-m4` | 8 updates | 1000 | 2.5e-05 | 35 | 0 | 2.00 | 1 |",
+        "| `mnist-m4` | 8 updates | 1000 | 2.5e-05 | 35 | 5 | **1.25 ± 0.35** | 2 |",
     ]
-    assert found[report.REDUCED].startswith("None yet.")
 
 
-def test_verification_names_its_protocol(lines):
-    row = "| `r5` | unrestricted, no outside data | 5000 | 600 in 1 | 90.00 | 11.00 | 0.9500 |"
-    assert f"{row} 0.1: 80.00 |" in lines
-    assert "| L-Softmax, m = 4 | confirmed | 98.71 |" in lines
-
-
-def test_runs_on_different_data_have_no_mean(tmp_path):
-    other = run_of("mnist-m4", 1, 0.40) | {"data": {"fingerprint": "other"}}
-    write(tmp_path, [RUNS[0], other])
-    with pytest.raises(ValueError, match=r"different data.*r0\.json, r1\.json"):
-        report.tables(report.load_results(tmp_path))
+def test_verification_names_its_protocol_and_no_rate_it_did_not_measure(tmp_path):
+    table = sections(tmp_path, [FACES])["LFW"]
+    shown = row(table, ["`r0`", "unrestricted, no outside data", "5000", "600"])
+    assert list(shown.values())[4:] == ["90.00 (1 fold)", "11.00", "0.9500", "0.1: 80.00"]
 
 
 def test_report_writes_between_the_markers_and_checks(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write(tmp_path, RUNS)
+    sections(tmp_path, RUNS)
     words = ["report", "--out", str(tmp_path), "--readme", str(readme)]
     assert main([*words, "--check"]) == 1 and "old" in readme.read_text()
     assert main(words) == 0 and main([*words, "--check"]) == 0
     text = readme.read_text()
     assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
     assert "0.35 ± 0.07" in text and "old" not in text
-    write(tmp_path, [run_of("mnist-m4", 0, 0.5)])
+    sections(tmp_path, [run_of("mnist-m4", 0, 0.5)])
     assert main([*words, "--check"]) == 1
-    (tmp_path / "torn.json").write_text("{")
-    assert main([*words, "--check"]) == 2 and "torn.json must hold" in capsys.readouterr().err
-    (tmp_path / "torn.json").unlink()
     before = readme.read_text()
     assert main([*words, "--out", str(tmp_path / "mistyped")]) == 2
     assert "out must be a folder" in capsys.readouterr().err and readme.read_text() == before

@@ -1,0 +1,120 @@
+"""What counts as a result, and which of them belong together."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import main
+from experiments.paper.cells import run_name
+from experiments.paper.config import Config
+from experiments.report import outcomes
+from experiments.run.train import RESULTS
+from experiments.store import results as result
+from made_up import run_of
+
+COMMANDS = (["report", "--check"], ["figures"], ["list"])
+
+
+def write(folder, runs):
+    for number, outcome in enumerate(runs):
+        result.save(folder / f"r{number}.json", outcome)
+
+
+FOREIGN = {
+    "empty": ("{}", "it has no name, seed"),
+    "list": ("[]", "a JSON object, got []"),
+    "null": ("null", "a JSON object, got None"),
+    "number": ("3", "a JSON object, got 3"),
+    "cut": ('{"name": "mnist-m4", ', "must hold a result as JSON"),
+    "kind": ('{"kind": 7}', "got kind 7"),
+    "tuning": ('{"kind": "tuning"}', "it has no config, best, candidates"),
+    "half": (json.dumps(run_of("mnist-m4", 0, None) | {"status": "finished"}), "no train, test"),
+    "unknown": (json.dumps(run_of("mnist-m9", 0, 1.0)), "'mnist-m9'"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("folder", ["mnist-m4", "tune/mnist-m4"])
+def test_a_foreign_file_is_named_in_one_line(text, said, folder, tmp_path, capsys):
+    file = tmp_path / folder / "x.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    for command in COMMANDS:
+        assert main([*command, "--out", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(file) in line and said in line
+
+
+def test_a_copied_file_is_no_second_seed(tmp_path, capsys):
+    first = tmp_path / "mnist-m4" / "steps8-seed0.json"
+    result.save(first, run_of("mnist-m4", 0, 1.0, steps=8, width=0.5))
+    result.save(first.with_name("seed1.json"), run_of("mnist-m4", 1, 1.0, width=0.5, steps=8))
+    assert len(outcomes.load_outcomes(tmp_path).runs) == 2
+    shutil.copy(first, tmp_path / "copy.json")
+    assert main(["report", "--check", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'copy.json'} and {first} hold the same run" in line
+
+
+def test_benchmarks_and_checkpoints_are_no_runs(tmp_path):
+    result.save(tmp_path / "bench" / "head.json", {"kind": "bench head"})
+    result.save(tmp_path / "runs" / "mnist-m4" / "seed0" / "config.json", {"name": "mnist-m4"})
+    assert outcomes.load_outcomes(tmp_path) == ([], [], [])
+
+
+def test_candidates_of_a_tuning_are_no_results(tmp_path):
+    write(tmp_path / "tune", [run_of("mnist-m4", 0, 2.0, validation=True)])
+    assert outcomes.load_outcomes(tmp_path).runs == []
+
+
+def test_groups_are_seeds_in_the_order_of_the_cells(tmp_path):
+    lam = {"base": 1000.0, "gamma": 2.5e-05, "power": 35.0, "minimum": 5.0}
+    runs = [
+        run_of("mnist-m4", 1, 3.0, steps=9, lam=lam, learning_rate=0.05),
+        run_of("mnist-m4", 0, 1.0, steps=9, lam=lam, learning_rate=0.05),
+        run_of("mnist-m4", 2, None, steps=9),
+        run_of("mnist-m4", 0, 4.0, steps=1000, pace="self-paced", mirror=True),
+        run_of("mnist-softmax", 0, 4.0),
+    ]
+    softmax, tuned, paced = outcomes.grouped(runs)
+    assert softmax.name == "mnist-softmax" and outcomes.text(softmax) == ""
+    assert [run["seed"] for run in tuned.runs] == [0, 1]
+    assert tuned.reduction == {"steps": 9}
+    assert outcomes.text(tuned) == "9 updates, λ minimum 5, learning rate 0.05"
+    assert outcomes.text(paced) == "1,000 updates, mirror, λ self-paced"
+
+
+def test_runs_on_different_data_have_no_mean():
+    runs = [run_of("mnist-m4", seed, 1.0) | {"file": f"r{seed}.json"} for seed in (0, 1)]
+    runs[1]["data"] = {"fingerprint": "other"}
+    with pytest.raises(ValueError, match=r"different data.*r0\.json, r1\.json"):
+        outcomes.grouped(runs)
+
+
+def test_spread_is_mean_and_sample_deviation():
+    assert [outcomes.counted(v) for v in ([], [0.375], [0.3, 0.4])] == [
+        "",
+        "0.38 (1)",
+        "0.35 ± 0.07 (2)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [([0], "seed 0"), ([2, 0, 1], "seeds 0 to 2"), ([0, 2], "seeds 0, 2")],
+)
+def test_seeds_in_words(seeds, said):
+    assert outcomes.seeds_words([{"seed": seed} for seed in seeds]) == said
+
+
+def test_committed_results_lie_where_their_configuration_says():
+    found = outcomes.load_outcomes(RESULTS)
+    candidates = [
+        result.load(file) | {"file": Path(file).relative_to(RESULTS / "tune").as_posix()}
+        for file in (RESULTS / "tune").rglob("*seed*.json")
+    ]
+    assert found.runs and candidates
+    for outcome in (*found.runs, *candidates):
+        assert outcome["file"] == f"{run_name(Config.from_json(outcome['config']))}.json"

@@ -1,0 +1,23 @@
+"""Results that nobody measured, in the form of those that runs write."""
+
+from typing import Any
+
+
+def run_of(name: str, seed: int, error: float | None, **changes: Any) -> dict[str, Any]:
+    """A finished run, or a diverged one if it has no error."""
+    outcome = {
+        "name": name,
+        "seed": seed,
+        "status": "finished" if error is not None else "diverged",
+        "diverged": None if error is not None else {"step": 7, "lam": 12.5},
+        "reduced": bool(changes),
+        "changes": changes,
+        "config": {},
+        "device": "one GPU",
+        "data": {"fingerprint": "same"},
+    }
+    if error is None:
+        return outcome
+    angles = {"target_angle": 10.04, "intra_class_angle": 8.0, "inter_class_angle": 90.0}
+    test = {"error": error} | angles
+    return outcome | {"train": {"error": 0.0}, "test": test, "curves": {}}
