@@ -160,8 +160,9 @@ def _summary(
     """The other logits of a block, and exp(z - peak), 0 at the target."""
     _, logits = _other_logits(features, labels, columns)
     # The lowest finite number rather than -inf where there is no other class: no inf - inf.
+    # Before the reduction, or a GPU runs a kernel for it.
     lowest = jnp.finfo(logits.dtype).min
-    peak = jax.lax.stop_gradient(jnp.maximum(jnp.max(logits, axis=1), lowest))
+    peak = jax.lax.stop_gradient(jnp.max(jnp.maximum(logits, lowest), axis=1))
     below = logits - peak[:, None]
     exponentials = jnp.exp(below)
     total = moment = jnp.zeros_like(peak)

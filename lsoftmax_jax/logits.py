@@ -13,10 +13,13 @@ from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
 from lsoftmax_jax._placement import on_any_mesh
+from lsoftmax_jax._tiles import columns_at
 from lsoftmax_jax.margins import psi_and_slope
 
 # Up to here a product at full precision costs less than gathering each label's column.
 _FEW_CLASSES = 256
+# Of batch x classes: up to here an accelerator compares them all in less than a launch takes.
+_FEW_CELLS = 2**23
 # Squares are taken of 1024 times the numbers: norms from 1e-20 to 1e15 then have normal squares in
 # float32. A power of two is exact.
 _SCALE = 1024.0
@@ -160,7 +163,7 @@ def label_terms(features: jax.Array, kernel: jax.Array, labels: jax.Array) -> La
         squares = jnp.sum((_SCALE * kernel.astype(dtype)) ** 2, axis=0)
         column_square = jnp.sum(jnp.where(at_label, squares[None, :], 0), axis=1)
     else:
-        columns = jnp.take(kernel, labels, axis=1, mode="clip").T.astype(dtype)
+        columns = columns_at(kernel, labels).astype(dtype)
         plain = jnp.sum(wide * columns, axis=1)
         column_square = jnp.sum((_SCALE * columns) ** 2, axis=1)
     feature_square = jnp.sum((_SCALE * wide) ** 2, axis=1)
@@ -276,11 +279,21 @@ def along_columns(scale: jax.Array, kernel: jax.Array) -> jax.Array:
 def label_sums(values: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
     """(classes,): the sum of each row's value into its label's column.
 
-    Scalars are scattered, not rows of D values, which is the slow path on GPU.
+    Scalars are scattered, not rows of D values, which is the slow path on GPU. Few enough are
+    rather summed where the logits' gradient is made: one kernel more on a GPU, not three.
     """
-    # A negative index would wrap to the last class.
-    index = jnp.where(labels >= 0, labels, classes)
-    return jnp.zeros(classes, values.dtype).at[index].add(values, mode="drop")
+
+    def scattered(values: jax.Array, labels: jax.Array) -> jax.Array:
+        # A negative index would wrap to the last class.
+        index = jnp.where(labels >= 0, labels, classes)
+        return jnp.zeros(classes, values.dtype).at[index].add(values, mode="drop")
+
+    def summed(values: jax.Array, labels: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(is_label(labels, classes), values[:, None], 0), axis=0)
+
+    if labels.shape[0] * classes > _FEW_CELLS:
+        return scattered(values, labels)
+    return jax.lax.platform_dependent(values, labels, cpu=scattered, default=summed)
 
 
 def _contract(

@@ -10,6 +10,7 @@ from lsoftmax_jax import _checks
 from lsoftmax_jax._fused import Statistics, logit_gradient, loss_of, paced_target, statistics_of
 from lsoftmax_jax._pace import SelfPaced
 from lsoftmax_jax._plans import Columns, Pieces, block_gradients, summarise
+from lsoftmax_jax._tiles import as_stored
 from lsoftmax_jax.logits import along_columns, along_features, label_sums, label_terms
 from lsoftmax_jax.loss import Call
 
@@ -119,6 +120,7 @@ def lsoftmax_sgd(
         # Reads from the carry, and in this order, or XLA copies kernel and momentum in the loop:
         # features' gradient, momentum, kernel.
         dfeatures, kernel, momentum = carry
+        kernel, momentum = as_stored(kernel), as_stored(momentum)
         columns = _block(kernel, start, width)
         change, gradient = block_gradients(
             features, Columns(columns.astype(features.dtype)), labels - start, rows, None

@@ -1,0 +1,43 @@
+"""What a TPU's order of storage asks for; the compiled programs are in test_compiled.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsoftmax_jax import _tiles
+
+
+@pytest.mark.parametrize(
+    "shape, by_columns",
+    [
+        ((512, 1_000_000), True),
+        ((512, 1_048_576), False),
+        ((500, 1_000_000), False),
+        ((256, 10), True),
+        ((65, 1_000_000), False),
+    ],
+)
+def test_the_order_that_fills_up_less_is_the_one_stored(shape, by_columns):
+    # As libtpu 0.0.42 reported them for bfloat16 and float32, v5e and v6e.
+    assert _tiles.is_by_columns(shape) == by_columns
+
+
+@pytest.mark.parametrize("classes", [128, 300, 384])
+def test_strips_hold_the_labels_columns(classes):
+    kernel = np.random.default_rng(0).standard_normal((5, classes), np.float32)
+    labels = np.array([0, 127, classes - 1, classes // 2, -1])
+    columns = jax.jit(_tiles.read_in_strips)(kernel, labels)
+    np.testing.assert_array_equal(columns[:4], kernel[:, labels[:4]].T)
+    assert np.all(np.isfinite(columns[4]))
+
+
+def test_a_strips_other_columns_may_hold_anything():
+    kernel = jnp.full((3, 256), jnp.nan).at[:, 200].set(7.0)
+    columns = _tiles.read_in_strips(kernel, jnp.array([200]))
+    np.testing.assert_array_equal(columns, [[7.0, 7.0, 7.0]])
+
+
+def test_an_array_in_its_stored_order_is_itself():
+    array = jnp.arange(12.0).reshape(3, 4)
+    np.testing.assert_array_equal(_tiles.as_stored(array), array)
