@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lsoftmax_jax
-from lsoftmax_jax import interop, sampled, sharded, training
+from lsoftmax_jax import devices, interop, sampled, sharded, training
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -27,38 +28,119 @@ def test_one_version_everywhere():
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
 
 
-def imported(path: Path, package: str) -> set[str]:
-    """The modules of a package that a file imports, inside functions too."""
+# The library's files, one way: a file imports those of the lines above it, none of its own line.
+ORDER = (
+    {"_checks"},
+    {"_placement"},
+    {"margins"},
+    {"_pace"},
+    {"logits"},
+    {"_fused"},
+    {"_plans"},
+    {"loss"},
+    {"sharded", "sampled", "sgd"},
+    {"schedule"},
+    {"_head"},
+    {"nnx", "linen"},
+    {"training"},
+    {"devices"},
+    {"interop"},
+)
+# The experiments' rooms, and whom each knows.
+ROOMS = {
+    "store": set(),
+    "paper": {"store"},
+    "run": {"store", "paper"},
+    "faces": {"store", "paper", "run"},
+    "benchmarks": {"store", "paper", "run"},
+    "report": {"store", "paper", "run", "faces", "benchmarks"},
+}
+# What stands outside the rooms sees all of them.
+OUTSIDE = {"quickstart", "__main__", "notebooks"}
+FLAX = {"nnx", "linen", "training"}
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Every file of a package by its dotted name, without the package's own."""
+    found = {}
+    for path in (ROOT / package).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of this repository that a file imports, inside functions too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in names if name.startswith(f"{package}.")}
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                names.add(whole if whole in MODULES else node.module)
+    return names
 
 
-@pytest.mark.parametrize("package", ["lsoftmax_jax", "experiments"])
-def test_imports_run_one_way(package):
-    files = {f"{package}.{path.stem}": path for path in (ROOT / package).glob("*.py")}
-    imports = {name: imported(path, package) & files.keys() for name, path in files.items()}
-    assert any(imports.values())
-    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the cycle
+MODULES = {name: path for p in ("lsoftmax_jax", "experiments") for name, path in modules(p).items()}
+IMPORTS = {name: imported(path) for name, path in MODULES.items()}
 
 
-def test_the_library_imports_no_experiment():
-    for path in (ROOT / "lsoftmax_jax").rglob("*.py"):
-        assert not imported(path, "experiments"), path.name
+def room(module: str) -> str:
+    """The folder or file of a package that a module lies in."""
+    return module.split(".")[1]
 
 
-# Public to the heads, not to users.
-OF_THE_HEADS = {sharded.placed_columns, sharded.real_logits}
+def test_imports_make_no_circle():
+    inside = {name: names & MODULES.keys() - {name} for name, names in IMPORTS.items()}
+    assert len(inside) > 50 and any(inside.values())
+    graphlib.TopologicalSorter(inside).prepare()  # raises CycleError, which names the cycle
+
+
+def test_the_library_is_imported_in_its_order():
+    level = {name: number for number, line in enumerate(ORDER) for name in line}
+    files = {name for name in MODULES if name.startswith("lsoftmax_jax.")}
+    assert {room(name) for name in files} == level.keys()
+    for name in files:
+        for other in IMPORTS[name] & files:
+            assert level[room(other)] < level[room(name)], f"{name} imports {other}"
+        assert not any(n.startswith("experiments") for n in IMPORTS[name]), name
+        assert "lsoftmax_jax" not in IMPORTS[name], f"{name} imports the map"
+
+
+def test_a_room_knows_only_the_rooms_it_may():
+    files = {name for name in MODULES if name.startswith("experiments.")}
+    assert {room(name) for name in files} == ROOMS.keys() | OUTSIDE
+    for name in files:
+        if room(name) in ROOMS:
+            known = {room(other) for other in IMPORTS[name] & files}
+            assert known <= ROOMS[room(name)] | {room(name)}, f"{name} imports {known}"
+
+
+PRIVATE = re.compile(r"lsoftmax_jax\.(?:\w+\.)*_[a-z]")
+
+
+@pytest.mark.parametrize("folder", ["experiments", "docs", "scripts", "examples"])
+def test_nobody_outside_imports_a_private_file(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        assert not [name for name in imported(path) if PRIVATE.match(name)], path
+
+
+def test_flax_is_imported_by_its_modules_alone():
+    for name, names in IMPORTS.items():
+        if name.startswith("lsoftmax_jax.") and any(n.split(".")[0] == "flax" for n in names):
+            assert room(name) in FLAX, name
+    program = "import sys, lsoftmax_jax; sys.exit('flax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 FUNCTIONS = {
     function
-    for module in (lsoftmax_jax, interop, sampled, sharded, training)
+    for module in (lsoftmax_jax, devices, interop, sampled, sharded, training)
     for name, function in inspect.getmembers(module, inspect.isfunction)
     if not name.startswith("_") and module in (lsoftmax_jax, inspect.getmodule(function))
-} - OF_THE_HEADS
+}
 
 
 @pytest.mark.parametrize("function", sorted(FUNCTIONS, key=str), ids=lambda f: f.__name__)
