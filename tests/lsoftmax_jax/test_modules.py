@@ -18,7 +18,7 @@ from tests.oracle import as_arrays, assert_close
 
 B, D, C = 7, 5, 4
 PROBLEM = oracle.problem(1, B, D, C)
-OPTIONS = {"label_smoothing": 0.1, "class_block": 3}
+OPTIONS = {"label_smoothing": 0.1, "plan": lsm.Plan(class_block=3)}
 
 
 def arguments():
@@ -100,8 +100,8 @@ def test_margin_defaults_to_four():
     wanted = oracle.logits(*PROBLEM, 4)
     head = NnxHead(D, C, rngs=nnx.Rngs(0))
     head.kernel[...] = jnp.asarray(PROBLEM.kernel, jnp.float32)
-    assert_close(head(features, labels), wanted, 1e-5)
-    assert_close(LinenHead(C).apply(linen_variables(), features, labels), wanted, 1e-5)
+    assert_close(head(features, labels, 0.0), wanted, 1e-5)
+    assert_close(LinenHead(C).apply(linen_variables(), features, labels, 0.0), wanted, 1e-5)
 
 
 def test_same_initial_kernel_as_flax_dense():
@@ -212,10 +212,10 @@ def test_loss_options_reach_the_function():
     wanted = oracle.loss(*PROBLEM, 3, 0.5, np.arange(B) != 2, 0.2)
     plain = PROBLEM.features @ PROBLEM.kernel
     apply = LinenHead(C, margin=3).apply
-    options = {"where": where, "label_smoothing": 0.2, "statistics": True}
+    options = {"where": where, "label_smoothing": 0.2}
     for loss, seen in (
-        nnx_head().loss(features, labels, lam, **options),
-        apply(linen_variables(), features, labels, lam, method="loss", **options),
+        nnx_head().loss_and_statistics(features, labels, lam, **options),
+        apply(linen_variables(), features, labels, lam, method="loss_and_statistics", **options),
     ):
         assert_close(loss, wanted, 1e-5)
         kept = np.asarray(where)
@@ -254,10 +254,8 @@ def test_importing_the_functions_imports_no_flax():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_axes_of_a_mesh_come_with_one_of_the_classes():
-    mesh = jax.make_mesh((1,), ("data",))
-    for extra, name in (({"batch_axes": "data"}, "batch_axes"), ({"mesh": mesh}, "mesh")):
-        with pytest.raises(ValueError, match=f"{name} must come with class_axis"):
-            NnxHead(4, 3, rngs=nnx.Rngs(0), **extra)
-        with pytest.raises(ValueError, match=f"{name} must come with class_axis"):
-            LinenHead(3, **extra).init(jax.random.key(0), jnp.ones((2, 4)))
+def test_a_layout_that_is_none_is_refused():
+    with pytest.raises(TypeError, match="layout must be .*ClassParallel, got 'model'"):
+        NnxHead(4, 3, layout="model", rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="layout must be .*ClassParallel, got 'model'"):
+        LinenHead(3, layout="model").init(jax.random.key(0), jnp.ones((2, 4)))

@@ -196,7 +196,7 @@ def test_weights_of_each_kind(x64):
         peer = kind(num_classes=4, embedding_size=5, scale=3.0)
         peer.W = torch.nn.Parameter(torch.tensor(weight))
         kernel = interop.kernel_from_columns(peer.W.detach(), in_features=5, classes=4)
-        logits = lsm.lsoftmax_logits(inputs, scaled(kernel), None, margin=4)
+        logits = lsm.lsoftmax_logits(inputs, scaled(kernel), None, margin=4, lam=0.0)
         wanted = peer.get_logits(torch.tensor(features)).detach().numpy()
         np.testing.assert_allclose(logits, wanted, rtol=1e-12, err_msg=kind.__name__)
 
@@ -207,7 +207,7 @@ def test_linear_there_and_back():
     features = np.random.default_rng(0).standard_normal((3, 5)).astype("f4")
     wanted = linear(torch.tensor(features)).detach().numpy()
     np.testing.assert_allclose(
-        lsm.lsoftmax_logits(features, kernel, None, margin=4), wanted, rtol=1e-5, atol=1e-6
+        lsm.lsoftmax_logits(features, kernel, None, margin=4, lam=0.0), wanted, rtol=1e-5, atol=1e-6
     )
     back = torch.nn.Linear(5, 4, bias=False)
     back.load_state_dict({"weight": torch.tensor(interop.kernel_to_rows(kernel))})
@@ -228,7 +228,9 @@ def test_both_train_to_the_same_kernel(x64, figures):
 
     @jax.jit
     def step(kernel, state):
-        gradient = jax.grad(lambda k: lsm.lsoftmax_loss(features, k, labels, margin=4).mean())
+        gradient = jax.grad(
+            lambda k: lsm.lsoftmax_loss(features, k, labels, margin=4, lam=0.0).mean()
+        )
         change, state = optimizer.update(gradient(kernel), state, kernel)
         return optax.apply_updates(kernel, change), state
 

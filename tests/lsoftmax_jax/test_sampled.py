@@ -84,7 +84,7 @@ def test_the_sum_of_exponentials_is_unbiased(x64):
     def odds(key):
         sample = lsm.sample_classes(key, labels, 40, 8)
         columns = lsm.sampled.take_columns(kernel, sample)
-        return jnp.expm1(lsm.lsoftmax_sampled_loss(features, columns, sample, margin=2))
+        return jnp.expm1(lsm.lsoftmax_sampled_loss(features, columns, sample, margin=2, lam=0.0))
 
     drawn = np.asarray(odds(jax.random.split(jax.random.key(1), 20_000)))
     exact = np.expm1(oracle.loss(*[np.asarray(a) for a in (features, kernel, labels)], 2))
@@ -118,7 +118,7 @@ def test_invalid_labels_give_nan_unless_masked():
     sample = lsm.sample_classes(jax.random.key(0), labels, 50, 10)
     columns = lsm.sampled.take_columns(kernel, sample)
     where = jnp.ones(BATCH, bool).at[1].set(False)
-    loss = lsm.lsoftmax_sampled_loss(features, columns, sample, margin=3, where=where)
+    loss = lsm.lsoftmax_sampled_loss(features, columns, sample, margin=3, lam=0.0, where=where)
     assert np.isnan(loss[0]) and loss[1] == 0 and np.all(np.isfinite(loss[2:]))
 
 

@@ -54,7 +54,7 @@ def test_statistics_are_those_of_the_loss(x64):
         batch[0], kernel, momentum, batch[1], weights.reshape(1, BATCH),
         margin=MARGIN, lam=LAM, learning_rate=ETA, class_block=4,
     )  # fmt: skip
-    _, seen = lsm.lsoftmax_loss(batch[0], kernel, batch[1], margin=MARGIN, lam=LAM, statistics=True)
+    _, seen = lsm.lsoftmax_loss_and_statistics(batch[0], kernel, batch[1], margin=MARGIN, lam=LAM)
     assert seen.max_logit.shape == (1, BATCH)
     jax.tree.map(lambda one, other: oracle.assert_close(one, other, 1e-14), done.statistics, seen)
 
@@ -62,7 +62,7 @@ def test_statistics_are_those_of_the_loss(x64):
 def test_masked_rows_leave_no_trace():
     features, kernel, momentum, labels, weights = problem(jnp.float32)
     where = jnp.ones(BATCH, bool).at[2].set(False)
-    static = {"margin": MARGIN, "learning_rate": ETA, "class_block": 4}
+    static = {"margin": MARGIN, "lam": 0.0, "learning_rate": ETA, "class_block": 4}
     poisoned = features.at[2].set(jnp.nan), labels.at[2].set(-1)
     masked = step(poisoned[0], kernel, momentum, poisoned[1], weights, where=where, **static)
     keep = np.flatnonzero(np.asarray(where))
@@ -76,7 +76,7 @@ def test_an_invalid_label_is_not_trained_on():
     features, kernel, momentum, labels, weights = problem(jnp.float32)
     got = step(
         features, kernel, momentum, labels.at[0].set(CLASSES), weights,
-        margin=MARGIN, learning_rate=ETA,
+        margin=MARGIN, lam=0.0, learning_rate=ETA,
     )  # fmt: skip
     assert np.isnan(got.loss) and np.all(np.isnan(got.kernel))
 
@@ -86,7 +86,7 @@ def test_no_gradient_and_no_copy_of_the_kernel():
     spec = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     kernel = spec((256, 102_400))
     run = jax.jit(
-        functools.partial(lsm.lsoftmax_sgd, margin=4, learning_rate=0.1, class_block=2048),
+        functools.partial(lsm.lsoftmax_sgd, margin=4, lam=0.0, learning_rate=0.1, class_block=2048),
         donate_argnums=(1, 2),
     )
     labels = jax.ShapeDtypeStruct((512,), jnp.int32)
@@ -110,4 +110,4 @@ def test_mistakes_are_named(name):
     change, error = MISTAKES[name]
     call = {"momentum": momentum, "weights": weights, "learning_rate": ETA} | change
     with pytest.raises(error, match=name):
-        lsm.lsoftmax_sgd(features, kernel, labels=labels, margin=MARGIN, **call)
+        lsm.lsoftmax_sgd(features, kernel, labels=labels, margin=MARGIN, lam=0.0, **call)

@@ -1,5 +1,6 @@
 """The class-parallel losses on eight devices against the oracle, and what they communicate."""
 
+import dataclasses
 import functools
 import re
 from typing import NamedTuple
@@ -51,13 +52,8 @@ def make_mesh(layout, axis_type=AxisType.Auto):
 
 
 def options(layout, mesh):
-    return {
-        "mesh": mesh,
-        "class_axis": layout.class_axis,
-        "batch_axes": layout.batch_axes,
-        "classes": CLASSES,
-        "margin": MARGIN,
-    }
+    parallel = lsm.ClassParallel(layout.class_axis, layout.batch_axes, mesh, CLASSES)
+    return {"layout": parallel, "margin": MARGIN}
 
 
 def placed(layout, mesh, dtype):
@@ -95,10 +91,10 @@ def assert_pulled(actual, pulled, tolerance):
 
 
 PLANS = {
-    "one-shot": {},
-    "class blocks": {"class_block": 5, "keep_exponentials": False},
-    "kept class blocks": {"class_block": 5, "keep_exponentials": True},
-    "row blocks": {"row_block": 3},
+    "one-shot": lsm.Plan(),
+    "class blocks": lsm.Plan(class_block=5, keep_exponentials=False),
+    "kept class blocks": lsm.Plan(class_block=5, keep_exponentials=True),
+    "row blocks": lsm.Plan(row_block=3),
 }
 
 
@@ -127,10 +123,10 @@ def test_per_example_losses_and_gradients(x64, layout, axis_type):
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "mesh", "plan"))
-def sum_and_gradients(features, kernel, labels, lam, weights, layout, mesh, plan=()):
+def sum_and_gradients(features, kernel, labels, lam, weights, layout, mesh, plan=None):
     def total(features, kernel, lam):
         return lsm.sharded.lsoftmax_loss_sum(
-            features, kernel, labels, weights, lam=lam, **options(layout, mesh), **dict(plan)
+            features, kernel, labels, weights, lam=lam, plan=plan, **options(layout, mesh)
         )
 
     return jax.value_and_grad(total, (0, 1, 2))(features, kernel, lam)
@@ -142,7 +138,7 @@ def test_the_sum_by_every_plan(x64, layout, plan):
     arrays = placed(layout, mesh, jnp.float64)
     features, kernel, labels, weights = arrays
     total, gradients = sum_and_gradients(
-        features, kernel, labels, jnp.float64(LAM), weights, layout, mesh, tuple(plan.items())
+        features, kernel, labels, jnp.float64(LAM), weights, layout, mesh, plan
     )
     loss, pulled = wanted(*arrays)
     oracle.assert_close(total, np.sum(loss * np.asarray(weights)), 1e-12)
@@ -202,14 +198,14 @@ def test_masks_statistics_and_invalid_labels(layout):
     labels = labels.at[2].set(CLASSES).at[3].set(-1)  # a filled-up column is no class
     features = features.at[5].set(jnp.nan)
     where = jnp.ones(BATCH, bool).at[5].set(False).at[3].set(False)
-    static = {"lam": LAM, "where": where, "statistics": True}
+    static = {"lam": LAM, "where": where}
 
     @jax.jit
     def both(features, kernel, labels):
-        split = lsm.sharded.lsoftmax_loss(
+        split = lsm.sharded.lsoftmax_loss_and_statistics(
             features, kernel, labels, **options(layout, mesh), **static
         )
-        return split, lsm.lsoftmax_loss(
+        return split, lsm.lsoftmax_loss_and_statistics(
             features, kernel[:, :CLASSES], labels, margin=MARGIN, **static
         )
 
@@ -217,7 +213,8 @@ def test_masks_statistics_and_invalid_labels(layout):
     assert jnp.isnan(loss[2]) and loss[5] == loss[3] == 0
     chex.assert_trees_all_close(loss, plain, rtol=1e-5)
     real = np.delete(np.arange(BATCH), [2, 3, 5])
-    for one, other in zip(seen, plain_seen, strict=True):
+    assert seen.lam == plain_seen.lam == LAM
+    for one, other in zip(seen[:4], plain_seen[:4], strict=True):
         chex.assert_trees_all_close(one[real], other[real], rtol=1e-5)
 
 
@@ -233,7 +230,7 @@ def test_second_order(x64):
             )
             return jnp.sum(gradient**2)
 
-        return jax.grad(of)(features)
+        return jax.jit(jax.grad(of))(features)
 
     split = square(
         lambda f, k: lsm.sharded.lsoftmax_loss(f, k, labels, lam=LAM, **options(layout, mesh)),
@@ -248,9 +245,11 @@ def test_the_flax_heads_on_a_mesh(axis_type):
     layout = LAYOUTS["data by model"]
     mesh = make_mesh(layout, axis_type)
     features, _, labels, _ = placed(layout, mesh, jnp.float32)
-    axes = {"class_axis": "model", "batch_axes": "data"}
+    parallel = lsm.ClassParallel("model", "data")
     with jax.set_mesh(mesh):
-        head = nnx.LSoftmaxDense(DIM, CLASSES, margin=MARGIN, rngs=flax_nnx.Rngs(0), **axes)
+        head = nnx.LSoftmaxDense(
+            DIM, CLASSES, margin=MARGIN, layout=parallel, rngs=flax_nnx.Rngs(0)
+        )
         kernel = head.kernel[...]
         assert kernel.shape == (DIM, 44)
         assert {shard.data.shape for shard in kernel.addressable_shards} == {(DIM, 11)}
@@ -258,7 +257,7 @@ def test_the_flax_heads_on_a_mesh(axis_type):
             flax_nnx.value_and_grad(lambda head: jnp.sum(head.loss(features, labels, LAM)))
         )(head)
         logits = flax_nnx.jit(lambda head: head(features, labels, LAM))(head)
-        twin = linen.LSoftmaxDense(CLASSES, MARGIN, **axes)
+        twin = linen.LSoftmaxDense(CLASSES, MARGIN, layout=parallel)
         params = {"params": {"kernel": kernel}}
         linen_loss = jax.jit(
             lambda params: twin.apply(params, features, labels, LAM, method=twin.loss)
@@ -284,11 +283,11 @@ def test_the_flax_heads_on_a_mesh_that_is_given_and_not_set(axis_type):
     layout = LAYOUTS["data by model"]
     mesh = make_mesh(layout, axis_type)
     features, _, labels, _ = placed(layout, mesh, jnp.float32)
-    axes = {"class_axis": "model", "batch_axes": "data", "mesh": mesh}
-    head = nnx.LSoftmaxDense(DIM, CLASSES, margin=MARGIN, rngs=flax_nnx.Rngs(0), **axes)
+    parallel = lsm.ClassParallel("model", "data", mesh)
+    head = nnx.LSoftmaxDense(DIM, CLASSES, margin=MARGIN, layout=parallel, rngs=flax_nnx.Rngs(0))
     kernel = head.kernel[...]
     assert kernel.sharding.spec == P(None, "model")
-    twin = linen.LSoftmaxDense(CLASSES, MARGIN, **axes)
+    twin = linen.LSoftmaxDense(CLASSES, MARGIN, layout=parallel)
     assert twin.init(jax.random.key(0), features)["params"]["kernel"].value.shape == kernel.shape
     params = {"params": {"kernel": kernel}}
     twins = jax.jit(lambda p: twin.apply(p, features, labels, LAM, method=twin.loss))(params)
@@ -311,28 +310,31 @@ def test_mistakes_are_named(change, error, name):
     mesh = make_mesh(layout)
     features, kernel, labels, _ = placed(layout, mesh, jnp.float32)
     with pytest.raises(error, match=name):
-        lsm.sharded.lsoftmax_loss(features, kernel, labels, **(options(layout, mesh) | change))
+        parallel = dataclasses.replace(options(layout, mesh)["layout"], **change)
+        lsm.sharded.lsoftmax_loss(features, kernel, labels, margin=MARGIN, lam=LAM, layout=parallel)
 
 
 def test_padded_columns_names_its_mistakes():
     mesh = jax.sharding.AbstractMesh((8,), ("model",))
     with pytest.raises(ValueError, match="class_axis must be axes of the mesh.*got 'models'"):
-        lsm.sharded.padded_columns(10, "models", mesh)
+        lsm.sharded.padded_columns(10, lsm.ClassParallel("models", mesh=mesh))
     with pytest.raises(ValueError, match="classes must be .*got 0"):
-        lsm.sharded.padded_columns(0, "model", mesh)
+        lsm.sharded.padded_columns(0, lsm.ClassParallel("model", mesh=mesh))
 
 
 def test_sizes_that_the_mesh_does_not_divide_are_named():
     layout = LAYOUTS["data by model"]
     mesh = make_mesh(layout)
     features, kernel, labels, _ = (np.asarray(a) for a in placed(layout, mesh, jnp.float32))
+    parallel = options(layout, mesh)["layout"]
+
+    def loss(features, kernel, labels, **change):
+        changed = dataclasses.replace(parallel, **change)
+        lsm.sharded.lsoftmax_loss(features, kernel, labels, margin=MARGIN, lam=LAM, layout=changed)
+
     with pytest.raises(ValueError, match="kernel must have a multiple of 4 columns.*classes=43"):
-        lsm.sharded.lsoftmax_loss(
-            features, kernel[:, :CLASSES], labels, **(options(layout, mesh) | {"classes": None})
-        )
+        loss(features, kernel[:, :CLASSES], labels, classes=None)
     with pytest.raises(ValueError, match="features must have a multiple of 2 rows"):
-        lsm.sharded.lsoftmax_loss(features[:15], kernel, labels[:15], **options(layout, mesh))
+        loss(features[:15], kernel, labels[:15])
     with pytest.raises(ValueError, match="mesh must be given"):
-        lsm.sharded.lsoftmax_loss(
-            features, kernel, labels, **(options(layout, mesh) | {"mesh": None})
-        )
+        loss(features, kernel, labels, mesh=None)

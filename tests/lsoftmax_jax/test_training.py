@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import lsoftmax_jax as lsm
-from lsoftmax_jax import training
+from lsoftmax_jax import devices, training
 from lsoftmax_jax.nnx import LSoftmaxDense
 
 LAM = lsm.annealed_lambda(10.0, 0.1, 2.0)
@@ -101,6 +101,8 @@ def test_one_update_is_the_written_out_one(graphdef_and_state, examples, train):
             lam=LAM(0),
             kernel_norm=jnp.linalg.norm(kernel, axis=0).mean(),
             grad_norm=optax.tree.norm(grads),
+            skipped=jnp.bool_(False),
+            collapsing=jnp.bool_(False),
         ),
     )
     assert_close(updated.other["norm"]["mean"], 0.1 * batch_mean)
@@ -120,10 +122,10 @@ def test_lam_and_learning_rate_go_by_the_step(single):
 def test_mesh_is_one_device(kind, current, graphdef_and_state, examples, single):
     graphdef, state = graphdef_and_state
     mesh = jax.make_mesh((4,), ("data",), (kind,), devices=jax.devices()[:4])
-    step = training.compile_step(training.train_step(graphdef, OPTIMIZER, LAM), mesh)
+    step = devices.compile_step(training.train_step(graphdef, OPTIMIZER, LAM), mesh)
 
     def run():
-        many = training.repeat(
+        many = devices.repeat(
             training.train_step(graphdef, OPTIMIZER, LAM), lambda step, data: data, mesh, loop=True
         )
         ours = jax.tree.map(jnp.copy, state)
@@ -144,7 +146,7 @@ def test_mesh_is_one_device(kind, current, graphdef_and_state, examples, single)
 def test_updates_in_a_row_are_those_in_a_loop(graphdef_and_state, examples, single):
     graphdef, state = graphdef_and_state
     step = training.train_step(graphdef, OPTIMIZER, LAM)
-    many = training.repeat(step, lambda step, data: data, training.data_mesh(1), loop=False)
+    many = devices.repeat(step, lambda step, data: data, devices.data_mesh(1), loop=False)
     assert_close(many(jax.tree.map(jnp.copy, state), examples, 3), single)
 
 
@@ -175,11 +177,11 @@ def test_seeds_train_together(graphdef_and_state, examples, train):
 def test_ragged_batch_is_the_batch_without_its_padding(graphdef_and_state, examples, train):
     graphdef, state = graphdef_and_state
     images, labels = examples
-    where, mesh = np.arange(BATCH) < 5, training.data_mesh(4)
+    where, mesh = np.arange(BATCH) < 5, devices.data_mesh(4)
     step, evaluate = training.train_step(graphdef, OPTIMIZER, LAM), training.eval_step(graphdef)
-    padded = training.compile_step(step, mesh, donate=False)(state, images, labels, where)
+    padded = devices.compile_step(step, mesh, donate=False)(state, images, labels, where)
     assert_close(padded, train(state, images[:5], labels[:5]))
-    evaluated = training.compile_step(evaluate, mesh, donate=False)(state, images, labels, where)
+    evaluated = devices.compile_step(evaluate, mesh, donate=False)(state, images, labels, where)
     assert_close(evaluated, jax.jit(evaluate)(state, images[:5], labels[:5]))
 
 
@@ -207,9 +209,7 @@ def test_another_loss_takes_the_heads_place(graphdef_and_state, examples, train)
 
 def test_state_is_donated(graphdef_and_state, examples):
     graphdef, state = graphdef_and_state
-    step = training.compile_step(
-        training.train_step(graphdef, OPTIMIZER, LAM), training.data_mesh(1)
-    )
+    step = devices.compile_step(training.train_step(graphdef, OPTIMIZER, LAM), devices.data_mesh(1))
     ours = jax.tree.map(jnp.copy, state)
     step(ours, *examples)
     assert ours.params["head"]["kernel"].is_deleted()
@@ -224,7 +224,7 @@ def test_tree_mode_of_nnx(graphdef_and_state, examples, single):
     assert_close(state, single[0])
 
 
-@pytest.mark.parametrize("devices", [0, 99])
-def test_a_mesh_of_devices_that_are_not_there(devices):
+@pytest.mark.parametrize("count", [0, 99])
+def test_a_mesh_of_devices_that_are_not_there(count):
     with pytest.raises(ValueError, match=f"devices must be 1 to {jax.device_count()}, got"):
-        training.data_mesh(devices)
+        devices.data_mesh(count)
