@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lsoftmax_jax._pace import BatchView, SelfPaced
-from lsoftmax_jax.logits import LabelTerms, Pull, Target, annealed_target, pulled_back
+from lsoftmax_jax.logits import Head, LabelTerms, Pull, Target, annealed_target, pulled_back
 
 
 class Statistics(NamedTuple):
@@ -53,7 +53,7 @@ def like_statistics(of_rows: Any, of_all: Any) -> Any:
 class Setting(NamedTuple):
     """What of a call is static."""
 
-    margin: int
+    head: Head
     label_smoothing: float
     pace: SelfPaced | None  # computes λ in place of the one that is given
     classes: int  # of the whole head, of which a kernel may hold a shard
@@ -108,18 +108,18 @@ def paced_target(
       axes: mapped axes over which the batch is split.
     """
     if setting.pace is not None:
-        whole = annealed_target(terms, jnp.zeros_like(lam), setting.margin).logit
-        weights = jnp.ones_like(whole) if weights is None else jnp.maximum(weights, 0)
+        whole = annealed_target(setting.head, terms, jnp.zeros_like(lam))
+        weights = jnp.ones_like(whole.plain) if weights is None else jnp.maximum(weights, 0)
         view = BatchView(
-            plain=terms.plain,
-            margin=whole,
+            plain=whole.plain,
+            margin=whole.logit,
             z=others.z,
             mean=others.peak + others.moment * others.inverse_mass,
-            correct=terms.plain > others.peak,
-            weights=jnp.where(jnp.isnan(terms.plain), 0, weights),
+            correct=whole.plain > others.peak,
+            weights=jnp.where(jnp.isnan(whole.plain), 0, weights),
         )
         lam = setting.pace.lam(view, axes).astype(lam.dtype)
-    return annealed_target(terms, lam, setting.margin), lam
+    return annealed_target(setting.head, terms, lam), lam
 
 
 def loss_of(setting: Setting, t: Target, others: Others) -> jax.Array:
@@ -131,7 +131,7 @@ def loss_of(setting: Setting, t: Target, others: Others) -> jax.Array:
 
 
 def statistics_of(t: Target, others: Others, lam: jax.Array) -> Statistics:
-    seen = Statistics(t.cosine, t.logit, t.terms.plain, others.peak, lam)
+    seen = Statistics(t.cosine, t.logit, t.plain, others.peak, lam)
     return jax.tree.map(jax.lax.stop_gradient, seen)
 
 

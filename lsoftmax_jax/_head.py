@@ -12,15 +12,17 @@ from lsoftmax_jax._fused import Statistics
 from lsoftmax_jax._pace import SelfPaced
 from lsoftmax_jax._placement import first_columns
 from lsoftmax_jax._plans import Plan
-from lsoftmax_jax.logits import lsoftmax_logits
+from lsoftmax_jax.logits import check_head, lsoftmax_logits
 from lsoftmax_jax.loss import lsoftmax_loss_and_statistics
+from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.schedule import self_paced
 from lsoftmax_jax.sharded import ClassParallel
 
 
 class _Fields(Protocol):
     classes: int
-    margin: int
+    margin: int | Margin
+    scale: float | None
     dtype: Any
     layout: ClassParallel | None
 
@@ -55,8 +57,9 @@ class HeadCalls:
             )
         if labels is not None and kernel.shape[1] > self.classes:
             labels = _checks.check_labels(labels, features.shape[:-1], self.classes)
+        lam = 0.0 if lam is None else lam
         logits = lsoftmax_logits(
-            features, kernel, labels, margin=self.margin, lam=0.0 if lam is None else lam
+            features, kernel, labels, margin=self.margin, lam=lam, scale=self.scale
         )
         return first_columns(logits, self.classes)
 
@@ -108,6 +111,7 @@ class HeadCalls:
                 labels,
                 margin=self.margin,
                 lam=lam,
+                scale=self.scale,
                 where=where,
                 label_smoothing=label_smoothing,
                 plan=plan,
@@ -119,6 +123,7 @@ class HeadCalls:
             margin=self.margin,
             lam=lam,
             layout=dataclasses.replace(self.layout, classes=self.classes),
+            scale=self.scale,
             where=where,
             label_smoothing=label_smoothing,
             plan=plan,
@@ -127,7 +132,7 @@ class HeadCalls:
 
 def check_fields(head: _Fields) -> None:
     _checks.check_size("classes", head.classes)
-    _checks.check_size("margin", head.margin)
+    check_head(head.margin, head.scale)
     if head.layout is not None and not isinstance(head.layout, ClassParallel):
         raise TypeError(f"layout must be a lsoftmax_jax.ClassParallel, got {head.layout!r}")
 

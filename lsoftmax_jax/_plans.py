@@ -11,13 +11,14 @@ from lsoftmax_jax import _checks
 from lsoftmax_jax._fused import LogitGradient, Others, Setting, merge
 from lsoftmax_jax._placement import vary_over, varying_axes
 from lsoftmax_jax.logits import (
-    along_columns,
-    along_features,
-    features_gradient,
+    Columns,
+    Rows,
+    finished_columns,
+    finished_features,
     is_label,
-    kernel_gradient,
     label_sums,
     product,
+    products_gradient,
 )
 
 Carry = TypeVar("Carry")
@@ -119,46 +120,39 @@ def pieces_of(
     return Pieces(class_block=min(block, classes), keep_exponentials=keep)
 
 
-class Columns(NamedTuple):
-    """Columns of a kernel, and what is added to their logits except as a target.
-
-    An offset of -inf takes a column out: padding of a ragged shard, a sample drawn twice.
-    """
-
-    kernel: jax.Array  # (D, columns)
-    offset: jax.Array | None = None  # (columns,)
-
-
-def summarise(
-    setting: Setting, pieces: Pieces, features: jax.Array, columns: Columns, labels: jax.Array
-) -> tuple[Others, Any]:
+def summarise(setting: Setting, pieces: Pieces, rows: Rows, columns: Columns) -> tuple[Others, Any]:
     """Every row's other logits over all columns, and what the plan keeps for `gradients`."""
     if pieces.row_block is not None:
 
-        def row_step(_: None, rows: tuple[jax.Array, jax.Array]) -> tuple[None, Others]:
-            return None, _summary(setting, *rows, columns)[0]
+        def row_step(_: None, block: Rows) -> tuple[None, Others]:
+            return None, _summary(setting, block, columns)[0]
 
-        return scan_rows(row_step, None, pieces.row_block, (features, labels))[1], None
+        return scan_rows(row_step, None, pieces.row_block, rows)[1], None
     if pieces.class_block is None:
-        others, exponentials = _summary(setting, features, labels, columns)
+        others, exponentials = _summary(setting, rows, columns)
         return others, (exponentials, others.peak)
+    dtype = rows.features.dtype
 
     def step(others: Others, start: Any, block: Columns, _: None) -> tuple[Others, Any]:
-        more, exponentials = _summary(setting, features, labels - start, block)
+        more, exponentials = _summary(setting, _from(start, rows), block)
         if not pieces.keep_exponentials:
             return merge(others, more), None
-        return merge(others, more), (exponentials.astype(features.dtype), more.peak)
+        return merge(others, more), (exponentials.astype(dtype), more.peak)
 
-    none = zeros_like_rows(labels.shape, features.astype(_checks.at_least_f32(features.dtype)))
+    wide = rows.features.astype(_checks.at_least_f32(dtype))
+    none = zeros_like_rows(rows.labels.shape, wide)
     nothing = Others(none + jnp.finfo(none.dtype).min, none, none, none)
     return scan_classes(step, nothing, columns, pieces.class_block, (None, None))
 
 
-def _summary(
-    setting: Setting, features: jax.Array, labels: jax.Array, columns: Columns
-) -> tuple[Others, jax.Array]:
+def _from(start: Any, rows: Rows) -> Rows:
+    """Rows whose labels count from the class `start`."""
+    return rows._replace(labels=rows.labels - start)
+
+
+def _summary(setting: Setting, rows: Rows, columns: Columns) -> tuple[Others, jax.Array]:
     """The other logits of a block, and exp(z - peak), 0 at the target."""
-    _, logits = _other_logits(features, labels, columns)
+    _, logits = _other_logits(rows, columns)
     # The lowest finite number rather than -inf where there is no other class: no inf - inf.
     # Before the reduction, or a GPU runs a kernel for it.
     lowest = jnp.finfo(logits.dtype).min
@@ -173,96 +167,86 @@ def _summary(
     return Others(peak, jnp.sum(exponentials, axis=1), total, moment), exponentials
 
 
-def _other_logits(
-    features: jax.Array, labels: jax.Array, columns: Columns
-) -> tuple[jax.Array, jax.Array]:
+def _other_logits(rows: Rows, columns: Columns) -> tuple[jax.Array, jax.Array]:
     """Where the target is, and the logits with -inf there."""
-    at_label = is_label(labels, columns.kernel.shape[1])
-    logits = product(features, columns.kernel)
+    at_label = is_label(rows.labels, columns.kernel.shape[1])
+    logits = product(rows, columns)
     if columns.offset is not None:
         logits = logits + columns.offset[None, :]
     return at_label, jnp.where(at_label, -jnp.inf, logits)
 
 
 def gradients(
-    pieces: Pieces,
-    features: jax.Array,
-    columns: Columns,
-    labels: jax.Array,
-    rows: LogitGradient,
-    kept: Any,
+    pieces: Pieces, rows: Rows, columns: Columns, gradient: LogitGradient, kept: Any
 ) -> tuple[jax.Array, jax.Array]:
     """dfeatures in the accumulation dtype and dkernel in the kernel's, by the plan."""
-    kernel = columns.kernel
+    kernel, dtype = columns.kernel, columns.kernel.dtype
     if pieces.class_block is None:
 
         def row_step(dkernel: Any, block: Any) -> tuple[jax.Array, jax.Array]:
-            features, labels, rows = block
-            dfeatures, change = block_gradients(features, columns, labels, rows, kept)
+            dfeatures, change = block_gradients(block[0], columns, block[1], kept)
             return change if dkernel is None else dkernel + change, dfeatures
 
-        whole = features, labels, rows
         if pieces.row_block is None:
-            dkernel, dfeatures = row_step(None, whole)
+            dkernel, dfeatures = row_step(None, (rows, gradient))
         else:
-            zeros = zeros_like_rows(kernel.shape, rows.softmax)
-            dkernel, dfeatures = scan_rows(row_step, zeros, pieces.row_block, whole)
-        return with_norm_parts(features, kernel, labels, rows, dfeatures, dkernel)
-    sums = label_sums(rows.target.along_column, labels, kernel.shape[1])
+            zeros = zeros_like_rows(kernel.shape, gradient.softmax)
+            dkernel, dfeatures = scan_rows(row_step, zeros, pieces.row_block, (rows, gradient))
+        return finished(rows, columns, gradient, dfeatures, dkernel)
+    sums = label_sums(gradient.target.along_column, rows.labels, kernel.shape[1])
 
     def class_step(carry: Any, start: Any, block: Columns, kept: Any) -> tuple[Any, None]:
         dfeatures, dkernel = carry
-        change, dcolumns = block_gradients(features, block, labels - start, rows, kept)
+        change, dcolumns = block_gradients(_from(start, rows), block, gradient, kept)
         own = jax.lax.dynamic_slice_in_dim(sums, start, block.kernel.shape[1])
-        dcolumns = (dcolumns + along_columns(own, block.kernel)).astype(kernel.dtype)
+        dcolumns = finished_columns(block, own, dcolumns).astype(dtype)
         dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dcolumns, start, axis=1)
         return (dfeatures + change, dkernel), None
 
-    dkernel = zeros_like_rows(kernel.shape, rows.softmax).astype(kernel.dtype)
-    carry = along_features(rows.target, features), dkernel
-    return scan_classes(class_step, carry, columns, pieces.class_block, kept)[0]
+    zeros = zeros_like_rows(rows.features.shape, gradient.softmax)
+    carry = zeros, zeros_like_rows(kernel.shape, gradient.softmax).astype(dtype)
+    dfeatures, dkernel = scan_classes(class_step, carry, columns, pieces.class_block, kept)[0]
+    return finished_features(rows, gradient.target, dfeatures), dkernel
 
 
 def block_gradients(
-    features: jax.Array,
+    rows: Rows,
     columns: Columns,
-    labels: jax.Array,
-    rows: LogitGradient,
+    gradient: LogitGradient,
     kept: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The two products with the logits' gradient, for a block of columns.
+    """(dfeatures, dkernel) of a block of columns, to be finished.
 
     Labels count from the block's first class. What was kept is (exp(z - peak), peak) with
     another peak for each block; without, the logits are computed again.
     """
     if kept is None:
-        at_label, logits = _other_logits(features, labels, columns)
-        exponentials, scale = jnp.exp(logits - rows.peak[:, None]), rows.softmax
+        at_label, logits = _other_logits(rows, columns)
+        exponentials, scale = jnp.exp(logits - gradient.peak[:, None]), gradient.softmax
     else:
-        at_label = is_label(labels, columns.kernel.shape[1])
-        exponentials, scale = kept[0], rows.softmax * jnp.exp(kept[1] - rows.peak)
+        at_label = is_label(rows.labels, columns.kernel.shape[1])
+        exponentials, scale = kept[0], gradient.softmax * jnp.exp(kept[1] - gradient.peak)
     grad = exponentials.astype(scale.dtype) * scale[:, None]
-    if rows.uniform is not None:
-        uniform = rows.uniform[:, None]
+    if gradient.uniform is not None:
+        uniform = gradient.uniform[:, None]
         if columns.offset is not None:
             uniform = jnp.where(jnp.isneginf(columns.offset)[None, :], 0, uniform)
         grad = grad - uniform
-    grad = jnp.where(at_label, rows.target.plain[:, None], grad).astype(features.dtype)
-    return features_gradient(grad, columns.kernel), kernel_gradient(features, grad)
+    grad = jnp.where(at_label, gradient.target.plain[:, None], grad)
+    return products_gradient(rows, columns, grad)
 
 
-def with_norm_parts(
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
-    rows: LogitGradient,
+def finished(
+    rows: Rows,
+    columns: Columns,
+    gradient: LogitGradient,
     dfeatures: jax.Array,
     dkernel: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Adds what the target's norm and angle contribute along features and kernel."""
-    sums = label_sums(rows.target.along_column, labels, kernel.shape[1])
-    dkernel = (dkernel + along_columns(sums, kernel)).astype(kernel.dtype)
-    return dfeatures + along_features(rows.target, features), dkernel
+    """With what the norms of features and columns have to do with it."""
+    sums = label_sums(gradient.target.along_column, rows.labels, columns.kernel.shape[1])
+    dkernel = finished_columns(columns, sums, dkernel).astype(columns.kernel.dtype)
+    return finished_features(rows, gradient.target, dfeatures), dkernel
 
 
 # Loops over blocks of rows and of classes; a ragged tail is a block of its own, nothing is padded.

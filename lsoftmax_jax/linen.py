@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from lsoftmax_jax import _head, sharded
 from lsoftmax_jax._placement import given_or_set, resharded
+from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.sharded import ClassParallel
 
 
@@ -24,7 +25,9 @@ class LSoftmaxDense(_head.HeadCalls, linen.Module):
 
     Attributes:
       classes: number of classes, >= 1.
-      margin: integer m >= 1, by default the paper's largest, 4; 1 is plain softmax.
+      margin: integer m >= 1, by default the paper's largest, 4; 1 is plain softmax. Or one of
+        `lsoftmax_jax.margins`.
+      scale: s > 0, for features and kernel columns of unit length times s; None keeps their norms.
       dtype: features and kernel are cast to it for the computation; None promotes them. Sums,
         norms and angles are float32 or better whatever the dtype.
       param_dtype: dtype of the kernel.
@@ -35,7 +38,7 @@ class LSoftmaxDense(_head.HeadCalls, linen.Module):
         part.
 
     Raises:
-      TypeError, ValueError: a margin that is no integer >= 1, or a layout without its mesh; in
+      TypeError, ValueError: a margin or scale that is none, or a layout without its mesh; in
         calls, as the functions.
 
     Example:
@@ -51,7 +54,8 @@ class LSoftmaxDense(_head.HeadCalls, linen.Module):
     """
 
     classes: int
-    margin: int = 4
+    margin: int | Margin = 4
+    scale: float | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: linen.initializers.Initializer = linen.initializers.lecun_normal()

@@ -24,18 +24,18 @@ from lsoftmax_jax._fused import (
 from lsoftmax_jax._pace import SelfPaced
 from lsoftmax_jax._placement import on_any_mesh
 from lsoftmax_jax._plans import (
-    Columns,
     Pieces,
     Plan,
     block_gradients,
+    finished,
     gradients,
     pieces_of,
     scan_rows,
     summarise,
-    with_norm_parts,
     zeros_like_rows,
 )
-from lsoftmax_jax.logits import label_terms
+from lsoftmax_jax.logits import LabelTerms, Rows, check_head, columns_of, label_terms, rows_of
+from lsoftmax_jax.margins import Margin
 
 
 def lsoftmax_loss(
@@ -43,8 +43,9 @@ def lsoftmax_loss(
     kernel: ArrayLike,
     labels: ArrayLike,
     *,
-    margin: int,
+    margin: int | Margin,
     lam: ArrayLike | SelfPaced,
+    scale: float | None = None,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
     plan: Plan | None = None,
@@ -65,9 +66,10 @@ def lsoftmax_loss(
       kernel: (D, classes).
       labels: (...,) integers in [0, classes). Outside, -1 included, loss and gradient are NaN
         unless `where` masks the example.
-      margin: integer m >= 1, static; 1 gives plain softmax.
+      margin: integer m >= 1, static; 1 gives plain softmax. Or one of `lsoftmax_jax.margins`.
       lam: annealing λ >= 0, scalar, may be traced and infinite; its gradient is the true one. Or
         `lsoftmax_jax.self_paced()`: the batch shows λ, through which no gradient flows.
+      scale: s > 0, for features and columns of unit length times s; None keeps their norms.
       where: (...,) bool; False gives exactly zero loss and gradient, whatever the row holds.
       label_smoothing: e in [0, 1], a Python float.
       plan: in which pieces to compute, by default the fastest that takes 1 GiB.
@@ -90,6 +92,7 @@ def lsoftmax_loss(
         labels,
         margin=margin,
         lam=lam,
+        scale=scale,
         where=where,
         label_smoothing=label_smoothing,
         plan=plan,
@@ -101,8 +104,9 @@ def lsoftmax_loss_and_statistics(
     kernel: ArrayLike,
     labels: ArrayLike,
     *,
-    margin: int,
+    margin: int | Margin,
     lam: ArrayLike | SelfPaced,
+    scale: float | None = None,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
     plan: Plan | None = None,
@@ -110,7 +114,7 @@ def lsoftmax_loss_and_statistics(
     """`lsoftmax_loss`, and what it saw of each example, at no second pass.
 
     Args:
-      features, kernel, labels, margin, lam, where, label_smoothing, plan: as in `lsoftmax_loss`.
+      features, kernel, labels, margin, lam, scale, where, label_smoothing, plan: as there.
 
     Returns:
       the loss (...,), and `Statistics`, through which no gradient flows.
@@ -126,7 +130,7 @@ def lsoftmax_loss_and_statistics(
       >>> seen.plain_logit.tolist(), float(seen.lam)
       ([1.0, 1.0], inf)
     """
-    call = Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
+    call = Call.checked(features, kernel, labels, margin, lam, scale, where, label_smoothing)
     pieces = pieces_of(plan, *call.size, call.operands.kernel.dtype, rows_cost_no_more=False)
     core = functools.partial(per_example, call.setting, pieces)
     operands = (*call.operands[:3], call.lam, None, call.counted())
@@ -140,8 +144,9 @@ def lsoftmax_loss_sum(
     labels: ArrayLike,
     weights: ArrayLike | None = None,
     *,
-    margin: int,
+    margin: int | Margin,
     lam: ArrayLike | SelfPaced,
+    scale: float | None = None,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
     plan: Plan | None = None,
@@ -157,8 +162,8 @@ def lsoftmax_loss_sum(
     Args:
       weights: (...,) floating-point weights s of the examples, or None for ones; for a mean pass
         `jnp.full(labels.shape, 1 / labels.size)`. Their gradient is the loss of each example.
-      features, kernel, labels, margin, lam, where, label_smoothing, plan: as in `lsoftmax_loss`.
-        Self-pacing weighs the examples by `weights`, a negative one counting as 0.
+      features, kernel, labels, margin, lam, scale, where, label_smoothing, plan: as in
+        `lsoftmax_loss`. Self-pacing weighs the examples by `weights`, negative ones by 0.
 
     Returns:
       scalar, float32, or float64 for float64 operands.
@@ -176,7 +181,7 @@ def lsoftmax_loss_sum(
       >>> round(float(loss), 3), gradient.shape
       (1.473, (3, 3))
     """
-    call = Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
+    call = Call.checked(features, kernel, labels, margin, lam, scale, where, label_smoothing)
     pieces = pieces_of(plan, *call.size, call.operands.kernel.dtype, rows_cost_no_more=True)
     weights = _checks.check_weights(weights, call.operands.batch_shape, call.lam.dtype)
     weights = call.mask(weights).reshape(call.operands.labels.shape)
@@ -198,13 +203,14 @@ class Call(NamedTuple):
         features: ArrayLike,
         kernel: ArrayLike,
         labels: ArrayLike,
-        margin: int,
+        margin: int | Margin,
         lam: ArrayLike | SelfPaced,
+        scale: float | None,
         where: ArrayLike | None,
         label_smoothing: float,
         classes: int | None = None,
     ) -> "Call":
-        margin = _checks.check_size("margin", margin)
+        head = check_head(margin, scale)
         label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
         features, kernel = _checks.check_features(features, kernel)
         dtype = _checks.promoted(features, kernel)
@@ -218,7 +224,7 @@ class Call(NamedTuple):
             features = jnp.where(where[..., None], features, 0)
             labels = jnp.where(where, labels, 0)
         operands = _checks.flattened(features.astype(dtype), kernel.astype(dtype), labels)
-        return cls(operands, Setting(margin, label_smoothing, pace, classes), lam, where)
+        return cls(operands, Setting(head, label_smoothing, pace, classes), lam, where)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -239,7 +245,7 @@ class Call(NamedTuple):
         return jax.tree.map(lambda value: value.reshape(shape) if value.ndim else value, tree)
 
 
-def _paced(lam: ArrayLike | SelfPaced, margin: int) -> tuple[SelfPaced | None, ArrayLike]:
+def _paced(lam: ArrayLike | SelfPaced, margin: int | Margin) -> tuple[SelfPaced | None, ArrayLike]:
     if not isinstance(lam, SelfPaced):
         return None, lam
     # Plain softmax has no margin to pace: the same as if λ were infinite.
@@ -274,12 +280,13 @@ def _per_example_fwd(
     offset: jax.Array | None,
     counted: jax.Array | None,
 ) -> tuple[tuple[jax.Array, Statistics], Any]:
-    columns = Columns(kernel, offset)
-    terms = label_terms(features, kernel, labels)
-    others, kept = summarise(setting, pieces, features, columns, labels)
+    rows = rows_of(setting.head, features, labels)
+    columns = columns_of(setting.head, kernel, offset)
+    terms = label_terms(setting.head, rows, kernel)
+    others, kept = summarise(setting, pieces, rows, columns)
     t, lam = paced_target(setting, terms, others, lam, counted)
     seen = statistics_of(t, others, lam)
-    return (loss_of(setting, t, others), seen), (features, columns, labels, t, others, kept)
+    return (loss_of(setting, t, others), seen), (rows, columns, t, others, kept)
 
 
 def _per_example_bwd(
@@ -288,18 +295,20 @@ def _per_example_bwd(
     residuals: Any,
     cotangents: tuple[jax.Array, Statistics],
 ) -> tuple[jax.Array | None, ...]:
-    features, columns, labels, t, others, kept = residuals
-    rows = logit_gradient(setting, t, others, cotangents[0], features.dtype)
-    dfeatures, dkernel = gradients(pieces, features, columns, labels, rows, kept)
-    return dfeatures.astype(features.dtype), dkernel, None, lam_gradient(setting, rows), None, None
+    rows, columns, t, others, kept = residuals
+    dtype = rows.features.dtype
+    gradient = logit_gradient(setting, t, others, cotangents[0], dtype)
+    dfeatures, dkernel = gradients(pieces, rows, columns, gradient, kept)
+    dlam = lam_gradient(setting, gradient)
+    return dfeatures.astype(dtype), dkernel, None, dlam, None, None
 
 
 per_example.defvjp(_per_example_fwd, _per_example_bwd)
 
 
-def lam_gradient(setting: Setting, rows: LogitGradient) -> jax.Array:
+def lam_gradient(setting: Setting, gradient: LogitGradient) -> jax.Array:
     """That of the λ that was given, which a self-paced loss ignores."""
-    dlam = jnp.sum(rows.dlam)
+    dlam = jnp.sum(gradient.dlam)
     return dlam if setting.pace is None else jnp.zeros_like(dlam)
 
 
@@ -331,32 +340,32 @@ def _sum_fwd(
     lam: jax.Array,
     weights: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    columns = Columns(kernel)
+    rows, columns = rows_of(setting.head, features, labels), columns_of(setting.head, kernel)
 
-    def of_rows(
-        pieces: Pieces, features: jax.Array, labels: jax.Array, terms: Any, weights: jax.Array
+    def forward(
+        pieces: Pieces, rows: Rows, terms: LabelTerms, weights: jax.Array
     ) -> tuple[jax.Array, LogitGradient, Any]:
-        others, kept = summarise(setting, pieces, features, columns, labels)
+        others, kept = summarise(setting, pieces, rows, columns)
         t, _ = paced_target(setting, terms, others, lam, weights)
-        rows = logit_gradient(setting, t, others, weights, features.dtype)
-        return loss_of(setting, t, others), rows, kept
+        gradient = logit_gradient(setting, t, others, weights, features.dtype)
+        return loss_of(setting, t, others), gradient, kept
 
-    whole = features, labels, label_terms(features, kernel, labels), weights
+    terms = label_terms(setting.head, rows, kernel)
     if pieces.row_block is None or setting.pace is not None:
         # λ of the whole batch comes before the gradient of any row.
-        losses, rows, kept = of_rows(pieces, *whole)
-        dfeatures, dkernel = gradients(pieces, features, columns, labels, rows, kept)
+        losses, gradient, kept = forward(pieces, rows, terms, weights)
+        dfeatures, dkernel = gradients(pieces, rows, columns, gradient, kept)
     else:
 
         def step(dkernel: jax.Array, block: Any) -> tuple[jax.Array, Any]:
-            losses, rows, kept = of_rows(Pieces(), *block)
-            dfeatures, change = block_gradients(block[0], columns, block[1], rows, kept)
-            return dkernel + change, (losses, rows, dfeatures)
+            losses, gradient, kept = forward(Pieces(), *block)
+            dfeatures, change = block_gradients(block[0], columns, gradient, kept)
+            return dkernel + change, (losses, gradient, dfeatures)
 
-        zeros = zeros_like_rows(kernel.shape, weights)
-        dkernel, (losses, rows, dfeatures) = scan_rows(step, zeros, pieces.row_block, whole)
-        dfeatures, dkernel = with_norm_parts(features, kernel, labels, rows, dfeatures, dkernel)
-    dlam = lam_gradient(setting, rows)
+        zeros, whole = zeros_like_rows(kernel.shape, weights), (rows, terms, weights)
+        dkernel, (losses, gradient, dfeatures) = scan_rows(step, zeros, pieces.row_block, whole)
+        dfeatures, dkernel = finished(rows, columns, gradient, dfeatures, dkernel)
+    dlam = lam_gradient(setting, gradient)
     return jnp.sum(weights * losses), (dfeatures.astype(features.dtype), dkernel, dlam, losses)
 
 

@@ -1,14 +1,22 @@
-"""psi(theta) of the large-margin softmax, its value and slope as functions of the cosine.
+"""Margins: what takes the place of the target's cosine, as value and slope of that cosine.
 
-With c = cos(theta), cos(m theta) = T_m(c), the Chebyshev polynomial of the first kind, and
-d cos(m theta) / dc = m U_{m-1}(c), the one of the second kind. No arccos, so no infinite slope at
-theta = 0 and pi.
+An int m is the margin of the large-margin softmax, psi(theta). With c = cos(theta), cos(m theta) =
+T_m(c), the Chebyshev polynomial of the first kind, and d cos(m theta) / dc = m U_{m-1}(c), the one
+of the second kind: no arccos, so no infinite slope at theta = 0 and pi.
 
-Source: Liu et al., "Large-Margin Softmax Loss for Convolutional Neural Networks", ICML 2016,
-https://arxiv.org/abs/1612.02295.
+The classes below are the margins of other losses. Any object with their method `value_and_slope`
+is one too; it must be hashable, like a frozen dataclass.
+
+Source: psi, Liu et al., "Large-Margin Softmax Loss for Convolutional Neural Networks", ICML 2016,
+https://arxiv.org/abs/1612.02295; the others, Deng et al., "ArcFace", CVPR 2019,
+https://arxiv.org/abs/1801.07698, whose section 2 compares them.
 """
 
 import functools
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -89,3 +97,193 @@ def psi_and_slope(cos_theta: jax.Array, margin: int) -> tuple[jax.Array, jax.Arr
     k = jnp.sum(c[..., None] < knots, axis=-1, dtype=jnp.int32)
     sign = (1 - 2 * (k % 2)).astype(c.dtype)
     return sign * t_m - (2 * k).astype(c.dtype), sign * margin * u_m
+
+
+@runtime_checkable
+class Margin(Protocol):
+    """A margin: v, in place of the target's cosine c, and dv/dc, both of any shape."""
+
+    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]: ...
+
+
+def value_and_slope(margin: int | Margin, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """v(c) and dv/dc for a cosine in [-1, 1] of at least float32."""
+    if isinstance(margin, int):
+        return psi_and_slope(cosine, margin)
+    return margin.value_and_slope(cosine)
+
+
+def check_margin(margin: int | Margin) -> int | Margin:
+    if isinstance(margin, Margin) and not isinstance(margin, type):
+        return margin
+    if isinstance(margin, bool) or not isinstance(margin, (int, np.integer)):
+        raise TypeError(
+            f"margin must be a Python int >= 1 or one of lsoftmax_jax.margins, got {margin!r}"
+        )
+    return _checks.check_size("margin", int(margin))
+
+
+@dataclass(frozen=True)
+class Combined:
+    r"""The combined margin: cos(m1 θ + m2) - m3 in place of cos θ.
+
+    .. math:: v = \cos(m_1 \theta + m_2) - m_3, \qquad
+        \frac{dv}{dc} = m_1 \frac{\sin(m_1 \theta + m_2)}{\sin\theta}
+
+    Where m1 θ + m2 exceeds π, the cosine would rise again. There v goes on as the plain cosine,
+    lowered so that v is continuous: v stays increasing in c, with slope 1. The slope is infinite
+    at θ = 0 where m2 > 0; it is cut off where sin θ is below the square root of the dtype's eps,
+    so that the gradient there, which is the slope times sin θ, is finite.
+
+    Use it with `scale`: unit features and columns times s, 64 for many classes, 8 to 10 for ten.
+
+    Args:
+      m1: factor of the angle, >= 1.
+      m2: added to the angle, in radians, in [0, π).
+      m3: taken off the cosine, >= 0.
+      easy: leave the margin out where cos θ <= 0.
+      detach: slope 1 everywhere, as if the margin were added to the logits without a gradient:
+        insightface's since 2022. False is the true slope.
+
+    Raises:
+      TypeError, ValueError: a number is none or outside its range.
+
+    Example:
+      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> margin = lsm.margins.Combined(1.0, 0.3, 0.2)
+      >>> value, slope = margin.value_and_slope(jnp.array([0.0, 1.0]))
+      >>> value.round(3).tolist(), slope.round(3)[0].item()
+      ([-0.496..., 0.755...], 0.955...)
+    """
+
+    m1: float = 1.0
+    m2: float = 0.0
+    m3: float = 0.0
+    easy: bool = False
+    detach: bool = False
+    needs_scale: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_real("m1", self.m1, 1, math.inf)
+        _check_real("m2", self.m2, 0, math.pi)
+        _check_real("m3", self.m3, 0, math.inf)
+
+    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sine = jnp.sqrt(jnp.maximum(1 - cosine**2, 0))
+        floor = math.sqrt(jnp.finfo(cosine.dtype).eps)
+        if self.m1 == 1:
+            # Addition formulas: exact where arccos is not, near θ = 0.
+            raised = cosine * math.cos(self.m2) - sine * math.sin(self.m2)
+            sine_raised = sine * math.cos(self.m2) + cosine * math.sin(self.m2)
+        else:
+            angle = self.m1 * jnp.arctan2(sine, cosine) + self.m2
+            raised, sine_raised = jnp.cos(angle), jnp.sin(angle)
+        slope = self.m1 * sine_raised / jnp.maximum(sine, floor)
+        if self.m2 == 0:
+            # m1 sin(m1 θ) / sin θ tends to m1² at θ = 0.
+            slope = jnp.where(sine < floor, self.m1**2, slope)
+        last = math.cos((math.pi - self.m2) / self.m1)
+        goes_on = cosine < last
+        value = jnp.where(goes_on, cosine - last - 1, raised) - self.m3
+        slope = jnp.where(goes_on, 1, slope)
+        if self.easy:
+            value, slope = (
+                jnp.where(cosine > 0, value, cosine),
+                jnp.where(cosine > 0, slope, 1),
+            )
+        return value, jnp.ones_like(slope) if self.detach else slope
+
+
+@dataclass(frozen=True)
+class ArcFace:
+    """The additive angular margin, cos(θ + m) in place of cos θ: `Combined` with m2 = m.
+
+    Args:
+      margin: m in radians, in [0, π); usually 0.5.
+      easy, detach: as in `Combined`.
+
+    Raises:
+      TypeError, ValueError: `margin` is no number or outside its range.
+
+    Example:
+      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> lsm.margins.ArcFace(0.5).value_and_slope(jnp.float32(0.0))[0].round(4).item()
+      -0.479...
+    """
+
+    margin: float = 0.5
+    easy: bool = False
+    detach: bool = False
+    needs_scale: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_real("margin", self.margin, 0, math.pi)
+
+    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+        same = Combined(m2=self.margin, easy=self.easy, detach=self.detach)
+        return same.value_and_slope(cosine)
+
+
+@dataclass(frozen=True)
+class CosFace:
+    """The additive cosine margin, cos θ - m, slope 1; AM-Softmax.
+
+    Use it with `scale`, as `Combined`.
+
+    Args:
+      margin: m >= 0; usually 0.35.
+
+    Raises:
+      TypeError, ValueError: `margin` is no number or below 0.
+
+    Example:
+      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> lsm.margins.CosFace(0.35).value_and_slope(jnp.float32(1.0))[0].round(2).item()
+      0.64...
+    """
+
+    margin: float = 0.35
+    needs_scale: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_real("margin", self.margin, 0, math.inf)
+
+    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return cosine - self.margin, jnp.ones_like(cosine)
+
+
+@dataclass(frozen=True)
+class SphereFace:
+    """A-Softmax: psi of L-Softmax, with kernel columns of unit length; features keep their norm.
+
+    With `scale` features have unit length too.
+
+    Args:
+      margin: the integer m >= 1; usually 4, with λ.
+
+    Raises:
+      TypeError, ValueError: `margin` is no int or below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> features, kernel = jnp.array([3.0, 4.0]), jnp.array([[9.0, 0.0], [0.0, 1.0]])
+      >>> lsm.lsoftmax_logits(
+      ...     features, kernel, 1, margin=lsm.margins.SphereFace(1), lam=0.0).tolist()
+      [3.0, 4.0]
+    """
+
+    margin: int = 4
+    unit_columns: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _checks.check_size("margin", self.margin)
+
+    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return psi_and_slope(cosine, self.margin)
+
+
+def _check_real(name: str, value: float, least: float, below: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    if not least <= value < below:
+        raise ValueError(f"{name} must be in [{least}, {below:.4g}), got {value}")

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsoftmax_jax import _checks, _head, sharded
+from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.sharded import ClassParallel
 
 _KERNEL_INIT = initializers.lecun_normal()
@@ -30,7 +31,9 @@ class LSoftmaxDense(_head.HeadCalls, nnx.Module):
     Args:
       in_features: D, the length of a feature.
       classes: number of classes, >= 1.
-      margin: integer m >= 1, by default the paper's largest, 4; 1 is plain softmax.
+      margin: integer m >= 1, by default the paper's largest, 4; 1 is plain softmax. Or one of
+        `lsoftmax_jax.margins`.
+      scale: s > 0, for features and kernel columns of unit length times s; None keeps their norms.
       dtype: features and kernel are cast to it for the computation; None promotes them. Sums,
         norms and angles are float32 or better whatever the dtype.
       param_dtype: dtype of the kernel.
@@ -41,7 +44,7 @@ class LSoftmaxDense(_head.HeadCalls, nnx.Module):
       rngs: source of the `params` key.
 
     Raises:
-      TypeError, ValueError: a margin that is no integer >= 1, or a layout without its mesh; in
+      TypeError, ValueError: a margin or scale that is none, or a layout without its mesh; in
         calls, as the functions.
 
     Example:
@@ -61,7 +64,8 @@ class LSoftmaxDense(_head.HeadCalls, nnx.Module):
         in_features: int,
         classes: int,
         *,
-        margin: int = 4,
+        margin: int | Margin = 4,
+        scale: float | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         kernel_init: nnx.Initializer = _KERNEL_INIT,
@@ -69,7 +73,8 @@ class LSoftmaxDense(_head.HeadCalls, nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.in_features = _checks.check_size("in_features", in_features)
-        self.classes, self.margin, self.dtype, self.layout = classes, margin, dtype, layout
+        self.classes, self.margin, self.scale = classes, margin, scale
+        self.dtype, self.layout = dtype, layout
         _head.check_fields(self)
         if layout is None:
             kernel = kernel_init(rngs.params(), (in_features, classes), param_dtype)

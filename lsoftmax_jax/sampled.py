@@ -20,6 +20,7 @@ from lsoftmax_jax import _checks
 from lsoftmax_jax._pace import SelfPaced
 from lsoftmax_jax._plans import Plan, pieces_of
 from lsoftmax_jax.loss import Call, per_example
+from lsoftmax_jax.margins import Margin
 
 _ROUNDS = 6
 # Up to here shuffling all classes is as quick, and so small a Feistel network mixes badly.
@@ -167,8 +168,9 @@ def lsoftmax_sampled_loss(
     columns: ArrayLike,
     sample: Sample,
     *,
-    margin: int,
+    margin: int | Margin,
     lam: ArrayLike | SelfPaced,
+    scale: float | None = None,
     where: ArrayLike | None = None,
     plan: Plan | None = None,
 ) -> jax.Array:
@@ -184,7 +186,7 @@ def lsoftmax_sampled_loss(
       columns: (D, batch + negatives), `take_columns(kernel, sample)`; differentiate with respect
         to these, update them and their optimiser state, and put them back.
       sample: from `sample_classes` for the labels of these features.
-      margin, lam, where, plan: as in `lsoftmax_jax.lsoftmax_loss`.
+      margin, lam, scale, where, plan: as in `lsoftmax_jax.lsoftmax_loss`.
 
     Returns:
       (...,) float32, or float64 for float64 operands.
@@ -204,7 +206,7 @@ def lsoftmax_sampled_loss(
     """
     features, _ = _checks.check_features(features, columns)
     labels = sample.labels.reshape(features.shape[:-1])
-    call = Call.checked(features, columns, labels, margin, lam, where, 0.0)
+    call = Call.checked(features, columns, labels, margin, lam, scale, where, 0.0)
     pieces = pieces_of(plan, *call.size, call.operands.kernel.dtype, rows_cost_no_more=False)
     offset = sample.offset.astype(call.lam.dtype)
     operands = (*call.operands[:3], call.lam, offset, call.counted())

@@ -9,10 +9,19 @@ from jax.typing import ArrayLike
 from lsoftmax_jax import _checks
 from lsoftmax_jax._fused import Statistics, logit_gradient, loss_of, paced_target, statistics_of
 from lsoftmax_jax._pace import SelfPaced
-from lsoftmax_jax._plans import Columns, Pieces, block_gradients, summarise
+from lsoftmax_jax._plans import Pieces, block_gradients, summarise, zeros_like_rows
 from lsoftmax_jax._tiles import as_stored
-from lsoftmax_jax.logits import along_columns, along_features, label_sums, label_terms
+from lsoftmax_jax.logits import (
+    Columns,
+    columns_of,
+    finished_columns,
+    finished_features,
+    label_sums,
+    label_terms,
+    rows_of,
+)
 from lsoftmax_jax.loss import Call
+from lsoftmax_jax.margins import Margin
 
 
 class SgdStep(NamedTuple):
@@ -41,11 +50,12 @@ def lsoftmax_sgd(
     labels: ArrayLike,
     weights: ArrayLike | None = None,
     *,
-    margin: int,
+    margin: int | Margin,
     lam: ArrayLike | SelfPaced,
     learning_rate: ArrayLike,
     decay: ArrayLike = 0.9,
     weight_decay: ArrayLike = 0.0,
+    scale: float | None = None,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
     class_block: int = 4096,
@@ -70,11 +80,11 @@ def lsoftmax_sgd(
       labels: (...,) integers in [0, classes). An unmasked label outside makes loss, kernel and
         momentum NaN.
       weights: (...,) floating-point weights s, or None for ones.
-      margin: integer m >= 1, static.
+      margin: integer m >= 1, static, or one of `lsoftmax_jax.margins`.
       learning_rate: η, may be traced.
       decay: μ, the momentum's decay, may be traced.
       weight_decay: ω, may be traced.
-      lam, where, label_smoothing: as in `lsoftmax_jax.lsoftmax_loss`.
+      lam, scale, where, label_smoothing: as in `lsoftmax_jax.lsoftmax_loss`.
       class_block: classes at a time.
 
     Returns:
@@ -92,7 +102,7 @@ def lsoftmax_sgd(
       >>> step.loss.round(3).item(), step.dfeatures.shape, step.kernel.shape
       (1.473..., (2, 3), (3, 3))
     """
-    call = Call.checked(features, kernel, labels, margin, lam, where, label_smoothing)
+    call = Call.checked(features, kernel, labels, margin, lam, scale, where, label_smoothing)
     weights = _checks.check_weights(weights, call.operands.batch_shape, call.lam.dtype)
     weights = call.mask(weights).reshape(call.operands.labels.shape)
     kernel = jnp.asarray(kernel)
@@ -110,35 +120,42 @@ def lsoftmax_sgd(
     omega = _checks.check_scalar("weight_decay", weight_decay, call.lam.dtype)
 
     features, operand, labels, batch_shape = call.operands
-    terms = label_terms(features, operand, labels)
-    others, _ = summarise(call.setting, pieces, features, Columns(operand), labels)
-    t, lam = paced_target(call.setting, terms, others, call.lam, weights)
-    rows = logit_gradient(call.setting, t, others, weights, features.dtype)
-    sums = label_sums(rows.target.along_column, labels, kernel.shape[1])
+    head = call.setting.head
+    rows, columns = rows_of(head, features, labels), columns_of(head, operand)
+    others, _ = summarise(call.setting, pieces, rows, columns)
+    t, lam = paced_target(call.setting, label_terms(head, rows, operand), others, call.lam, weights)
+    gradient = logit_gradient(call.setting, t, others, weights, features.dtype)
+    sums = label_sums(gradient.target.along_column, labels, kernel.shape[1])
 
     def update(start: Any, width: int, carry: Any) -> Any:
         # Reads from the carry, and in this order, or XLA copies kernel and momentum in the loop:
         # features' gradient, momentum, kernel.
         dfeatures, kernel, momentum = carry
         kernel, momentum = as_stored(kernel), as_stored(momentum)
-        columns = _block(kernel, start, width)
-        change, gradient = block_gradients(
-            features, Columns(columns.astype(features.dtype)), labels - start, rows, None
-        )
-        decayed = jax.lax.dynamic_slice_in_dim(sums, start, width) + omega
-        gradient = gradient + along_columns(decayed, columns)
-        velocity = mu * _block(momentum, start, width).astype(mu.dtype) + gradient
-        momentum = _with_block(momentum, velocity, start)
+        own = _block(kernel, start, width)
+        inverse = columns.inverse_norm
+        if inverse is not None:
+            inverse = jax.lax.dynamic_slice_in_dim(inverse, start, width)
+        columns_here = Columns(own.astype(features.dtype), None, inverse)
+        shifted = rows._replace(labels=labels - start)
+        change, dkernel = block_gradients(shifted, columns_here, gradient, None)
+        along = jax.lax.dynamic_slice_in_dim(sums, start, width)
+        dkernel = finished_columns(columns_here._replace(kernel=own), along, dkernel)
+        dkernel = dkernel + omega * own.astype(omega.dtype)
+        velocity = mu * _block(momentum, start, width).astype(mu.dtype) + dkernel
+        # The barrier keeps XLA of JAX 0.12 from copying kernel and momentum for the tail.
+        momentum = jax.lax.optimization_barrier(_with_block(momentum, velocity, start))
         velocity = _block(momentum, start, width).astype(eta.dtype)
         changed = _block(kernel, start, width).astype(eta.dtype) - eta * velocity
         return dfeatures + change, _with_block(kernel, changed, start), momentum
 
-    carry = along_features(rows.target, features), kernel, momentum
+    carry = zeros_like_rows(features.shape, gradient.softmax), kernel, momentum
     count = kernel.shape[1] // block
     carry = jax.lax.fori_loop(0, count, lambda j, carry: update(j * block, block, carry), carry)
     if tail := kernel.shape[1] - count * block:
         carry = update(count * block, tail, carry)
     dfeatures, kernel, momentum = carry
+    dfeatures = finished_features(rows, gradient.target, dfeatures)
     dfeatures = dfeatures.astype(features.dtype).reshape(*batch_shape, features.shape[1])
     seen = call.unflattened(statistics_of(t, others, lam))
     loss = jnp.sum(weights * loss_of(call.setting, t, others))

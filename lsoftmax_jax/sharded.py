@@ -39,9 +39,10 @@ from lsoftmax_jax._fused import (
 )
 from lsoftmax_jax._pace import SelfPaced
 from lsoftmax_jax._placement import AnyMesh, given_or_set, resharded
-from lsoftmax_jax._plans import Columns, Pieces, Plan, gradients, pieces_of, summarise
-from lsoftmax_jax.logits import LabelTerms, Target, label_terms
+from lsoftmax_jax._plans import Pieces, Plan, gradients, pieces_of, summarise
+from lsoftmax_jax.logits import Columns, LabelTerms, Rows, Target, columns_of, label_terms, rows_of
 from lsoftmax_jax.loss import Call, lam_gradient, scaled_gradients
+from lsoftmax_jax.margins import Margin
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,10 @@ def lsoftmax_loss(
     kernel: ArrayLike,
     labels: ArrayLike,
     *,
-    margin: int,
+    margin: int | Margin,
     lam: ArrayLike | SelfPaced,
     layout: ClassParallel,
+    scale: float | None = None,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
     plan: Plan | None = None,
@@ -156,7 +158,7 @@ def lsoftmax_loss(
       kernel: (D, columns), split over its class axis, whose size must divide the columns.
       labels: (batch,) integers in [0, classes).
       layout: how the head lies on the mesh.
-      margin, lam, where, label_smoothing: as in `lsoftmax_jax.lsoftmax_loss`.
+      margin, lam, scale, where, label_smoothing: as in `lsoftmax_jax.lsoftmax_loss`.
       plan: as there, of each device.
 
     Returns:
@@ -182,6 +184,7 @@ def lsoftmax_loss(
         margin=margin,
         lam=lam,
         layout=layout,
+        scale=scale,
         where=where,
         label_smoothing=label_smoothing,
         plan=plan,
@@ -193,9 +196,10 @@ def lsoftmax_loss_and_statistics(
     kernel: ArrayLike,
     labels: ArrayLike,
     *,
-    margin: int,
+    margin: int | Margin,
     lam: ArrayLike | SelfPaced,
     layout: ClassParallel,
+    scale: float | None = None,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
     plan: Plan | None = None,
@@ -203,7 +207,8 @@ def lsoftmax_loss_and_statistics(
     """`lsoftmax_loss` here, and what it saw of each example, at no second pass.
 
     Args:
-      features, kernel, labels, margin, lam, layout, where, label_smoothing, plan: as there.
+      features, kernel, labels, margin, lam, layout, scale, where, label_smoothing, plan: as
+        there.
 
     Returns:
       the loss (batch,), and `lsoftmax_jax.Statistics`, through which no gradient flows.
@@ -220,7 +225,9 @@ def lsoftmax_loss_and_statistics(
       >>> seen.plain_logit.tolist(), float(seen.lam)
       ([1.0, 1.0], 5.0)
     """
-    call, on_mesh = _checked(layout, features, kernel, labels, margin, lam, where, label_smoothing)
+    call, on_mesh = _checked(
+        layout, features, kernel, labels, margin, lam, scale, where, label_smoothing
+    )
     pieces = _pieces(on_mesh, call, plan)
     counted = call.counted()
     if counted is not None:
@@ -235,9 +242,10 @@ def lsoftmax_loss_sum(
     labels: ArrayLike,
     weights: ArrayLike | None = None,
     *,
-    margin: int,
+    margin: int | Margin,
     lam: ArrayLike | SelfPaced,
     layout: ClassParallel,
+    scale: float | None = None,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
     plan: Plan | None = None,
@@ -251,7 +259,7 @@ def lsoftmax_loss_sum(
     Args:
       features, kernel, labels, layout: as in `lsoftmax_loss` here.
       weights: (batch,) floating-point weights of the examples, or None for ones.
-      margin, lam, where, label_smoothing: as in `lsoftmax_jax.lsoftmax_loss_sum`.
+      margin, lam, scale, where, label_smoothing: as in `lsoftmax_jax.lsoftmax_loss_sum`.
       plan: as there, of each device, but row blocks compute the logits twice.
 
     Returns:
@@ -269,7 +277,9 @@ def lsoftmax_loss_sum(
       ...     layout=lsm.ClassParallel("model", "data", mesh)).round(3).item()
       1.473...
     """
-    call, on_mesh = _checked(layout, features, kernel, labels, margin, lam, where, label_smoothing)
+    call, on_mesh = _checked(
+        layout, features, kernel, labels, margin, lam, scale, where, label_smoothing
+    )
     weights = call.mask(_checks.check_weights(weights, call.operands.batch_shape, call.lam.dtype))
     weights = resharded(weights, on_mesh.mesh, on_mesh.rows)
     pieces = _pieces(on_mesh, call, plan)
@@ -308,8 +318,9 @@ def _checked(
     features: ArrayLike,
     kernel: ArrayLike,
     labels: ArrayLike,
-    margin: int,
+    margin: int | Margin,
     lam: ArrayLike | SelfPaced,
+    scale: float | None,
     where: ArrayLike | None,
     label_smoothing: float,
 ) -> tuple[Call, Layout]:
@@ -335,7 +346,9 @@ def _checked(
             f"features must have a multiple of {groups} rows to lie on axes "
             f"{layout.batch_axes}, got {features.shape[0]}"
         )
-    call = Call.checked(features, kernel, labels, margin, lam, where, label_smoothing, classes)
+    call = Call.checked(
+        features, kernel, labels, margin, lam, scale, where, label_smoothing, classes
+    )
     return call, layout
 
 
@@ -390,7 +403,7 @@ def _loss_fwd(
             features, labels, counted = _gather(layout, features, labels, counted)
         shard = _forward(layout, setting, pieces, features, kernel, labels, lam, counted)
         seen = statistics_of(shard.t, shard.others, shard.lam)
-        residuals = features, shard.labels, shard.t, shard.others, shard.kept
+        residuals = shard.rows, shard.t, shard.others, shard.kept
         outputs = _own_rows(layout, (shard.loss, seen))
         return outputs, jax.tree.map(lambda array: array[None], residuals)
 
@@ -412,12 +425,12 @@ def _loss_bwd(
     cotangents: tuple[jax.Array, Statistics],
 ) -> tuple[jax.Array | None, ...]:
     def local(kernel: Any, residuals: Any, cotangent: jax.Array) -> Any:
-        features, labels, t, others, kept = jax.tree.map(lambda array: array[0], residuals)
+        rows, t, others, kept = jax.tree.map(lambda array: array[0], residuals)
         if layout.splits_rows:
             cotangent = jax.lax.all_gather(cotangent, layout.class_axis, tiled=True)
-        rows = logit_gradient(setting, t, others, cotangent, features.dtype)
-        gradient = _backward(layout, setting, pieces, features, kernel, labels, rows, kept)
-        return *gradient, _over_data(layout, lam_gradient(setting, rows))
+        gradient = logit_gradient(setting, t, others, cotangent, kernel.dtype)
+        dfeatures, dkernel = _backward(layout, setting, pieces, rows, kernel, gradient, kept)
+        return dfeatures, dkernel, _over_data(layout, lam_gradient(setting, gradient))
 
     dfeatures, dkernel, dlam = _on_devices(
         layout,
@@ -464,11 +477,10 @@ def _sum_fwd(
     def local(features: Any, kernel: Any, labels: Any, lam: Any, weights: Any) -> Any:
         features, labels, weights = _gather(layout, features, labels, weights)
         shard = _forward(layout, setting, pieces, features, kernel, labels, lam, weights)
-        rows = logit_gradient(setting, shard.t, shard.others, weights, features.dtype)
-        own = shard.labels, rows, shard.kept
-        gradient = _backward(layout, setting, pieces, features, kernel, *own)
-        sums = jnp.stack([jnp.sum(weights * shard.loss), lam_gradient(setting, rows)])
-        return _over_data(layout, sums), *gradient, _own_rows(layout, shard.loss)
+        gradient = logit_gradient(setting, shard.t, shard.others, weights, kernel.dtype)
+        pulled = _backward(layout, setting, pieces, shard.rows, kernel, gradient, shard.kept)
+        sums = jnp.stack([jnp.sum(weights * shard.loss), lam_gradient(setting, gradient)])
+        return _over_data(layout, sums), *pulled, _own_rows(layout, shard.loss)
 
     sums, dfeatures, dkernel, losses = _on_devices(
         layout,
@@ -502,7 +514,7 @@ class _Shard(NamedTuple):
     t: Target
     lam: jax.Array
     others: Others
-    labels: jax.Array  # counted from this device's first class, -1 where the class is elsewhere
+    rows: Rows  # labels count from this device's first class, -1 where the class is elsewhere
     kept: Any
 
 
@@ -519,28 +531,30 @@ def _forward(
     width = kernel.shape[1]
     start = jax.lax.axis_index(layout.class_axis) * width
     here = (labels >= start) & (labels < start + width)
-    terms = label_terms(features, kernel, jnp.where(here, labels - start, 0))
+    rows = rows_of(setting.head, features, jnp.where(here, labels - start, 0))
+    terms = label_terms(setting.head, rows, kernel)
     terms = terms._replace(
-        plain=jnp.where(here, terms.plain, 0), column_norm=jnp.where(here, terms.column_norm, 0)
+        product=jnp.where(here, terms.product, 0),
+        column_norm=jnp.where(here, terms.column_norm, 0),
     )
-    own_labels = jnp.where(here, labels - start, -1)
+    rows = rows._replace(labels=jnp.where(here, rows.labels, -1))
     columns = _real_columns(layout, setting, kernel, start)
-    others, kept = summarise(setting, pieces, features, columns, own_labels)
+    others, kept = summarise(setting, pieces, rows, columns)
     terms, others = _exchange(layout, setting, terms, others)
-    terms = terms._replace(plain=jnp.where(labels >= 0, terms.plain, jnp.nan))
+    terms = terms._replace(product=jnp.where(labels >= 0, terms.product, jnp.nan))
     t, lam = paced_target(setting, terms, others, lam, counted, layout.data_axes)
-    return _Shard(loss_of(setting, t, others), t, lam, others, own_labels, kept)
+    return _Shard(loss_of(setting, t, others), t, lam, others, rows, kept)
 
 
 def _exchange(
     layout: Layout, setting: Setting, terms: LabelTerms, others: Others
 ) -> tuple[LabelTerms, Others]:
     """Joins what each device knows of the label's and the other logits, in one collective."""
-    known = [terms.plain, terms.column_norm, others.peak, others.mass]
+    known = [terms.product, terms.column_norm, others.peak, others.mass]
     known += [others.total] if setting.label_smoothing else []
     known += [others.moment] if setting.pace is not None else []
     gathered = jax.lax.all_gather(jnp.stack(known), layout.class_axis)
-    plain, norm, peaks, masses, *more = jnp.moveaxis(gathered, 1, 0)
+    products, norm, peaks, masses, *more = jnp.moveaxis(gathered, 1, 0)
     peak = jnp.max(peaks, axis=0)
     scale = jnp.exp(peaks - peak)
     total = jnp.sum(more.pop(0), axis=0) if setting.label_smoothing else others.total
@@ -552,7 +566,7 @@ def _exchange(
     norm = jnp.sum(norm, axis=0)
     inverse_norm = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), norm)
     terms = terms._replace(
-        plain=jnp.sum(plain, axis=0), column_norm=norm, inverse_column_norm=inverse_norm
+        product=jnp.sum(products, axis=0), column_norm=norm, inverse_column_norm=inverse_norm
     )
     return terms, Others(peak, jnp.sum(masses * scale, axis=0), total, moment)
 
@@ -561,33 +575,32 @@ def _backward(
     layout: Layout,
     setting: Setting,
     pieces: Pieces,
-    features: jax.Array,
+    rows: Rows,
     kernel: jax.Array,
-    labels: jax.Array,
-    rows: LogitGradient,
+    gradient: LogitGradient,
     kept: Any,
 ) -> tuple[jax.Array, jax.Array]:
     # What lies along the features is added once, by the device that has the row's class.
-    here = labels >= 0
-    target = rows.target._replace(along_feature=jnp.where(here, rows.target.along_feature, 0))
-    rows = rows._replace(target=target)
+    along = jnp.where(rows.labels >= 0, gradient.target.along_feature, 0)
+    gradient = gradient._replace(target=gradient.target._replace(along_feature=along))
     start = jax.lax.axis_index(layout.class_axis) * kernel.shape[1]
     columns = _real_columns(layout, setting, kernel, start)
-    dfeatures, dkernel = gradients(pieces, features, columns, labels, rows, kept)
+    dfeatures, dkernel = gradients(pieces, rows, columns, gradient, kept)
     if layout.splits_rows:
         dfeatures = jax.lax.psum_scatter(dfeatures, layout.class_axis, tiled=True)
     else:
         dfeatures = jax.lax.psum(dfeatures, layout.class_axis)
-    return dfeatures.astype(features.dtype), _over_data(layout, dkernel)
+    return dfeatures.astype(kernel.dtype), _over_data(layout, dkernel)
 
 
 def _real_columns(layout: Layout, setting: Setting, kernel: jax.Array, start: jax.Array) -> Columns:
     width = kernel.shape[1]
+    columns = columns_of(setting.head, kernel)
     if width * layout.shards == setting.classes:
-        return Columns(kernel)
+        return columns
     real = start + jnp.arange(width, dtype=jnp.int32) < setting.classes
     dtype = _checks.at_least_f32(kernel.dtype)
-    return Columns(kernel, jnp.where(real, 0, -jnp.inf).astype(dtype))
+    return columns._replace(offset=jnp.where(real, 0, -jnp.inf).astype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
