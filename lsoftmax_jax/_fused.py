@@ -151,7 +151,11 @@ def logit_gradient(
     """From the cotangent of each row's loss, for matrix products in `dtype`."""
     smoothing, classes = setting.label_smoothing, setting.classes
     below = cotangent * jax.nn.sigmoid(others.z - t.logit)
-    g = cotangent * (smoothing * (1 - 1 / classes)) - below
+    g = -below
+    if smoothing:
+        # Not smoothing - below, two numbers near 1 whose difference may be as small as 1 / classes.
+        towards = jax.nn.sigmoid(t.logit - others.z) - 1 / classes
+        g = cotangent * (smoothing * towards) + (1 - smoothing) * g
     uniform = cotangent * (smoothing / classes) if smoothing else None
     # Over the mass, not by exp(-z): z is a logarithm, whose rounding all classes would share.
     softmax = below * others.inverse_mass
