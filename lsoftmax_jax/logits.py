@@ -22,8 +22,8 @@ from lsoftmax_jax.margins import Margin, check_margin, value_and_slope
 _FEW_CLASSES = 256
 # Of batch x classes: up to here an accelerator compares them all in less than a launch takes.
 _FEW_CELLS = 2**23
-# Squares are taken of 2^14 times the numbers; a power of two is exact. In float32 a norm of 1e15 then
-# has a normal square, and so has each of 512 entries of a norm of 1e-20 that counts.
+# Squares are taken of 2^14 times the numbers; a power of two is exact. In float32 a norm of 1e15
+# then has a normal square, and so has each of 512 entries of a norm of 1e-20 that counts.
 _SCALE = 2.0**14
 
 
