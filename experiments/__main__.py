@@ -24,10 +24,10 @@ from experiments.paper.cells import Named, run_name
 from experiments.report.figures import figures
 from experiments.report.report import report
 from experiments.report.scoreboard import scoreboard
-from experiments.run import train
-from experiments.run.queue import INTERRUPTED, reproduce
+from experiments.run import loop, train
+from experiments.run.queue import reproduce
 from experiments.run.tune import tune
-from experiments.store.processes import Meeting, joined
+from experiments.store.processes import ALONE, Meeting, joined
 
 # A mistake of the user is one message; this shows where it was raised.
 TRACEBACK = "EXPERIMENTS_TRACEBACK"
@@ -39,22 +39,17 @@ def quickstart_(out: Path = quickstart.OUT) -> int:
     Args:
       out: folder of the results and the picture.
     """
-    with train.interruptible() as stop:
-        done = quickstart.run(out, stop)
-        return 0 if done else INTERRUPTED if stop() else 1
+    with loop.interruptible() as stop:
+        return quickstart.run(out, stop)
 
 
 def train_(
     config: Named,
     data: Path | None = None,
-    out: Path = train.RESULTS,
+    out: Path = loop.RUNS,
     devices: int | None = None,
     checkpoint_seconds: float = 60.0,
-    coordinator: str | None = None,
-    processes: int | None = None,
-    process: int | None = None,
-    cluster: bool = False,
-    heartbeat_seconds: int = 100,
+    meeting: Annotated[Meeting, tyro.conf.arg(name="")] = ALONE,
 ) -> int:
     """Trains one configuration, or continues it, and writes its result.
 
@@ -76,14 +71,8 @@ def train_(
       out: folder of the results.
       devices: train on the first so many; all by default.
       checkpoint_seconds: time between two checkpoints.
-      coordinator: HOST:PORT of process 0, with a free port that all can reach.
-      processes: how many train together.
-      process: the number of this one, from 0 on.
-      cluster: ask SLURM, Cloud TPU or Open MPI for coordinator, processes and process.
-      heartbeat_seconds: how long a process may be silent before the others give it up.
     """
-    meeting = Meeting(coordinator, processes, process, cluster, heartbeat_seconds)
-    with joined(meeting), train.interruptible() as stop:
+    with joined(meeting), loop.interruptible() as stop:
         outcome = train.run(
             config,
             folder=data,
@@ -92,10 +81,8 @@ def train_(
             checkpoint_seconds=checkpoint_seconds,
             stop=stop,
         )
-        if outcome is None:
-            return INTERRUPTED
-        if outcome["status"] == "diverged":
-            return 1
+        if outcome is None or outcome["status"] == "diverged":
+            return loop.exit_code(outcome)
         label = "reduced run, " if outcome["reduced"] else ""
         console = Console()
         console.print(measures_table(f"{run_name(config)}, {label}last iterate", outcome))
@@ -109,7 +96,7 @@ def train_(
 def evaluate(
     run: tyro.conf.Positional[str],
     data: Path | None = None,
-    out: Path = train.RESULTS,
+    out: Path = loop.RUNS,
     devices: int | None = None,
 ) -> None:
     """Measures the last checkpoint of a run, finished or not.
@@ -120,7 +107,7 @@ def evaluate(
       out: folder of the results.
       devices: compute on the first so many; all by default.
     """
-    step, measured = train.evaluate_run(out / "runs" / run, data, devices)
+    step, measured = train.evaluate_run(out / run, data, devices)
     Console().print(measures_table(f"{run} at step {step}", measured))
 
 

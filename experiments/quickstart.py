@@ -4,7 +4,6 @@ Both train the same small network, whose feature has two numbers, on 1,297 real 
 scikit-learn, and are tested on 500 others; they differ in the margin alone.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,29 @@ from experiments.paper import measures as measure
 from experiments.paper.cells import CONFIGS
 from experiments.report.features import features_figure
 from experiments.report.style import STYLE, write
-from experiments.run import train
+from experiments.run import loop, train
 
 OUT = Path(__file__).parent.parent / "quickstart"
 RUNS = {"softmax": CONFIGS["digits-softmax"], "L-Softmax, m = 4": CONFIGS["digits-m4"]}
 
 
-def run(out: Path = OUT, stop: Callable[[], bool] = lambda: False) -> bool:
+def run(out: Path = OUT, stop: loop.Stop = lambda: False) -> int:
     """Trains both, or what is left of them; prints the table, draws the picture.
 
     Returns:
-      False if it was stopped or a run diverged.
+      the exit code: 0, or why there is no picture.
     """
     outcomes = {}
     for title, config in RUNS.items():
         outcome = train.run(config, out=out, stop=stop)
         if outcome is None or outcome["status"] != "finished":
-            return False
+            return loop.exit_code(outcome)
         outcomes[title] = outcome["test"]
     picture = draw(outcomes, out / "features.png")
     console = Console()
     console.print(table(outcomes))
     console.print(f"picture: {picture}", soft_wrap=True)
-    return True
+    return 0
 
 
 def table(outcomes: dict[str, dict[str, Any]]) -> Table:

@@ -7,13 +7,12 @@ run the class-parallel loss, features split over all of them as a backbone would
 """
 
 import functools
+import itertools
 import math
 import os
 import resource
-import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,14 +25,16 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 import lsoftmax_jax as lsm
 from experiments.benchmarks import hlo
 from experiments.benchmarks.hlo import Collective
-from experiments.store.results import provenance, save
+from experiments.run import loop
+from experiments.run.session import Clock, Shared, Task, result_file
+from experiments.store.claims import command_line
+from experiments.store.logs import Log
+from lsoftmax_jax.training import State
 
-OUT = Path(__file__).parents[1] / "results" / "bench"
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 AXES = ("data", "model")
 ROWS, COLUMNS = P(AXES), P(None, "model")
@@ -140,7 +141,7 @@ def forecast(job: Job) -> Forecast:
         gradient = size * shard
         temporary = gradient + blocks + size * gathered
         if job.data > 1:
-            # Summed over the devices it has a place of its own.
+            # Summed over the devices it has memory of its own.
             temporary = max(temporary, 2 * gradient)
         update = 4 * size + 2 * 4
     # The logits are written and read in float32, their gradient is written and read twice.
@@ -179,13 +180,13 @@ class Programs(NamedTuple):
 
     create: key -> (kernel, momentum).  batch: number -> (features, labels).
     step: (features, kernel, momentum, labels) -> (loss, dfeatures, kernel, momentum).
-    hits: (features, kernel, labels) -> share of rows whose plain logit is the largest.
+    accuracy: (features, kernel, labels) -> share of rows whose plain logit is the largest.
     """
 
     create: Any
     batch: Any
     step: Any
-    hits: Any
+    accuracy: Any
 
 
 def programs(job: Job, mesh: Mesh) -> Programs:
@@ -201,7 +202,7 @@ def programs(job: Job, mesh: Mesh) -> Programs:
             out_shardings=(whole, rows, columns, columns),
             donate_argnums=(1, 2),
         ),
-        hits=jax.jit(functools.partial(hits, job, mesh if sharded else None)),
+        accuracy=jax.jit(functools.partial(accuracy, job, mesh if sharded else None)),
     )
 
 
@@ -283,7 +284,7 @@ def class_parallel_step(job: Job, mesh: Mesh) -> Callable[..., Any]:
     return step
 
 
-def hits(
+def accuracy(
     job: Job, mesh: Mesh | None, features: jax.Array, kernel: jax.Array, labels: jax.Array
 ) -> jax.Array:
     """The margin-free accuracy, in blocks of classes and without gradients."""
@@ -331,7 +332,8 @@ def scale(
     tflops: float = 790.0,
     bandwidth: float = 4300.0,
     link: float = 450.0,
-    out: Path = OUT,
+    out: Path = loop.RUNS,
+    checkpoint_seconds: float = math.inf,
 ) -> int:
     """Trains a head of very many classes on synthetic identities, or says what it would take.
 
@@ -353,7 +355,8 @@ def scale(
       tflops: for the plan, 1e12 operations a second of a device; an H200 by default.
       bandwidth: for the plan, 1e9 bytes a second of its memory.
       link: for the plan, 1e9 bytes a second to the other devices.
-      out: folder of the result.
+      out: folder of the result, and of the run that a stop leaves there; it continues.
+      checkpoint_seconds: time between two checkpoints; by default only a stop writes one.
     """
     if data < 1 or steps < 1:
         raise ValueError(f"data and steps must be >= 1, got {data} and {steps}")
@@ -381,49 +384,103 @@ def scale(
             compiled = compile_step(job, programs(job, make_mesh(job)).step)
         console().print(plan_table(job, rates, compiled))
         return 0
-    return train(job, steps, out)
+    return train(job, steps, out, checkpoint_seconds)
 
 
-def train(job: Job, steps: int, out: Path) -> int:
-    begun, run = datetime.now(UTC), programs(job, make_mesh(job))
-    step = compile_step(job, run.step)
-    kernel, momentum = jax.block_until_ready(run.create(jax.random.key(0)))
-    fresh = run.batch(steps)
-    before = float(run.hits(fresh[0], kernel, fresh[1]))
-    seconds, losses = [], []
-    try:
-        with tqdm(total=steps, desc="scale", unit=" steps") as progress:
-            for number in range(steps):
-                started = time.perf_counter()
-                features, labels = run.batch(number)
-                loss, _, kernel, momentum = step(features, kernel, momentum, labels)
-                losses.append(float(loss))
-                seconds.append(time.perf_counter() - started)
-                progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-                progress.update()
-    except KeyboardInterrupt:
-        # The step that was cut short has taken kernel and momentum with it.
-        print(f"\nstopped after {len(losses)} of {steps} steps", file=sys.stderr)
-        return 130
-    after = float(run.hits(fresh[0], kernel, fresh[1]))
-    result = {
-        "kind": "scale",
-        "date": begun.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
-        **provenance(job.devices),
-        "load": os.getloadavg()[0],
-        "config": job._asdict() | {"steps": steps},
-        "seconds_per_step": statistics.median(seconds),
-        "losses": losses,
-        "accuracy": {"before": before, "after": after},
-        "peak_bytes": peak_bytes(job.devices),
-        **measured(job, step),
-    }
-    name = f"scale-{jax.default_backend()}-{job.classes}-{begun:%Y%m%d-%H%M}.json"
-    save(out / name, result)
-    console().print(result_table(job, result))
-    print(f"{out / name} written")
-    return 0
+def train(job: Job, steps: int, out: Path, checkpoint_seconds: float) -> int:
+    mesh, clock = make_mesh(job), Clock()
+    run = programs(job, mesh)
+    rows, columns, whole = (NamedSharding(mesh, spec) for spec in (ROWS, COLUMNS, P()))
+    with clock.spent("compilation"):
+        step = compile_step(job, run.step)
+
+    def state_of(step: Any, kernel: Any, momentum: Any) -> State:
+        return State(step, {"head": {"kernel": kernel}}, {}, momentum)
+
+    def create() -> State:
+        return state_of(jnp.zeros((), jnp.int32, device=whole), *run.create(jax.random.key(0)))
+
+    def compile(states: Any, feeds: Any, length: int) -> Any:
+        def updates(states: Any, feeds: Any) -> Any:
+            (state,), ((features, labels),) = states, feeds
+            kernel = state.params["head"]["kernel"]
+            loss, _, kernel, momentum = step(features, kernel, state.opt_state, labels)
+            return [state_of(state.step + 1, kernel, momentum)], [{"loss": loss.reshape(1)}]
+
+        return updates
+
+    def test(state: State) -> dict[str, float]:
+        features, labels = run.batch(steps)  # that no update sees
+        return {"accuracy": float(run.accuracy(features, state.params["head"]["kernel"], labels))}
+
+    def measure(state: State, log: Log) -> dict[str, Any]:
+        lines = [line for line in log.lines if line["kind"] == "train"]
+        spent = [0.0, *(line["seconds"]["training"] for line in lines)]
+        before, after = (line["accuracy"] for line in log.lines if line["kind"] == "test")
+        return {
+            "load": os.getloadavg()[0],
+            "seconds_per_step": statistics.median(b - a for a, b in itertools.pairwise(spent)),
+            "losses": [line["loss"] for line in lines],
+            "accuracy": {"before": before, "after": after},
+            "peak_bytes": peak_bytes(job.devices),
+            **measured(job, step),
+        }
+
+    kernel, momentum = (
+        jax.ShapeDtypeStruct(job.kernel_shape, dtype, sharding=columns)
+        for dtype in (DTYPES[job.dtype], jnp.float32)
+    )
+    settings = job._asdict() | {"steps": steps}
+    name = run_name(job, steps)
+    task = Task(
+        name=name,
+        folder=out / name,
+        settings=settings,
+        facts={
+            "kind": "scale",
+            "name": name,
+            "seed": 0,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command_line(),
+            "config": settings,
+        },
+        source=Identities(run.batch),
+        like=state_of(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), kernel, momentum),
+        create=create,
+        test=test,
+        measure=measure,
+    )
+    shared = Shared(steps, job.batch, mesh, clock, compile, lambda seen: seen)
+    # The state may be as large as the machine's memory: it is written when asked for.
+    pace = loop.Pace(1, 1, checkpoint_seconds, starts_tested=True, keeps_last=False)
+    with loop.interruptible() as stop:
+        done = loop.finished(task.folder, name)
+        trained = [done] if done else loop.train([task], shared, pace, stop)
+    outcome = trained[0] if trained else None
+    if outcome and outcome["status"] == "finished":
+        console().print(result_table(job, outcome))
+        print(f"{result_file(task.folder)} written")
+    return loop.exit_code(outcome)
+
+
+class Identities(NamedTuple):
+    """The source of batches: step number -> (features, labels), made on the devices."""
+
+    feed: Callable[[int], Any]
+
+    def position(self) -> None:
+        """The step says where it stands."""
+
+    def restore(self, position: None) -> None: ...
+
+
+def run_name(job: Job, steps: int) -> str:
+    """Names the run's files: backend, classes, and what is not the default."""
+    usual = Job(job.classes, dim=512, batch=4096)
+    short = job._asdict() | {"steps": steps}
+    plain = usual._asdict() | {"steps": 10}
+    changed = [f"{name}{value}" for name, value in short.items() if value != plain[name]]
+    return "-".join(["scale", jax.default_backend(), str(job.classes), *changed])
 
 
 def measured(job: Job, step: Compiled) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from experiments.faces.images import FaceImages, list_faces, ordered_batches
 from experiments.faces.train import TrainedRun, load_run
 from experiments.store.files import replacing
+from experiments.store.progress import Progress
 from lsoftmax_jax.devices import DATA_AXIS, data_mesh
 
 # what NumPy raises for a file that is no .npz, a broken one, or one without these arrays
@@ -46,11 +46,11 @@ def embed_faces(images: FaceImages, features: Features, batch_size: int) -> Embe
     """
     names: list[str] = []
     rows: list[Floats] = []
-    with tqdm(total=len(images), desc="embed", unit=" images") as progress:
+    with Progress("embed", len(images), "images") as progress:
         for batch in ordered_batches(images, batch_size):
             names += [images.faces.names[index] for index in batch["index"]]
             rows.append(features(batch["image"]))
-            progress.update(len(batch["index"]))
+            progress.advance(len(batch["index"]))
     return Embeddings(np.array(names), np.concatenate(rows))
 
 

@@ -1,253 +1,102 @@
-"""Trains a face network on any folder of `person/image.jpg`: streamed, logged, resumable.
+"""Trains a face network on any folder of `person/image.jpg`, streamed from the disk.
 
-A run's folder holds `run.json` (what decides its numbers), `metrics.jsonl`, the latest checkpoint
-and, beside it in `place/`, where the stream of images and the learning rate stood. A stopped run
-continues in the middle of an epoch and, on the same devices, ends in the same numbers.
+Beside what every run keeps in its folder, the place of the stream of images: a stopped run
+continues in the middle of an epoch.
 """
 
 import hashlib
-import json
-import math
-import shlex
-import sys
-import time
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
-from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 from experiments.faces.images import FaceImages, Faces, list_faces, training_batches
 from experiments.faces.protocol import people_of_fold, read_pairs
-from experiments.paper.networks import NETWORKS, ConvNet
-from experiments.run.train import interruptible
-from experiments.store.checkpoints import Checkpoints
-from experiments.store.files import replacing
-from experiments.store.logs import Log, Seconds
-from experiments.store.results import load, provenance, save
-from lsoftmax_jax import annealed_lambda, devices, training
-from lsoftmax_jax.schedule import LambdaPreset
+from experiments.faces.recipe import FaceRecipe, Plateau
+from experiments.paper import networks as models
+from experiments.run import loop
+from experiments.run.program import check_batch, network_state, per_update
+from experiments.run.session import Clock, Shared, Task, Values
+from experiments.store import processes
+from experiments.store.checkpoints import Checkpoints, replicated
+from experiments.store.claims import claim, claimed
+from experiments.store.processes import Meeting
+from lsoftmax_jax import training
+from lsoftmax_jax.devices import DATA_AXIS, compile_step, data_mesh
 
-LOG_UPDATES = 20
-# A smaller λ changes the loss too little to hide where it stays.
-NO_LAM = 0.01
-ADVICE = "try a higher --lam.minimum, a slower --lam.gamma or a lower --learning-rate"
-
-
-@dataclass(frozen=True)
-class FaceRecipe:
-    """All that decides a run's numbers besides the images."""
-
-    network: Literal["lfw", "sphere20"] = "lfw"
-    """The paper's network of Table 1, or one after the authors' SphereFace-20."""
-    size: tuple[int, int] = (112, 96)
-    """Height and width of the images: 112 96, 112 112, or smaller for a trial."""
-    width: float = 1.0
-    """Multiplies every layer's filters and features."""
-    dtype: Literal["f32", "bf16"] = "f32"
-    """Of the activations; parameters, batch statistics and head are always float32."""
-    margin: int = 4
-    """m of the L-Softmax; 1 is the ordinary softmax."""
-    lam: LambdaPreset = LambdaPreset(base=1000.0, gamma=0.12, power=1.0, minimum=5.0)
-    """λ at update t is max(minimum, base (1 + gamma t)^-power)."""
-    steps: int = 28_000
-    """Updates."""
-    batch: int = 256
-    """Images an update sees, on all devices together."""
-    learning_rate: float = 0.1
-    schedule: Literal["steps", "plateau"] = "steps"
-    """Divide the learning rate by ten after the updates in drops, or when the loss stays."""
-    drops: tuple[int, ...] = (16_000, 24_000)
-    """Updates after which schedule steps divides the learning rate."""
-    patience: int = 2_000
-    """Updates without a lower loss after which schedule plateau does, once λ is low."""
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    """On kernels, the head's included; never on biases, batch normalisation or PReLU slopes."""
-    minimum_images: int = 1
-    """Leave out people with fewer images."""
-    left_out_fold: int | None = None
-    """Leave out everybody in this fold of the pairs (0 is the first), to be tested on it."""
-    seed: int = 0
-    """Draws weights, shuffles and mirrors."""
-
-    def __post_init__(self) -> None:
-        for name in ("margin", "steps", "batch", "patience", "minimum_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if min(self.size) < 32:
-            raise ValueError(f"size must be at least 32 x 32, got {self.size}")
-
-    def model(self, classes: int) -> ConvNet:
-        """The network with fresh weights and a head for so many people."""
-        row = replace(NETWORKS[self.network], image=(*self.size, 3)).scaled(self.width)
-        dtype = jnp.bfloat16 if self.dtype == "bf16" else jnp.float32
-        return ConvNet(row, classes, margin=self.margin, dtype=dtype, rngs=nnx.Rngs(self.seed))
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """SGD with momentum whose learning rate is part of its state, for the loop to set."""
-
-        def is_kernel(params: Any) -> Any:
-            return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
-
-        def sgd(learning_rate: float) -> optax.GradientTransformation:
-            decay = optax.add_decayed_weights(self.weight_decay, is_kernel)
-            return optax.chain(decay, optax.sgd(learning_rate, momentum=self.momentum))
-
-        return optax.inject_hyperparams(sgd)(learning_rate=self.learning_rate)
+# On an accelerator a dispatch is so many updates; on a CPU one.
+DISPATCH = 20
+# The plateau goes by means over so many updates, and by no λ that still changes the loss.
+PLATEAU_UPDATES, NO_LAM = 20, 0.01
 
 
-class Plateau(NamedTuple):
-    """The lowest loss so far, the update that reached it or made the last drop, and the drops."""
-
-    loss: float = math.inf
-    step: int = 0
-    drops: int = 0
-
-    def after(self, step: int, loss: float, patience: int) -> "Plateau":
-        """With a loss seen at a step; one counts as lower by one percent."""
-        if loss < 0.99 * self.loss:
-            return self._replace(loss=loss, step=step)
-        if step - self.step >= patience:
-            return self._replace(step=step, drops=self.drops + 1)
-        return self
-
-
-class FaceRun:
-    """A run in its folder, begun or continued: the network, its place in the images, the log.
+class FaceBatches:
+    """The stream of batches of this process on the devices of a mesh, and the plateau of the loss.
 
     Args:
       recipe: decides the numbers.
-      faces: what to train on.
-      out: the run's folder.
-
-    Raises:
-      ValueError: if out holds another run, or the batch does not divide over the devices.
+      images: to train on.
+      mesh: has a "data" axis.
     """
 
-    def __init__(self, recipe: FaceRecipe, faces: Faces, out: Path) -> None:
-        mesh = devices.data_mesh()
-        if recipe.batch % mesh.size:
-            raise ValueError(f"batch must divide over {mesh.size} devices, got {recipe.batch}")
-        _claim(out / "run.json", recipe, faces)
-        self.recipe, self.out = recipe, out
-        self.images = FaceImages(faces, recipe.size)
-        optimizer = recipe.optimizer()
-        graphdef, state = training.create(recipe.model(len(faces.people)), optimizer)
-        # Through the host: placed and typed as every later state, the first one compiles no extra.
-        self.state = jax.device_put(jax.tree.map(np.asarray, state), NamedSharding(mesh, P()))
-        step = training.train_step(graphdef, optimizer, annealed_lambda(*recipe.lam))
-        self._compiled = devices.compile_step(step, mesh)
-        self._rows = NamedSharding(mesh, P(devices.DATA_AXIS))
+    def __init__(self, recipe: FaceRecipe, images: FaceImages, mesh: Mesh) -> None:
+        self._recipe, self.plateau, self._losses = recipe, Plateau(), list[float]()
+        self._rows = NamedSharding(mesh, P(DATA_AXIS))
         self._stream = iter(
             training_batches(
-                self.images,
+                images,
                 recipe.batch // jax.process_count(),
                 seed=recipe.seed,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )
         )
-        self.plateau, self._sums = Plateau(), _no_sums()
-        self._checkpoints = Checkpoints(out / "checkpoints")
-        if (restored := self._checkpoints.latest(self.state, mesh)) is not None:
-            self.state = restored
-            self._restore_place(int(restored.step))
-        self.step = int(self.state.step)
-        first = jax.process_index() == 0
-        self._log = Log(out if first else out / f"process-{jax.process_index()}", self.step)
-        self._before = self._log.seconds
-        self._started = self._line_started = time.perf_counter()
 
-    def __enter__(self) -> "FaceRun":
+    def feed(self, step: int) -> "FaceBatches":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._checkpoints.close()
-        self._log.close()
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the next update."""
-        passed = sum(self.step >= drop for drop in self.recipe.drops)
-        drops = passed if self.recipe.schedule == "steps" else self.plateau.drops
-        return self.recipe.learning_rate * 0.1**drops
-
-    def update(self) -> dict[str, float] | None:
-        """One update; what the last LOG_UPDATES saw, on average, if a line of the log is due."""
-        batch, rate = next(self._stream), self.learning_rate
+    def __next__(self) -> tuple[jax.Array, jax.Array]:
+        """Images and labels of the next update, of all processes together."""
+        batch = next(self._stream)
         images, labels = (
             jax.make_array_from_process_local_data(self._rows, batch[key])
             for key in ("image", "label")
         )
-        self.state, metrics = self._compiled(_at_rate(self.state, rate), images, labels)
-        self._sums = jax.tree.map(jnp.add, self._sums, metrics.sums)
-        self.step += 1
-        if self.step % LOG_UPDATES and self.step != self.recipe.steps:
-            return None
-        seen = self._means() | {
-            "kernel_norm": float(metrics.kernel_norm),
-            "grad_norm": float(metrics.grad_norm),
-            "lam": float(metrics.lam),
-            "learning_rate": rate,
-        }
-        self._log.write("train", self.step, self._seconds(), **seen)
-        if not math.isfinite(seen["loss"]):
-            raise ValueError(f"training diverged by update {self.step}; {ADVICE}")
-        lowest = math.isclose(seen["lam"], self.recipe.lam.minimum, rel_tol=1e-6)
-        if lowest or seen["lam"] < NO_LAM:
-            self.plateau = self.plateau.after(self.step, seen["loss"], self.recipe.patience)
-        self._sums = _no_sums()
-        return seen
+        return images, labels
 
-    def save(self) -> None:
-        """A checkpoint of this update; its place first, so that none is without one."""
-        place = {
-            "stream": self._stream.get_state(),
-            "sums": [float(value) for value in self._sums],
-            "plateau": self.plateau,
-        }
-        with replacing(self._place(self.step)) as file:
-            file.write(json.dumps(place).encode())
-        self._checkpoints.save(self.state)
-        for old in self._place(self.step).parent.glob(f"*.{jax.process_index()}.json"):
-            if old != self._place(self.step):
-                old.unlink()
+    def position(self) -> dict[str, Any]:
+        stream = self._stream.get_state()
+        return {"stream": stream, "plateau": self.plateau, "losses": self._losses}
 
-    def _means(self) -> dict[str, float]:
-        """Of the updates since the last line, and how fast they were."""
-        sums = {name: float(value) for name, value in self._sums._asdict().items()}
-        images = sums.pop("examples")
-        means = {name: value / images for name, value in sums.items()}
-        means["accuracy"] = means.pop("correct")
-        now = time.perf_counter()
-        means["images_per_second"] = images / (now - self._line_started)
-        self._line_started = now
-        return means
+    def restore(self, position: dict[str, Any]) -> None:
+        self._stream.set_state(position["stream"])
+        self.plateau, self._losses = Plateau(*position["plateau"]), position["losses"]
 
-    def _seconds(self) -> Seconds:
-        spent = time.perf_counter() - self._started
-        return replace(self._before, wall=self._before.wall + spent)
+    def watch(self, step: int, values: Values) -> None:
+        """Lowers the plateau's rate once the loss stays; ``step`` is the one after the values."""
+        if self._recipe.schedule == "steps":
+            return
+        first = step - len(values["loss"])
+        for number, (loss, lam) in enumerate(zip(values["loss"], values["lam"], strict=True), 1):
+            self._losses.append(float(loss))
+            if (first + number) % PLATEAU_UPDATES == 0:
+                mean, self._losses = float(np.mean(self._losses)), []
+                if lam <= max(NO_LAM, self._recipe.lam.minimum * (1 + 1e-6)):
+                    self.plateau = self.plateau.after(first + number, mean, self._recipe.patience)
 
-    def _restore_place(self, step: int) -> None:
-        file = self._place(step)
-        if not file.exists():
-            raise ValueError(f"{file} is missing: continue on as many processes as before")
-        place = json.loads(file.read_text())
-        self._stream.set_state(place["stream"])
-        self._sums = training.Sums(*map(jnp.float32, place["sums"]))
-        self.plateau = Plateau(*place["plateau"])
-
-    def _place(self, step: int) -> Path:
-        return self.out / "place" / f"{step}.{jax.process_index()}.json"
+    def at_rate(self, state: training.State) -> training.State:
+        """The state with the plateau's factor of the learning rate."""
+        if self._recipe.schedule == "steps":
+            return state
+        *parts, scale = state.opt_state
+        old = scale.hyperparams["step_size"]
+        factor = jax.device_put(np.asarray(0.1**self.plateau.drops, old.dtype), old.sharding)
+        scale = scale._replace(hyperparams=scale.hyperparams | {"step_size": factor})
+        return state._replace(opt_state=(*parts, scale))
 
 
 def train_faces(
@@ -255,40 +104,108 @@ def train_faces(
     out: Path,
     recipe: Annotated[FaceRecipe, tyro.conf.arg(name="")],
     pairs: Path | None = None,
-    checkpoint_updates: int = 200,
+    init_from: Path | None = None,
+    devices: int | None = None,
+    checkpoint_seconds: float = 60.0,
+    meeting: Annotated[Meeting, tyro.conf.arg(name="")] = processes.ALONE,
 ) -> int:
     """Trains a face network on a folder of person/image.jpg, or continues to.
 
+    On many hosts the same command runs in every process, as `train --help` has it; it continues on
+    as many processes as it began on.
+
     Args:
       faces: the folder.
-      out: folder of the run; where it holds this run already, training continues.
+      out: folder of the run; where it holds this run already, training continues. The result goes
+        beside it, as OUT.json.
       recipe: decides the run's numbers.
       pairs: file of pairs, whose folds --left-out-fold counts.
-      checkpoint_updates: updates between two checkpoints.
+      init_from: folder of another run, with softmax say, from whose weights this one starts.
+      devices: train on the first so many; all by default.
+      checkpoint_seconds: time between two checkpoints.
     """
-    listed = training_faces(faces, recipe, pairs)
-    with (
-        FaceRun(recipe, listed, out) as run,
-        interruptible() as stop,
-        tqdm(total=recipe.steps, initial=run.step, unit=" updates") as progress,
-    ):
-        # several processes would not stop at the same update: they end and continue by checkpoint
-        alone = jax.process_count() == 1
-        while run.step < recipe.steps and not (alone and stop()):
-            if seen := run.update():
-                shown = {name: f"{seen[name]:.4g}" for name in ("loss", "accuracy", "lam")}
-                progress.set_postfix(shown | {"images/s": f"{seen['images_per_second']:.0f}"})
-            progress.update()
-            if run.step % checkpoint_updates == 0:
-                run.save()
-        run.save()
-    finished = run.step == recipe.steps
-    print(
-        f"{out}: {run.step} of {recipe.steps} updates on {len(listed.people)} people, "
-        f"{len(run.images.broken)} broken images skipped"
-        + ("" if finished else "; the same command continues")
+    with processes.joined(meeting), loop.interruptible() as stop:
+        listed, mesh = training_faces(faces, recipe, pairs), data_mesh(devices)
+        check_batch(recipe.batch, mesh)
+        images = FaceImages(listed, recipe.size)
+        task, shared = prepare(recipe, images, out, init_from, mesh)
+        claim(out, task.settings, mesh.size, writes=processes.is_first())
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        pace = loop.Pace(1 if on_cpu else DISPATCH, 0, checkpoint_seconds)
+        done = loop.finished(out, str(out))
+        trained = [done] if done else loop.train([task], shared, pace, stop)
+        print(f"{len(listed.people)} people, {len(images.broken)} broken images skipped: {out}")
+        return loop.exit_code(trained[0] if trained else None)
+
+
+def prepare(
+    recipe: FaceRecipe, images: FaceImages, out: Path, init_from: Path | None, mesh: Mesh
+) -> tuple[Task, Shared]:
+    """A run on faces and its functions."""
+    faces, clock = images.faces, Clock()
+    people = len(faces.people)
+    with clock.spent("setup"):
+        graphdef, create = network_state(recipe, recipe.built_network, people)
+        like = replicated(jax.eval_shape(create, recipe.seed), mesh)
+        step = training.train_step(graphdef, recipe.optimizer, recipe.lam_policy)
+        update = compile_step(step, mesh)
+        source = FaceBatches(recipe, images, mesh)
+        seen = fingerprint(faces)
+
+    def first_state() -> training.State:
+        fresh = jax.jit(create, out_shardings=NamedSharding(mesh, P()))(recipe.seed)
+        return fresh if init_from is None else warm_start(fresh, init_from, mesh)
+
+    def compile(states: Any, feeds: Any, length: int) -> Any:
+        def updates(states: Any, feeds: Any) -> Any:
+            (batches,) = feeds
+            state, metrics = batches.at_rate(states[0]), []
+            for _ in range(length):
+                state, of_one = update(state, *next(batches))
+                metrics.append(of_one)
+            return [state], [metrics]
+
+        return updates
+
+    def values(metrics: list[training.StepMetrics]) -> Values:
+        return per_update(jax.tree.map(lambda *entries: np.stack(entries), *metrics))
+
+    facts = {
+        "kind": "faces",
+        "name": out.name,
+        "seed": recipe.seed,
+        "config": recipe.to_json(),
+        "ran": recipe.ran,
+        "data": {"name": faces.root.name, "fingerprint": seen, "people": people},
+        "parameters": models.parameter_count(recipe.built_network, people),
+        "init_from": init_from and init_from.name,
+    }
+    task = Task(
+        name=out.name,
+        folder=out,
+        settings={
+            "recipe": recipe.to_json(),
+            "images": seen,
+            "people": list(faces.people),
+            "init_from": init_from and init_from.name,
+        },
+        facts=facts,
+        source=source,
+        like=like,
+        create=first_state,
+        test=lambda state: {},
+        measure=lambda state, log: {"broken_images": len(images.broken)},
+        watch=source.watch,
     )
-    return 0 if finished else 130
+    return task, Shared(recipe.steps, recipe.batch, mesh, clock, compile, values)
+
+
+def fingerprint(faces: Faces) -> str:
+    """Of the images' names and sizes."""
+    digest = hashlib.sha256()
+    for name in faces.names:
+        digest.update(f"{name} {(faces.root / name).stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def training_faces(folder: Path, recipe: FaceRecipe, pairs: Path | None) -> Faces:
@@ -301,6 +218,21 @@ def training_faces(folder: Path, recipe: FaceRecipe, pairs: Path | None) -> Face
     return list_faces(folder, minimum_images=recipe.minimum_images, without=left_out)
 
 
+def warm_start(fresh: training.State, run: Path, mesh: Mesh) -> training.State:
+    """A fresh state with the weights and statistics of another run on faces.
+
+    Its head too, if it has as many people.
+    """
+    _, _, state = _latest(run, mesh)
+    params = state.params
+    if params["head"]["kernel"].shape != fresh.params["head"]["kernel"].shape:
+        params = params | {"head": fresh.params["head"]}
+    shapes = [jax.tree.map(np.shape, tree) for tree in (params, fresh.params)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"init_from: the network of {run} is another than this recipe's")
+    return fresh._replace(params=params, other=state.other)
+
+
 class TrainedRun(NamedTuple):
     """A run's recipe, where and how it was begun, its people, and its network at inference."""
 
@@ -308,61 +240,32 @@ class TrainedRun(NamedTuple):
     begun: dict[str, Any]
     step: int
     people: frozenset[str]
-    model: ConvNet
+    model: models.ConvNet
 
 
-def load_run(out: Path) -> TrainedRun:
+def load_run(run: Path) -> TrainedRun:
     """What a run's folder holds, with the weights of its latest checkpoint.
 
     Raises:
-      ValueError: if the folder holds no run or no checkpoint yet.
+      FileNotFoundError: if the folder holds no run or no checkpoint yet.
     """
-    if not (out / "run.json").exists():
-        raise ValueError(f"{out} is no run of train-faces: it has no run.json")
-    saved = load(out / "run.json")
-    recipe = FaceRecipe(
-        **saved["recipe"]
-        | {name: tuple(saved["recipe"][name]) for name in ("size", "drops")}
-        | {"lam": LambdaPreset(**saved["recipe"]["lam"])}
-    )
-    graphdef, like = training.create(recipe.model(len(saved["people"])), recipe.optimizer())
-    with Checkpoints(out / "checkpoints") as checkpoints:
-        state = checkpoints.latest(like, devices.data_mesh())
-    if state is None:
-        raise ValueError(f"{out} holds no checkpoint yet; train-faces writes them")
+    there, recipe, state = _latest(run, data_mesh())
+    people = there["settings"]["people"]
+    graphdef, _ = network_state(recipe, recipe.built_network, len(people))
     model = training.restore_model(graphdef, state)
-    people = frozenset(saved["people"])
-    return TrainedRun(recipe, saved["begun"], int(state.step), people, model)
+    return TrainedRun(recipe, there["begun"], int(state.step), frozenset(people), model)
 
 
-def command_line() -> str:
-    """The command of this process, as typed."""
-    return shlex.join(["python", "-m", "experiments", *sys.argv[1:]])
-
-
-def _claim(file: Path, recipe: FaceRecipe, faces: Faces) -> None:
-    """Writes what decides the run's numbers, or checks that it is what is there."""
-    images = hashlib.sha256("\n".join(faces.names).encode()).hexdigest()
-    settings = asdict(recipe) | {"lam": recipe.lam._asdict()}
-    wanted = json.loads(json.dumps({"recipe": settings, "images": images, "people": faces.people}))
-    if not file.exists():
-        begun = {"command": command_line(), **provenance(jax.device_count())}
-        return save(file, wanted | {"begun": begun})
-    there = load(file)
-    changed = [
-        f"{name} {there['recipe'][name]} -> {value}"
-        for name, value in wanted["recipe"].items()
-        if there["recipe"][name] != value
-    ]
-    changed += ["other images"] * (there["images"] != wanted["images"])
-    if changed:
-        raise ValueError(f"{file.parent} holds another run ({', '.join(changed)}); choose another")
-
-
-def _at_rate(state: training.State, rate: float) -> training.State:
-    hyperparams = state.opt_state.hyperparams | {"learning_rate": np.float32(rate)}
-    return state._replace(opt_state=state.opt_state._replace(hyperparams=hyperparams))
-
-
-def _no_sums() -> training.Sums:
-    return training.Sums(*[jnp.float32(0)] * len(training.Sums._fields))
+def _latest(run: Path, mesh: Mesh) -> tuple[dict[str, Any], FaceRecipe, training.State]:
+    """The claim, the recipe and the last state of a run on faces."""
+    there = claimed(run)
+    if "recipe" not in there["settings"]:
+        raise ValueError(f"{run} is no run of train-faces")
+    recipe = FaceRecipe.from_json(there["settings"]["recipe"])
+    people = len(there["settings"]["people"])
+    _, create = network_state(recipe, recipe.built_network, people)
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        state = checkpoints.latest(replicated(jax.eval_shape(create, 0), mesh))
+    if state is None:
+        raise FileNotFoundError(f"{run} holds no checkpoint yet; train-faces writes them")
+    return there, recipe, state

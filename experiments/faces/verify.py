@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,8 @@ from experiments.faces.embed import (
 )
 from experiments.faces.images import FaceImages, Faces, list_faces
 from experiments.faces.protocol import Pairs, Verification, people_of_fold, read_pairs, verify
-from experiments.faces.train import command_line, load_run
+from experiments.faces.train import load_run
+from experiments.store.claims import command_line
 from experiments.store.results import provenance, save
 
 PIXELS = (28, 24)
@@ -95,12 +95,12 @@ def rows_of(pairs: Pairs, names: Iterable[str]) -> tuple[NDArray[np.intp], NDArr
     Raises:
       ValueError: naming the images that are missing.
     """
-    place = {name.rpartition(".")[0]: row for row, name in enumerate(names)}
+    row = {name.rpartition(".")[0]: number for number, name in enumerate(names)}
     wanted = dict.fromkeys([*pairs.first.tolist(), *pairs.second.tolist()])
-    if missing := [name for name in wanted if name not in place]:
+    if missing := [name for name in wanted if name not in row]:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise ValueError(f"pairs name images that are missing or broken ({len(missing)}): {some}")
-    first, second = (np.array([place[n] for n in side.tolist()]) for side in pairs[:2])
+    first, second = (np.array([row[n] for n in side.tolist()]) for side in pairs[:2])
     return first, second
 
 
@@ -180,7 +180,7 @@ def _source(
         return Source(seen, frozenset(), {"pixels": list(PIXELS)})
     run = load_run(checkpoint)
     seen = embed_faces(FaceImages(named, run.recipe.size), *run_features(run, batch))
-    return Source(seen, run.people, asdict(run.recipe), run.begun | {"updates": run.step})
+    return Source(seen, run.people, run.recipe.to_json(), run.begun | {"updates": run.step})
 
 
 def _only(pairs: Pairs, faces: Faces) -> Faces:

@@ -43,7 +43,7 @@ from experiments.paper import data
 from experiments.paper import networks as models
 from experiments.report import pictures
 from experiments.report.style import STYLE
-from lsoftmax_jax import training
+from lsoftmax_jax import devices, training
 from lsoftmax_jax.nnx import LSoftmaxDense
 
 mpl.rcParams.update(STYLE | {"figure.dpi": 140})
@@ -113,11 +113,11 @@ losses["pmap"], _ = train(pmapped, copies, parts)
 # This is how `python -m experiments train` runs, on one host or [many](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/docs/guide/many-devices.md).
 
 # %%
-mesh = training.data_mesh()
-over_mesh = training.compile_step(step, mesh, donate=False)
+mesh = devices.data_mesh()
+over_mesh = devices.compile_step(step, mesh, donate=False)
 losses["jit over a mesh"], _ = train(over_mesh, first, batches)
 
-labels = training.place(batches[0][1], mesh, P(training.DATA_AXIS))
+labels = devices.put(batches[0][1], mesh, P(devices.DATA_AXIS))
 print("a batch of labels:")
 jax.debug.visualize_array_sharding(labels, use_color=False)
 
@@ -142,7 +142,7 @@ model.head.kernel[...] = jax.device_put(whole, NamedSharding(mesh, P(None, "mode
 class_graphdef, class_first = training.create(model, optimizer)
 class_step = jax.jit(training.train_step(class_graphdef, optimizer, lam))
 
-placed = [training.place(batch, mesh, P("data")) for batch in batches]
+placed = [devices.put(batch, mesh, P("data")) for batch in batches]
 losses["classes sharded"], class_last = train(class_step, class_first, placed)
 
 print("the head's kernel, (features, classes), after training:")

@@ -34,7 +34,8 @@ from experiments.faces import embed, stand_in
 from experiments.faces.images import FaceImages, list_faces
 from experiments.faces.pairs import pairs
 from experiments.faces.protocol import people_of_fold, read_pairs
-from experiments.faces.train import FaceRecipe, load_run, train_faces
+from experiments.faces.recipe import FaceRecipe
+from experiments.faces.train import load_run, train_faces
 from experiments.faces.verify import verify_faces
 from experiments.report import pictures
 from experiments.report.roc import roc_figure

@@ -39,7 +39,7 @@ from experiments.paper.cells import CONFIGS, changes_of, command_of, run_name
 from experiments.report import figures, tables
 from experiments.report.outcomes import load_outcomes
 from experiments.report.style import STYLE
-from experiments.run import train
+from experiments.run import loop, train
 from experiments.store import results as result
 
 mpl.rcParams.update(STYLE | {"figure.dpi": 140})
@@ -82,9 +82,9 @@ print(command_of(config))
 
 # %%
 dispatches = itertools.count()
-with train.interruptible() as pressed:
+with loop.interruptible() as pressed:
     stopped = train.run(config, out=OUT, stop=lambda: pressed() or next(dispatches) == 20)
-print("checkpoint at update", max(train.checkpointed_steps(config, OUT)))
+print("checkpoint at update", max(loop.checkpointed_steps(OUT / run_name(config))))
 
 # %% [markdown]
 # ## Continued
@@ -93,7 +93,7 @@ print("checkpoint at update", max(train.checkpointed_steps(config, OUT)))
 # same devices, as one that was never stopped.
 
 # %%
-with train.interruptible() as pressed:
+with loop.interruptible() as pressed:
     outcome = train.run(config, out=OUT, stop=pressed)
 
 # %% [markdown]

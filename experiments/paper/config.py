@@ -14,7 +14,7 @@ from tyro.conf import Suppress
 
 from experiments.paper.data import CLASSES
 from experiments.paper.networks import NETWORKS, Network
-from lsoftmax_jax import annealed_lambda
+from lsoftmax_jax import SelfPaced, annealed_lambda, margin_schedule, self_paced
 from lsoftmax_jax.schedule import LambdaPreset
 from lsoftmax_jax.training import Schedule
 
@@ -86,13 +86,15 @@ class Recipe:
         return self.lam._replace(gamma=self.lam.gamma / self.stretch)
 
     @property
-    def lam_policy(self) -> Schedule:
+    def lam_policy(self) -> Schedule | SelfPaced:
         """What `training.train_step` takes as λ."""
         match self.pace:
             case "annealed":
                 return annealed_lambda(*self.stretched_lam)
-            case _:  # the one place that waits for lsm.margin_schedule and lsm.self_paced
-                raise ValueError(f"pace {self.pace} is not in this version of lsoftmax_jax yet")
+            case "self-paced":
+                return self_paced()
+            case "schedule":
+                return margin_schedule(self.steps)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:

@@ -204,7 +204,7 @@ class OnDevice(NamedTuple):
     Attributes:
       key: draws the augmentation.
       order: the rows of consecutive epochs, end to end, from `epoch_orders`.
-      first: the place in the endless stream of rows where ``order`` begins.
+      first: the position in the endless stream of rows where ``order`` begins.
       images, labels: the whole training split.
       mean: subtracted from the images; a scalar or (height, width, channels).
     """
@@ -223,7 +223,7 @@ def epoch_orders(key: jax.Array, epoch: jax.Array, epochs: int, count: int) -> j
     return jax.vmap(jax.random.permutation, (0, None))(keys, count).reshape(-1)
 
 
-class Feed:
+class ArrayBatches:
     """Puts a training split on the devices of a mesh and keeps the order of the current epochs.
 
     Args:
@@ -244,7 +244,7 @@ class Feed:
         self._orders = jax.jit(epoch_orders, static_argnums=(2, 3))
         self._epoch, self._order = -1, jnp.zeros(0, jnp.int32)
 
-    def __call__(self, step: int) -> OnDevice:
+    def feed(self, step: int) -> OnDevice:
         """What the batches of ``step`` and those after it are made from."""
         epoch = step * self._size // self._count
         if epoch != self._epoch:
@@ -252,6 +252,11 @@ class Feed:
             self._order = self._orders(self._order_key, epoch, self._epochs, self._count)
         first = jnp.int32(epoch * self._count)
         return OnDevice(self._key, self._order, first, *self._shared)
+
+    def position(self) -> None:
+        """The step says where it stands."""
+
+    def restore(self, position: None) -> None: ...
 
 
 def batch(

@@ -22,6 +22,7 @@ import lsoftmax_jax as lsm
 from experiments.paper.cells import CONFIGS
 from experiments.report.features import common_reach, draw_features
 from experiments.report.outcomes import (
+    RESULTS,
     Group,
     Outcome,
     grouped,
@@ -32,7 +33,6 @@ from experiments.report.outcomes import (
 )
 from experiments.report.roc import face_title, roc_figure
 from experiments.report.style import COLORS, MARGINS, STYLE, mark_reduced, write
-from experiments.run import train
 
 # Of W1 and W2 in Fig. 4.
 LENGTHS = {
@@ -61,7 +61,7 @@ class Drawing(NamedTuple):
     across: str = ""
 
 
-def figures(out: Path = train.RESULTS, reduced: bool = False) -> int:
+def figures(out: Path = RESULTS, reduced: bool = False) -> int:
     """Draws every figure whose runs are there into the folder figures of --out, and the ROC.
 
     Args:

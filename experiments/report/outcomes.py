@@ -12,6 +12,7 @@ from experiments.store import results as result
 
 Outcome = dict[str, Any]
 
+RESULTS = Path(__file__).parents[1] / "results"
 # What every loss may be given of its own, so that runs which differ in these alone stand together.
 OF_THE_LOSS = ("pace", "lam", "learning_rate")
 NEEDED = {

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from experiments.report.outcomes import load_outcomes
+from experiments.report.outcomes import RESULTS, load_outcomes
 from experiments.report.tables import tables
-from experiments.run import train
 from experiments.store.files import replacing
 
 README = Path(__file__).parents[1] / "README.md"
@@ -12,7 +11,7 @@ BEGIN = "<!-- report: written by python -m experiments report -->"
 END = "<!-- report: end -->"
 
 
-def report(out: Path = train.RESULTS, readme: Path = README, check: bool = False) -> int:
+def report(out: Path = RESULTS, readme: Path = README, check: bool = False) -> int:
     """Writes the tables of results into a README, between its two markers.
 
     Args:

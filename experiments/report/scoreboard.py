@@ -7,9 +7,16 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.paper.cells import CELLS
-from experiments.report.outcomes import Group, counted, errors, grouped, load_outcomes, words
+from experiments.report.outcomes import (
+    RESULTS,
+    Group,
+    counted,
+    errors,
+    grouped,
+    load_outcomes,
+    words,
+)
 from experiments.report.tables import LFW
-from experiments.run import train
 
 LEGEND = """\
 confirmed: the paper's number stands in a public source, the authors' code and README, issue
@@ -19,7 +26,7 @@ longest reduced run, which is not comparable with the paper. LFW's numbers are a
 Every command goes after python -m experiments; CONFIGURATION --help of train shows its fields."""
 
 
-def scoreboard(out: Path = train.RESULTS) -> None:
+def scoreboard(out: Path = RESULTS) -> None:
     """Prints every cell: the paper's number, ours, and the command that fills a blank.
 
     Args:

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from experiments.paper import data
 from experiments.paper import measures as measure
 from experiments.paper import networks as models
-from experiments.paper.config import Config
-from lsoftmax_jax import devices, training
+from experiments.paper.config import Config, Recipe
+from lsoftmax_jax import training
+from lsoftmax_jax.devices import DATA_AXIS, compile_step, put, repeat
 
 
 class Program(NamedTuple):
@@ -38,31 +39,47 @@ class Program(NamedTuple):
     mean: NDArray[np.float32]
 
 
+def network_state(
+    recipe: Recipe, network: models.Network, classes: int
+) -> tuple[nnx.GraphDef[Any], Callable[[Any], training.State]]:
+    """A network's structure, and seed -> its first state."""
+
+    def model(seed: Any) -> models.ConvNet:
+        return models.ConvNet(
+            network,
+            classes,
+            margin=recipe.margin,
+            dtype=recipe.activation_dtype,
+            rngs=nnx.Rngs(jax.random.key(seed)),
+        )
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: model(0)))
+    return graphdef, lambda seed: training.create(model(seed), recipe.optimizer)[1]
+
+
+def check_batch(batch: int, mesh: Mesh) -> None:
+    """Raises ValueError if a batch does not divide over the devices."""
+    if batch % mesh.size:
+        raise ValueError(
+            f"batch must divide over the {mesh.size} devices, got {batch}; see --devices"
+        )
+
+
 def build(config: Config, train: data.Split, mesh: Mesh) -> Program:
     """The configuration's functions for a training split, compiled for a mesh when called."""
-    network, sgd = config.built_network, config.optimizer
+    network = config.built_network
     if train.images.shape[1:] != network.image:
         raise ValueError(
             f"{config.dataset}: images must be {network.image}, got {train.images.shape[1:]}"
         )
-    if config.batch % mesh.size:
-        raise ValueError(
-            f"batch must divide over the {mesh.size} devices, got {config.batch}; see --devices"
-        )
+    check_batch(config.batch, mesh)
     mean = np.asarray(
         train.images.mean(axis=0, dtype=np.float64) if config.mean is None else config.mean,
         np.float32,
     )
-
-    def model(seed: Any) -> models.ConvNet:
-        rngs = nnx.Rngs(jax.random.key(seed))
-        return models.ConvNet(
-            network, config.classes, margin=config.margin, dtype=config.activation_dtype, rngs=rngs
-        )
-
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: model(0)))
+    graphdef, create = network_state(config, network, config.classes)
     loss = optax.losses.multiclass_hinge_loss if config.hinge else None
-    step = training.train_step(graphdef, sgd, config.lam_policy, loss=loss)
+    step = training.train_step(graphdef, config.optimizer, config.lam_policy, loss=loss)
     batch = partial(data.batch, size=config.batch, crop=config.crop, mirror=config.mirror)
     evaluate, embed = training.eval_step(graphdef, loss=loss), training.embed_step(graphdef)
 
@@ -71,9 +88,9 @@ def build(config: Config, train: data.Split, mesh: Mesh) -> Program:
         return evaluate(state, images, labels, where), embed(state, images)
 
     return Program(
-        create=lambda seed: training.create(model(seed), sgd)[1],
-        updates=_of_seeds(devices.repeat(step, batch, mesh), mesh),
-        examine=devices.compile_step(examine, mesh, donate=False),
+        create=create,
+        updates=_of_seeds(repeat(step, batch, mesh), mesh),
+        examine=compile_step(examine, mesh, donate=False),
         mean=mean,
     )
 
@@ -125,7 +142,7 @@ def evaluate(
     """Sums, features and plain logits of a whole split."""
     size = mesh.size * -(-500 // mesh.size)
     batches = [
-        program.examine(state, *devices.put(rows, mesh, P(devices.DATA_AXIS)))
+        program.examine(state, *put(rows, mesh, P(DATA_AXIS)))
         for rows in data.padded_batches(split, size)
     ]
     sums = jax.tree.map(lambda *parts: np.sum(jax.device_get(parts)), *[b[0] for b in batches])
@@ -144,26 +161,26 @@ def measures(
     measured = {}
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         sums, features, logits = evaluate(program, state, split, mesh)
-        loss = {"loss": averages(sums)["loss"]}
+        loss = {"loss": float(averages(sums)["loss"])}
         measured[name] = loss | measure.measures(features, logits, split.labels, kernel)
     return measured
 
 
-def averages(sums: training.Sums) -> dict[str, float]:
+def averages(sums: training.Sums) -> dict[str, Any]:
     """Means over the examples, error in %, angle in degrees."""
     count = sums.examples
     return {
-        "loss": float(sums.loss / count),
-        "error": float(100 * (1 - sums.correct / count)),
-        "target_angle": float(np.degrees(sums.target_angle / count)),
-        "feature_norm": float(sums.feature_norm / count),
+        "loss": sums.loss / count,
+        "error": 100 * (1 - sums.correct / count),
+        "target_angle": np.degrees(sums.target_angle / count),
+        "feature_norm": sums.feature_norm / count,
     }
 
 
-def means(metrics: training.StepMetrics) -> dict[str, float]:
-    """A dispatch's updates in one line: means, λ of the last one."""
-    return averages(jax.tree.map(np.sum, metrics.sums)) | {
-        "lam": float(metrics.lam[-1]),
-        "kernel_norm": float(np.mean(metrics.kernel_norm)),
-        "grad_norm": float(np.mean(metrics.grad_norm)),
+def per_update(metrics: training.StepMetrics) -> dict[str, NDArray[np.float32]]:
+    """What each of a dispatch's updates saw, in the units of the logs."""
+    return averages(metrics.sums) | {
+        "lam": metrics.lam,
+        "kernel_norm": metrics.kernel_norm,
+        "grad_norm": metrics.grad_norm,
     }

@@ -16,10 +16,8 @@ from experiments.paper import cells
 from experiments.paper import networks as models
 from experiments.paper.cells import CONFIGS, run_name
 from experiments.paper.config import Config
-from experiments.run import train
+from experiments.run import loop, train
 from experiments.store import results as result
-
-INTERRUPTED = 130
 
 
 def reproduce(
@@ -29,7 +27,7 @@ def reproduce(
     budget_minutes: float = math.inf,
     toy: bool = False,
     data: Path | None = None,
-    out: Path = train.RESULTS,
+    out: Path = loop.RUNS,
     devices: int | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> int:
@@ -53,12 +51,12 @@ def reproduce(
             raise ValueError(f"{name} must be >= 1, got {value}")
     wanted, out = runs(only, seeds, toy), out / "toy" if toy else out
     keep_compiled()
-    with train.interruptible() as asked:
+    with loop.interruptible() as asked:
         queue = Queue(wanted, out, Budget(60 * budget_minutes, asked))
         while group := queue.next_group(together):
             queue.train(group, folder=data, devices=devices, checkpoint_seconds=checkpoint_seconds)
         queue.print_summary()
-        return INTERRUPTED if asked() else 1 if queue.failed else 0
+        return loop.INTERRUPTED if asked() else 1 if queue.failed else 0
 
 
 def runs(only: Sequence[str], seeds: int, toy: bool) -> list[Config]:
@@ -148,11 +146,11 @@ class Queue:
         longest = max(map(startup, self._measured), default=0.0)
         if not self._missing or not self._budget.allows(longest):
             return []
-        group, steps = [self._missing[0]], train.checkpointed_steps(self._missing[0], self._out)
+        group, steps = [self._missing[0]], self._steps(self._missing[0])
         for config in self._missing[1:]:
             if len(group) == together or replace(config, seed=group[0].seed) != group[0]:
                 break
-            shared = steps & train.checkpointed_steps(config, self._out)
+            shared = steps & self._steps(config)
             if shared:
                 group, steps = [*group, config], shared
         return group
@@ -177,6 +175,9 @@ class Queue:
                 if outcome["status"] == "diverged"
             ]
         self._missing = [config for config in self._missing if config not in group]
+
+    def _steps(self, config: Config) -> set[int]:
+        return loop.checkpointed_steps(self._out / run_name(config))
 
     def print_summary(self) -> None:
         for name in self.diverged:

@@ -1,27 +1,40 @@
-"""Runs in this process: state, log and checkpoints of each, and how several advance as one."""
+"""One run in this process: what it is made of, its folder, its state, log and checkpoints."""
 
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+import numpy as np
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from experiments.paper import data
-from experiments.paper import networks as models
-from experiments.paper.cells import changes_of, command_of, run_name
-from experiments.paper.config import Config
-from experiments.run.program import Program, averages, build, evaluate, load, means, measures
-from experiments.store import processes
-from experiments.store import results as result
-from experiments.store.checkpoints import Checkpoints
+from experiments.store import processes, results
+from experiments.store.checkpoints import Checkpoints, steps_in
+from experiments.store.claims import claim
+from experiments.store.files import replacing
 from experiments.store.logs import Log, Seconds, finite
-from lsoftmax_jax import devices, training
+from lsoftmax_jax.training import State
+
+Values = dict[str, NDArray[np.float32]]
+"""What updates saw, by name; (updates,) each."""
+
+
+class Source(Protocol):
+    """Where a run's batches come from."""
+
+    def feed(self, step: int) -> Any:
+        """What the updates from this step on read."""
+
+    def position(self) -> Any:
+        """Where it stands, for JSON; None if the step says it."""
+
+    def restore(self, position: Any) -> None:
+        """Goes where it stood."""
 
 
 class Clock:
@@ -51,73 +64,77 @@ class Clock:
 
 
 class Shared(NamedTuple):
-    """What the seeds of a configuration have in common in one process.
+    """What the runs that advance in one program have in common.
 
     Attributes:
-      dataset: on the host.
-      train: its training split, in the memory of the mesh's devices.
-      program: the configuration's functions.
-      mesh: trains on its devices.
-      clock: of all of them.
+      steps: updates of a run.
+      batch: examples of an update.
+      mesh: its devices train.
+      clock: of all runs.
+      compile: (states, feeds, length) -> compiled (states, feeds) -> (states, metrics), lists with
+        one entry a run, which are all at the same step.
+      values: a run's metrics, fetched -> `Values`, with "loss" among them.
     """
 
-    dataset: data.Dataset
-    train: data.Split
-    program: Program
+    steps: int
+    batch: int
     mesh: Mesh
     clock: Clock
+    compile: Callable[[Sequence[State], Sequence[Any], int], Any]
+    values: Callable[[Any], Values]
 
-    @staticmethod
-    def of(config: Config, folder: Path | None, mesh: Mesh) -> "Shared":
-        clock = Clock()
-        with clock.spent("setup"):
-            dataset = load(config, folder)
-            program = build(config, dataset.train, mesh)
-            processes.check_same(dataset.fingerprint, "data")
-            train = data.Split(*devices.put(tuple(dataset.train), mesh, P()))
-        return Shared(dataset, train, program, mesh, clock)
+
+class Task(NamedTuple):
+    """One run, besides what it shares.
+
+    Attributes:
+      name: for people.
+      folder: of its files; FOLDER.json beside it is its result.
+      settings: all that decides its numbers, and nothing else; as JSON.
+      facts: what its result says of it.
+      source: of its batches.
+      like: its state, abstract, with where its arrays lie.
+      create: () -> its first state.
+      test: state -> a point of its test curve.
+      measure: (state, log) -> what its result says of the last iterate.
+      watch: is told every `Values`, for a source that goes by them.
+    """
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+    source: Source
+    like: State
+    create: Callable[[], State]
+    test: Callable[[State], dict[str, float]]
+    measure: Callable[[State, Log], dict[str, Any]]
+    watch: Callable[[int, Values], None] = lambda step, values: None
 
 
 class Session:
-    """One seed's run in this process: its state, log and checkpoints; a context manager.
+    """A task's run in this process; a context manager.
 
     Args:
-      config: what to train.
-      shared: what it has in common with other seeds.
-      out: folder of the results.
-      dispatch: updates in one dispatch.
+      task: what to train.
+      shared: what it has in common with others.
       kept: how many checkpoints to keep.
       step: that of the checkpoint to continue at, by default the newest; later ones are deleted.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        shared: Shared,
-        out: Path,
-        dispatch: int,
-        kept: int = 1,
-        step: int | None = None,
-    ) -> None:
-        self.config, self.dispatch = config, dispatch
-        self._shared, self._out = shared, out
-        place = out / "runs" / run_name(config)
+    def __init__(self, task: Task, shared: Shared, kept: int = 1, step: int | None = None) -> None:
+        self.task, self._shared = task, shared
         with shared.clock.spent("setup"):
-            self.feed = data.Feed(
-                config.seed,
-                shared.train,
-                shared.program.mean,
-                shared.mesh,
-                size=config.batch,
-                steps=dispatch,
-            )
-            _claim(place, config)
-            self._checkpoints = Checkpoints(place / "checkpoints", kept)
+            claim(task.folder, task.settings, shared.mesh.size, writes=processes.is_first())
+            self._checkpoints = Checkpoints(task.folder / "checkpoints", kept)
             if step is not None:
                 self._checkpoints.rewind(step)
-            self.state = self._first_state()
+            restored = self._checkpoints.latest(task.like)
+            self.state = task.create() if restored is None else restored
             self.step = int(self.state.step)
-            self.log = Log(place, self.step, writes=processes.is_first())
+            if restored is not None:
+                self._restore_position()
+            self.log = Log(task.folder, self.step, writes=processes.is_first())
 
     def __enter__(self) -> "Session":
         return self
@@ -126,134 +143,73 @@ class Session:
         self.log.close()
         self._checkpoints.close()
 
-    def advanced(self, state: training.State, metrics: training.StepMetrics) -> None:
-        """Takes in the updates of one dispatch."""
-        self.state, self.step = state, self.step + len(metrics.lam)
-        self._write("train", **means(metrics))
+    def advanced(self, state: State, values: Values) -> None:
+        """Takes in the updates of one dispatch: a line of their means, λ of the last one."""
+        self.state, self.step = state, self.step + len(values["loss"])
+        self.task.watch(self.step, values)
+        self._write("train", **{n: v[-1] if n == "lam" else v.mean() for n, v in values.items()})
 
     def test(self) -> None:
         """Adds a point to the test curve."""
         with self._shared.clock.spent("evaluation"):
-            sums, _, _ = self._evaluate(self._shared.dataset.test)
-        self._write("test", **averages(sums))
-
-    def warm_up(self) -> None:
-        """Compiles the evaluation."""
-        with self._shared.clock.spent("compilation"):
-            self._evaluate(self._shared.dataset.test.rows(slice(1)))
+            point = self.task.test(self.state)
+        self._write("test", **point)
 
     def save(self) -> None:
+        """A checkpoint; the source's position first, so that none is without one."""
+        position = self.task.source.position()
+        if position is not None:
+            with replacing(self._position(self.step)) as file:
+                file.write(json.dumps(position).encode())
         self._checkpoints.save(self.state)
+        if position is not None:
+            kept = {self._position(step) for step in steps_in(self.task.folder / "checkpoints")}
+            for old in set(self._position(0).parent.glob(self._position("*").name)) - kept:
+                old.unlink()
 
-    def finish(self, diverged: dict[str, Any] | None, together: Sequence[int]) -> None:
-        """Measures the last iterate and writes the result.
+    def finish(self, diverged: dict[str, Any] | None, together: Sequence[int]) -> dict[str, Any]:
+        """Measures the last iterate; writes the result, and returns it.
 
         Args:
           diverged: what is known about a divergence.
           together: the seeds that trained in one program.
         """
-        config, shared = self.config, self._shared
-        measured = {}
+        measured: dict[str, Any] = {}
         if diverged is None:
-            with shared.clock.spent("evaluation"):
-                measured = measures(shared.program, self.state, shared.dataset, shared.mesh)
-        seconds = shared.clock.read()
+            with self._shared.clock.spent("evaluation"):
+                measured = self.task.measure(self.state, self.log)
+        seconds, examples = self._shared.clock.read(), self.step * self._shared.batch
         outcome = {
-            "name": config.name,
-            "seed": config.seed,
+            **self.task.facts,
             "status": "diverged" if diverged else "finished",
             "diverged": diverged and finite(diverged),
-            "reduced": bool(changes_of(config)),
-            "changes": {name: config.to_json()[name] for name in changes_of(config)},
-            "command": command_of(config),
-            "config": config.to_json(),
-            "data": {"name": config.dataset, "fingerprint": shared.dataset.fingerprint},
-            **result.provenance(shared.mesh.size),
-            "parameters": models.parameter_count(config.built_network, config.classes),
+            **results.provenance(self._shared.mesh.size),
             "together": list(together),
             "seconds": asdict(seconds),
-            "images_per_second": len(together) * self.step * config.batch / seconds.training,
+            "images_per_second": len(together) * examples / seconds.training,
             "outside_step": seconds.outside,
             **measured,
             "curves": {kind: self.log.curve(kind) for kind in ("train", "test")},
         }
         if processes.is_first():
-            result.save(self._out / f"{run_name(config)}.json", outcome)
+            results.save(result_file(self.task.folder), outcome)
         processes.wait("result")
-
-    def _first_state(self) -> training.State:
-        """That of the checkpoint, else that of the run to start from, else a fresh one."""
-        create, init = self._shared.program.create, self.config.init
-        mesh = self._shared.mesh
-        state = self._checkpoints.latest(jax.eval_shape(create, 0), mesh)
-        if state is not None:
-            return state
-        fresh = jax.jit(create, out_shardings=NamedSharding(mesh, P()))(self.config.seed)
-        return fresh if init is None else warm_start(fresh, self._out / "runs" / init, mesh)
-
-    def _evaluate(self, split: data.Split) -> tuple[training.Sums, NDArray, NDArray]:
-        return evaluate(self._shared.program, self.state, split, self._shared.mesh)
+        return outcome
 
     def _write(self, kind: str, **values: float) -> None:
         self.log.write(kind, self.step, self._shared.clock.read(), **values)
 
+    def _position(self, step: int | str) -> Path:
+        return self.task.folder / "position" / f"{step}.{jax.process_index()}.json"
 
-class Group:
-    """Sessions of one configuration, at the same step, that advance in one program.
-
-    Args:
-      sessions: one a seed.
-      shared: what they have in common.
-    """
-
-    def __init__(self, sessions: Sequence[Session], shared: Shared) -> None:
-        self.sessions = list(sessions)
-        self._shared = shared
-        self._compiled: dict[tuple[int, int], Any] = {}
-        shared.clock.add(self.sessions[0].log.seconds)
-        self.sessions[0].warm_up()
-
-    @property
-    def step(self) -> int:
-        return self.sessions[0].step
-
-    @property
-    def seeds(self) -> list[int]:
-        return [session.config.seed for session in self.sessions]
-
-    def advance(self) -> list[training.StepMetrics]:
-        """One dispatch; returns each run's metrics, one entry an update, on the host."""
-        first, clock = self.sessions[0], self._shared.clock
-        length = min(first.dispatch - first.step % first.dispatch, first.config.steps - first.step)
-        states = [session.state for session in self.sessions]
-        sources = [session.feed(session.step) for session in self.sessions]
-        shape = len(states), length
-        if shape not in self._compiled:
-            with clock.spent("compilation"):
-                lowered = self._shared.program.updates.lower(states, sources, length)
-                self._compiled[shape] = lowered.compile()
-        with clock.spent("training"):
-            states, metrics = jax.block_until_ready(self._compiled[shape](states, sources))
-        seen = jax.device_get(metrics)
-        for session, state, of_session in zip(self.sessions, states, seen, strict=True):
-            session.advanced(state, of_session)
-        return seen
+    def _restore_position(self) -> None:
+        file = self._position(self.step)
+        if file.exists():
+            self.task.source.restore(json.loads(file.read_text()))
+        elif self.task.source.position() is not None:
+            raise ValueError(f"{file} is missing: continue on as many processes as before")
 
 
-def warm_start(fresh: training.State, place: Path, mesh: Mesh) -> training.State:
-    """``fresh`` with the parameters and batch statistics of another run's last checkpoint."""
-    with Checkpoints(place / "checkpoints") as checkpoints:
-        source = checkpoints.latest(fresh, mesh)
-    if source is None:
-        raise FileNotFoundError(f"--init: {place} has no checkpoint; train that run first")
-    return fresh._replace(params=source.params, other=source.other)
-
-
-def _claim(place: Path, config: Config) -> None:
-    """Notes in a run's folder what is trained there; refuses a folder of something else."""
-    file = place / "config.json"
-    if not file.exists():
-        if processes.is_first():
-            result.save(file, config.to_json())
-    elif result.load(file) != config.to_json():
-        raise ValueError(f"{place} belongs to another state of this configuration; remove it")
+def result_file(folder: Path) -> Path:
+    """Of the run in a folder."""
+    return folder.with_name(f"{folder.name}.json")

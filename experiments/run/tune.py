@@ -18,8 +18,8 @@ from rich.table import Table
 
 from experiments.paper.cells import Named, command_of, run_name
 from experiments.paper.config import Config
-from experiments.run import train
-from experiments.run.queue import INTERRUPTED, Budget, Queue, keep_compiled
+from experiments.run import loop
+from experiments.run.queue import Budget, Queue, keep_compiled
 from experiments.store import results as result
 from lsoftmax_jax.devices import data_mesh
 from lsoftmax_jax.schedule import LambdaPreset
@@ -60,7 +60,7 @@ def tune(
     together: int = 1,
     budget_minutes: float = math.inf,
     data: Path | None = None,
-    out: Path = train.RESULTS,
+    out: Path = loop.RUNS,
     devices: int | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> int:
@@ -92,7 +92,7 @@ def tune(
         for lam in schedules
     ]
     keep_compiled()
-    with train.interruptible() as asked:
+    with loop.interruptible() as asked:
         wanted = [run for runs in candidates for run in runs]
         queue = Queue(wanted, out, Budget(60 * budget_minutes, asked))
         while group := queue.next_group(together):
@@ -107,7 +107,7 @@ def tune(
     if found["best"]:
         print(f"best: {command_of(replace(config, lam=LambdaPreset(**found['best'])))}")
     print(f"{file} written")
-    return INTERRUPTED if interrupted else 1 if queue.failed or found["best"] is None else 0
+    return loop.INTERRUPTED if interrupted else 1 if queue.failed or found["best"] is None else 0
 
 
 def judged(runs: Sequence[Config], out: Path) -> dict[str, Any]:

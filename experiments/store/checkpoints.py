@@ -43,21 +43,29 @@ class Checkpoints:
             if later > step:
                 self._manager.delete(later)
 
-    def latest(self, like: State, mesh: Mesh) -> State | None:
-        """The newest state, replicated over a mesh; None if there is none.
+    def latest(self, like: State) -> State | None:
+        """The newest state; None if there is none.
 
         Args:
-          like: a state of the same model and optimizer, for its structure.
+          like: a state, abstract or not, of the same model and optimizer: its shapes, dtypes and
+            where its arrays lie.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        replicated = NamedSharding(mesh, P())
         abstract = jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated),
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             like._asdict(),
         )
         return State(**self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
+
+
+def replicated(state: State, mesh: Mesh) -> State:
+    """An abstract state, such as `jax.eval_shape` gives, with all of it on every device."""
+    whole = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), state
+    )
 
 
 def steps_in(folder: Path) -> set[int]:

@@ -22,8 +22,8 @@ class Meeting(NamedTuple):
     """Where processes meet; a process of its own by default.
 
     Attributes:
-      coordinator: HOST:PORT of the first process.
-      processes: their number.
+      coordinator: HOST:PORT of process 0, with a free port that all can reach.
+      processes: how many train together.
       process: the number of this one, from 0 on.
       cluster: ask SLURM, Cloud TPU or Open MPI for the other three.
       heartbeat_seconds: how long a process may be silent before the others give it up.
@@ -34,6 +34,9 @@ class Meeting(NamedTuple):
     process: int | None = None
     cluster: bool = False
     heartbeat_seconds: int = 100
+
+
+ALONE = Meeting()
 
 
 @contextmanager
@@ -110,9 +113,9 @@ def agreed(wish: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.bool_(wish))))
 
 
-def wait(place: str) -> None:
-    """Returns when every process has come to this place."""
-    multihost_utils.sync_global_devices(place)
+def wait(point: str) -> None:
+    """Returns when every process has come to this point."""
+    multihost_utils.sync_global_devices(point)
 
 
 def check_same(text: str, what: str) -> None:

@@ -26,7 +26,7 @@ def tiny(monkeypatch):
 
 def test_stops_continues_and_shows(tiny, tmp_path, capsys):
     asked = iter([False, True])
-    assert not quickstart.run(tmp_path, lambda: next(asked))
+    assert quickstart.run(tmp_path, lambda: next(asked)) == 130
     assert main(["quickstart", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for title in (*tiny, "error, %", "intra-class angle", "inter-class angle", "features.png"):

@@ -54,7 +54,7 @@ def train(out, *flags):
     command = ["scale", "--classes", "1003", "--dim", "32", "--batch", "64", "--identities", "50"]
     command += ["--class-block", "128", "--steps", "30", "--out", str(out), *flags]
     assert main(command) == 0
-    (file,) = out.iterdir()
+    (file,) = out.glob("*.json")
     return json.loads(file.read_text())
 
 

@@ -1,13 +1,16 @@
 """Training on a folder of faces, and what its run's folder is then good for."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
@@ -15,10 +18,14 @@ from experiments.__main__ import main
 from experiments.faces import embed
 from experiments.faces import train as train_faces
 from experiments.faces import verify as verify_faces
-from experiments.faces.images import FaceImages, list_faces
-from experiments.faces.train import FaceRecipe, FaceRun, Plateau, load_run
+from experiments.faces.images import FaceImages, Faces, list_faces
+from experiments.faces.recipe import FaceRecipe, Plateau
+from experiments.faces.train import load_run
 from experiments.paper import networks as models
 from experiments.paper.networks import Network, Stage
+from experiments.run import loop
+from lsoftmax_jax import training
+from lsoftmax_jax.devices import data_mesh
 from lsoftmax_jax.schedule import LambdaPreset
 
 TINY = Network((32, 32, 3), (Stage(4, 1, stride=2),), features=8)
@@ -38,7 +45,6 @@ def tiny_network(tmp_path_factory):
     before = {name: getattr(jax.config, name) for name in cache}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.NETWORKS, "lfw", TINY)
-        patch.setattr(train_faces, "LOG_UPDATES", 2)
         for name, value in cache.items():
             jax.config.update(name, value)
         yield
@@ -66,7 +72,7 @@ def finished(folder, tmp_path_factory):
     """The folder of a run of all six updates on A and B: the other fold was left out."""
     out = tmp_path_factory.mktemp("run")
     recipe = replace(RECIPE, left_out_fold=1)
-    code = train_faces.train_faces(folder, out, recipe, folder / "pairs.txt")
+    code = train_faces.train_faces(folder, out, recipe, folder / "pairs.txt", devices=1)
     assert code == 0
     return out
 
@@ -75,50 +81,88 @@ def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_for(folder, out, updates, without=frozenset("CD")):
-    """One session on two people; the weights after it."""
-    with FaceRun(RECIPE, list_faces(folder, without=without), out) as run:
-        for _ in range(updates):
-            run.update()
-        run.save()
-        return jax.tree.map(np.asarray, run.state.params)
+def run_for(folder, out, updates=6, recipe=RECIPE, without="CD", **options):
+    """One session on two people of so many updates; its outcome, None if it was stopped."""
+    images = FaceImages(list_faces(folder, without=without), recipe.size)
+    options = {"init_from": None, "mesh": data_mesh()} | options
+    task, shared = train_faces.prepare(recipe, images, out, **options)
+    asked = itertools.count()
+    return loop.train([task], shared, loop.Pace(1, 0), lambda: next(asked) == updates)
+
+
+def weights(out):
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(load_run(out).model)))
 
 
 def test_a_run_resumes_to_the_same_bits(folder, tmp_path):
-    whole = run_for(folder, tmp_path / "whole", 6)
-    run_for(folder, tmp_path / "parts", 3)  # in the middle of an epoch and of a line of the log
-    parts = run_for(folder, tmp_path / "parts", 3)
-    chex.assert_trees_all_equal(parts, whole)
-    for key in ("step", "loss", "accuracy", "lam", "learning_rate"):
-        expected = [line[key] for line in lines(tmp_path / "whole")]
-        assert [line[key] for line in lines(tmp_path / "parts")] == expected
-    assert [line["learning_rate"] for line in lines(tmp_path / "parts")] == [
-        pytest.approx(rate) for rate in (0.1, 0.1, 0.01)
-    ]
-    assert len(list((tmp_path / "parts" / "place").iterdir())) == 1
+    (whole,) = run_for(folder, tmp_path / "whole")
+    assert run_for(folder, tmp_path / "parts", 3) is None  # in the middle of an epoch
+    (parts,) = run_for(folder, tmp_path / "parts")
+    chex.assert_trees_all_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert parts["curves"] == whole["curves"]
+    assert len(list((tmp_path / "parts" / "position").iterdir())) == 1
+    (tmp_path / "parts" / "position" / "6.0.json").unlink()
+    with pytest.raises(ValueError, match="position/6.0.json is missing: continue on as many"):
+        run_for(folder, tmp_path / "parts")
+
+
+def test_the_result_says_what_ran(folder, tmp_path):
+    (outcome,) = run_for(folder, tmp_path / "run")
+    assert json.loads((tmp_path / "run.json").read_text()) == outcome
+    assert outcome["status"] == "finished" and outcome["kind"] == "faces"
+    assert outcome["ran"]["drops"] == [4] and outcome["ran"]["lam"]["base"] == 10.0
+    assert outcome["data"]["people"] == 2 and outcome["broken_images"] == 0
+    assert 0 < outcome["curves"]["train"]["target_angle"][0] < 180
+    # Radians would all lie below pi: features of a fresh network are far from their columns.
+    assert outcome["curves"]["train"]["target_angle"][0] > 10
 
 
 def test_λ_and_the_training_loss_fall(finished):
     seen = lines(finished)
     assert [line["lam"] for line in seen] == [
-        pytest.approx(10 / (1 + n / 2), rel=1e-5) for n in (2, 4, 6)
+        pytest.approx(10 / (1 + n / 2), rel=1e-5) for n in range(1, 7)
     ]
     assert seen[-1]["loss"] < seen[0]["loss"]
 
 
 def test_another_recipe_or_folder_is_no_continuation(folder, finished):
-    with pytest.raises(ValueError, match="holds another run .*margin 4 -> 2.*other images"):
-        FaceRun(replace(RECIPE, margin=2), list_faces(folder), finished)
+    with pytest.raises(ValueError, match=r"holds another run .*margin 4 -> 2.*images \w+ -> \w+"):
+        run_for(folder, finished, recipe=replace(RECIPE, margin=2), without="")
 
 
-def test_divergence_is_said(folder, tmp_path):
-    recipe = replace(RECIPE, learning_rate=1e30)
-    with (
-        FaceRun(recipe, list_faces(folder, without="CD"), tmp_path) as run,
-        pytest.raises(ValueError, match="diverged by update [246]; try a higher --lam.minimum"),
-    ):
-        for _ in range(6):
-            run.update()
+def test_an_image_that_changed_is_no_continuation(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "faces")
+    assert run_for(tmp_path / "faces", tmp_path / "run", 2) is None
+    other = Image.fromarray(np.zeros((36, 36, 3), np.uint8))
+    other.save(tmp_path / "faces" / "A" / "A_0001.png")
+    with pytest.raises(ValueError, match="holds another run .images"):
+        run_for(tmp_path / "faces", tmp_path / "run")
+
+
+def test_divergence_is_a_result(folder, tmp_path, capsys):
+    words = ["train-faces", "--faces", str(folder), "--out", str(tmp_path / "run"), "--steps", "6"]
+    words += ["--batch", "8", "--size", "32", "32", "--learning-rate", "1e30"]
+    assert main(words) == 1
+    outcome = json.loads((tmp_path / "run.json").read_text())
+    assert outcome["status"] == "diverged" and 0 < outcome["diverged"]["step"] < 6
+    assert "run diverged at step" in capsys.readouterr().out
+    assert main(words) == 1  # it is not trained again
+
+
+def test_fine_tuning_starts_from_another_run(folder, tmp_path):
+    softmax = replace(RECIPE, margin=1)
+    run_for(folder, tmp_path / "softmax", recipe=softmax)
+    still = replace(RECIPE, learning_rate=0.0, steps=1)
+    run_for(folder, tmp_path / "tuned", recipe=still, init_from=tmp_path / "softmax")
+    tuned, before = weights(tmp_path / "tuned"), weights(tmp_path / "softmax")
+    chex.assert_trees_all_equal(tuned["head"], before["head"])
+    run_for(folder, tmp_path / "four", recipe=still, init_from=tmp_path / "softmax", without="")
+    four = weights(tmp_path / "four")
+    assert four["head"]["kernel"].shape[1] == 4
+    chex.assert_trees_all_equal(four["full"]["layer"], before["full"]["layer"])
+    with pytest.raises(ValueError, match="init_from: the network of .* is another"):
+        wide = replace(still, width=2.0)
+        run_for(folder, tmp_path / "wide", recipe=wide, init_from=tmp_path / "softmax")
 
 
 def test_plateau_drops_once_the_loss_stays():
@@ -131,15 +175,35 @@ def test_plateau_drops_once_the_loss_stays():
 
 def test_a_plateau_lowers_the_rate_also_after_a_resume(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_faces, "NO_LAM", 100.0)
-    recipe = replace(RECIPE, schedule="plateau", patience=2, learning_rate=1e-9)
-    two = list_faces(folder, without="CD")
-    with FaceRun(recipe, two, tmp_path) as run:
-        for _ in range(5):
-            run.update()
-        assert run.learning_rate == pytest.approx(1e-10)
-        run.save()
-    with FaceRun(recipe, two, tmp_path) as run:
-        assert run.learning_rate == pytest.approx(1e-10)
+    monkeypatch.setattr(train_faces, "PLATEAU_UPDATES", 2)
+    recipe = replace(RECIPE, schedule="plateau", patience=2, learning_rate=1e-9, steps=8)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_for(folder, whole, 9, recipe)
+    assert run_for(folder, parts, 5, recipe) is None
+    (file,) = (parts / "position").iterdir()
+    position = json.loads(file.read_text())
+    assert position["plateau"][2] == 1 and len(position["losses"]) == 1
+    run_for(folder, parts, 9, recipe)
+    chex.assert_trees_all_equal(weights(parts), weights(whole))
+    monkeypatch.setattr(train_faces, "NO_LAM", 0.0)
+    run_for(folder, tmp_path / "steady", 9, recipe)
+    steady = json.loads(next((tmp_path / "steady" / "position").iterdir()).read_text())
+    assert steady["plateau"][2] == 0  # λ is still high
+
+
+def test_the_plateaus_factor_is_the_learning_rates():
+    recipe = replace(RECIPE, schedule="plateau", learning_rate=0.5)
+    params = {"layer": {"kernel": np.ones(2, np.float32)}}
+    sgd = recipe.optimizer
+    state = training.State(np.int32(0), params, {}, sgd.init(params))
+    images = FaceImages(Faces(Path(), ("A/a.png",), np.zeros(1, np.int32), ("A",)), (32, 32))
+    batches = train_faces.FaceBatches(recipe, images, data_mesh())
+    for drops, rate in ((0, 0.5), (2, 0.005)):
+        batches.plateau = Plateau(drops=drops)
+        moved = batches.at_rate(state)
+        updates, _ = sgd.update(params, moved.opt_state, params)
+        expected = np.full(2, -rate * (1 + recipe.weight_decay), np.float32)
+        np.testing.assert_allclose(updates["layer"]["kernel"], expected, rtol=1e-6)
 
 
 def test_recipes_that_cannot_be_are_refused():
@@ -198,7 +262,7 @@ def test_verify_tests_only_folds_that_were_not_trained_on(folder, finished, tmp_
     assert len(result["metrics"]["fold_accuracy"]) == 1
     assert {"commit", "versions", "device", "command", "seed"} <= result.keys()
     of_both = tmp_path / "of both folds"
-    run_for(folder, of_both, 1, without=frozenset("BD"))
+    run_for(folder, of_both, 1, without="BD")
     with pytest.raises(ValueError, match="trained on people of every fold"):
         verify_faces.verify_faces(folder / "pairs.txt", out, faces=folder, checkpoint=of_both)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.paper import data
-from lsoftmax_jax.training import data_mesh
+from lsoftmax_jax.devices import data_mesh
 
 SIZE, COUNT = 4, 10
 
@@ -105,12 +105,12 @@ def test_validation_is_held_out_of_training(count, held):
 def labels_of(feed, steps):
     """The labels of some steps, each asked of the feed for itself."""
     batch = jax.jit(lambda step, source: data.batch(step, source, size=SIZE, crop=0, mirror=False))
-    return np.stack([batch(jnp.int32(step), feed(step))[1] for step in steps])
+    return np.stack([batch(jnp.int32(step), feed.feed(step))[1] for step in steps])
 
 
 def make_feed(split, seed=0, steps=1):
     mean = np.float32(0)
-    return data.Feed(seed, split, mean, data_mesh(1), size=SIZE, steps=steps)
+    return data.ArrayBatches(seed, split, mean, data_mesh(1), size=SIZE, steps=steps)
 
 
 def test_every_epoch_shows_every_image_once(split):
@@ -128,7 +128,7 @@ def test_batches_go_by_seed_and_step_alone(split):
 
 def test_one_feed_serves_all_steps_of_a_dispatch(split):
     feed = make_feed(split, steps=5)
-    source = feed(5)
+    source = feed.feed(5)
     batches = [
         data.batch(jnp.int32(s), source, size=SIZE, crop=0, mirror=False) for s in range(5, 10)
     ]

@@ -15,7 +15,7 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.paper.cells import CONFIGS, run_name, toy
-from experiments.run import queue, train
+from experiments.run import loop, queue, train
 from experiments.run.queue import Budget, Queue
 from experiments.store import results as result
 from experiments.store.checkpoints import Checkpoints, steps_in
@@ -57,19 +57,19 @@ def test_together_continues_to_the_same_bits(pair, tmp_path):
     options = {"out": tmp_path, "checkpoint_seconds": 0.0, **OPTIONS}
     assert train.run_seeds(SEEDS[:2], stop=lambda: next(asked) == 5, **options) is None
     # A kill amid the saves leaves the runs with different newest checkpoints.
-    folders = [tmp_path / "runs" / run_name(config) / "checkpoints" for config in SEEDS[:2]]
+    folders = [tmp_path / run_name(config) / "checkpoints" for config in SEEDS[:2]]
     assert [steps_in(folder) for folder in folders] == [{4, 5}] * 2
     with Checkpoints(folders[1], kept=2) as checkpoints:
         checkpoints.rewind(4)
-    assert train.common_step(SEEDS[:2], tmp_path) == 4
+    assert loop.common_step([folder.parent for folder in folders]) == 4
     outcomes = train.run_seeds(SEEDS[:2], out=tmp_path, **OPTIONS)
     assert list(map(numbers, outcomes)) == list(map(numbers, pair[1]))
 
 
 def test_diverged_seed_leaves_the_others_alone(pair, tmp_path, monkeypatch):
-    diverged = train.Diverged(step=2, loss=math.nan, lam=1.0, feature_norm=1.0, kernel_norm=1.0)
+    diverged = {"step": 2, "loss": math.nan, "lam": 1.0}
     asked = itertools.count()
-    monkeypatch.setattr(train, "divergence", lambda *_: diverged if next(asked) == 5 else None)
+    monkeypatch.setattr(loop, "divergence", lambda *_: diverged if next(asked) == 5 else None)
     first, second = train.run_seeds(SEEDS[:2], out=tmp_path, **OPTIONS)
     assert first["status"] == "finished" and second["status"] == "diverged"
     assert len(second["curves"]["train"]["step"]) == 3
@@ -81,12 +81,16 @@ def test_diverged_seed_leaves_the_others_alone(pair, tmp_path, monkeypatch):
 def test_groups_are_seeds_of_one_configuration_that_can_go_on_together(tmp_path, monkeypatch):
     other = replace(SEEDS[0], name="digits-softmax", margin=1)
     steps = {run_name(SEEDS[0]): {4, 6}, run_name(SEEDS[1]): {8}, run_name(SEEDS[2]): {2, 4}}
-    monkeypatch.setattr(train, "checkpointed_steps", lambda c, _: steps.get(run_name(c), {0}))
+    monkeypatch.setattr(
+        loop,
+        "checkpointed_steps",
+        lambda folder: steps.get(str(folder.relative_to(tmp_path)), {0}),
+    )
     waiting = Queue([*SEEDS, other], tmp_path, Budget(math.inf))
     assert waiting.next_group(1) == SEEDS[:1]
     assert waiting.next_group(2) == waiting.next_group(5) == [SEEDS[0], SEEDS[2]]
     with pytest.raises(ValueError, match="stopped at different steps"):
-        train.common_step(SEEDS[:2], tmp_path)
+        loop.common_step([tmp_path / run_name(config) for config in SEEDS[:2]])
 
 
 def test_reproduce_runs_what_is_missing(pair, tmp_path, capsys, monkeypatch):
@@ -172,7 +176,7 @@ def test_request_to_stop_ends_the_queue(tmp_path):
     asked.append("stop")
     waiting.train(group, **OPTIONS)
     assert waiting.next_group(1) == [] and not list(tmp_path.rglob("*seed*.json"))
-    assert train.checkpointed_steps(SEEDS[0], tmp_path) == {0}
+    assert loop.checkpointed_steps(tmp_path / run_name(SEEDS[0])) == {0}
 
 
 @pytest.mark.slow
@@ -191,7 +195,7 @@ def test_killed_queue_continues_to_the_same_bits(together, tmp_path):
 
     with command(tmp_path / "whole") as process:
         assert process.wait() == 0
-    last = tmp_path / "broken" / "toy" / "runs" / run_name(SEEDS[1]) / "metrics.jsonl"
+    last = tmp_path / "broken" / "toy" / run_name(SEEDS[1]) / "metrics.jsonl"
     with command(tmp_path / "broken") as process:
         while not last.exists() or last.read_bytes().count(b"\n") < 3:
             assert process.poll() is None

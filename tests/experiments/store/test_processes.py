@@ -22,7 +22,6 @@ from experiments.store import processes
 from experiments.store.checkpoints import steps_in
 from experiments.store.logs import Log, Seconds
 from experiments.store.processes import Meeting
-from lsoftmax_jax import training
 
 ROOT = Path(__file__).parents[3]
 CONFIG = replace(CONFIGS["digits-m4"], steps=24, batch=16, width=1 / 8, examples=100)
@@ -64,7 +63,7 @@ def test_no_cluster_is_refused(monkeypatch):
 def test_devices_must_reach_into_every_process(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="devices must reach into all 2 processes, got 1 of"):
-        training.data_mesh(1)
+        devices.data_mesh(1)
 
 
 def test_processes_must_have_the_same(monkeypatch):
@@ -110,7 +109,7 @@ def pair(out):
 
 
 def until_step(step, out, both):
-    log = out / "runs" / run_name(CONFIG) / "metrics.jsonl"
+    log = out / run_name(CONFIG) / "metrics.jsonl"
     while not log.exists() or log.read_bytes().count(b"\n") < step:
         assert [process.poll() for process in both] == [None, None]
         time.sleep(0.01)
@@ -143,22 +142,20 @@ def test_two_processes_stop_together_and_end_with_the_numbers_of_one(one, tmp_pa
         said = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [130, 130], said
     assert "stopping after this dispatch" in said[1][1]
-    (stopped,) = steps_in(tmp_path / "runs" / run_name(CONFIG) / "checkpoints")
+    (stopped,) = steps_in(tmp_path / run_name(CONFIG) / "checkpoints")
     assert f"stopped at step {stopped};" in said[0][0]
     assert "stopped" not in said[1][0]
 
     with pair(tmp_path) as both:
         said = [process.communicate(timeout=240) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert "last iterate" in said[0][0] and "steps/s" in said[0][1]
-    assert "last iterate" not in said[1][0] and "steps/s" not in said[1][1]
+    assert "last iterate" in said[0][0]
+    assert "last iterate" not in said[1][0]
     outcome = json.loads((tmp_path / f"{run_name(CONFIG)}.json").read_text())
     assert (outcome["processes"], outcome["devices"]) == (2, 4)
     assert (one["processes"], one["devices"]) == (1, 4)
     assert_numbers_of_one(outcome, one)
-    assert (
-        len(list((tmp_path / "runs" / run_name(CONFIG) / "events").iterdir())) == 2
-    )  # one a start
+    assert len(list((tmp_path / run_name(CONFIG) / "events").iterdir())) == 2  # one a start
 
 
 @pytest.mark.slow
@@ -171,7 +168,7 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on_elsewhere(one, tmp_pa
     assert both[0].returncode not in (0, 2)
     assert "most likely because another one ended" in said or "another task died" in said
     assert not (tmp_path / f"{run_name(CONFIG)}.json").exists()
-    assert min(steps_in(tmp_path / "runs" / run_name(CONFIG) / "checkpoints")) >= 1
+    assert min(steps_in(tmp_path / run_name(CONFIG) / "checkpoints")) >= 1
     outcome = train.run(CONFIG, out=tmp_path, devices=1)
     assert (outcome["processes"], outcome["devices"]) == (1, 1)
     assert_numbers_of_one(outcome, one)

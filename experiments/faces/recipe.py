@@ -1,0 +1,77 @@
+"""What decides the numbers of a run on faces, besides the images."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import optax
+
+from experiments.paper.config import Recipe
+from experiments.paper.networks import NETWORKS, Network
+from lsoftmax_jax.schedule import LambdaPreset
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceRecipe(Recipe):
+    """One training run on faces; ``drops`` and ``lam`` are never stretched."""
+
+    network: Literal["lfw", "sphere20"] = "lfw"
+    """The paper's network of Table 1, or one after the authors' SphereFace-20."""
+    size: tuple[int, int] = (112, 96)
+    """Height and width of the images: 112 96, 112 112, or smaller for a trial."""
+    margin: int = 4
+    """m of the L-Softmax; 1 is the ordinary softmax."""
+    lam: LambdaPreset = LambdaPreset(base=1000.0, gamma=0.12, power=1.0, minimum=5.0)
+    """Annealed: λ at update t is max(minimum, base (1 + gamma t)^-power)."""
+    steps: int = 28_000
+    """Updates."""
+    schedule: Literal["steps", "plateau"] = "steps"
+    """Divide the learning rate by ten after the updates in drops, or when the loss stays."""
+    drops: tuple[int, ...] = (16_000, 24_000)
+    """Updates after which schedule steps divides the learning rate."""
+    patience: int = 2_000
+    """Updates without a lower loss after which schedule plateau does, once λ is low."""
+    minimum_images: int = 1
+    """Leave out people with fewer images."""
+    left_out_fold: int | None = None
+    """Leave out everybody in this fold of the pairs (0 is the first), to be tested on it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("patience", "minimum_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if min(self.size) < 32:
+            raise ValueError(f"size must be at least 32 x 32, got {self.size}")
+
+    @property
+    def built_network(self) -> Network:
+        """The network at this run's size and width."""
+        return replace(NETWORKS[self.network], image=(*self.size, 3)).scaled(self.width)
+
+    @property
+    def stretched_drops(self) -> tuple[int, ...]:
+        return super().stretched_drops if self.schedule == "steps" else ()
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """With a plateau, the last part of its state is a factor for the loop to set."""
+        if self.schedule == "steps":
+            return super().optimizer
+        return optax.chain(super().optimizer, optax.inject_hyperparams(optax.scale)(step_size=1.0))
+
+
+class Plateau(NamedTuple):
+    """The lowest loss so far, the update that reached it or made the last drop, and the drops."""
+
+    loss: float = math.inf
+    step: int = 0
+    drops: int = 0
+
+    def after(self, step: int, loss: float, patience: int) -> "Plateau":
+        """With a loss seen at a step; one counts as lower by one percent."""
+        if loss < 0.99 * self.loss:
+            return self._replace(loss=loss, step=step)
+        if step - self.step >= patience:
+            return self._replace(step=step, drops=self.drops + 1)
+        return self

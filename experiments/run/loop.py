@@ -1,0 +1,243 @@
+"""The one training loop: every run, whatever its batches come from, advances through `train`.
+
+Files of a run: ``RUN.json`` is its result, ``RUN/`` holds its checkpoints, ``metrics.jsonl``,
+TensorBoard events and, where the step does not say it, where its source stood. A run stopped at any
+point, even by SIGKILL, continues from its checkpoint and ends, on the same devices, in the bits of
+an unbroken one: batches, λ and learning rate go by the step, and a checkpoint falls between the
+same dispatches. (Seen on CPUs; a GPU's sums may come in another order unless XLA_FLAGS has
+--xla_gpu_deterministic_ops=true.) Seeds that train together differ from seeds alone by rounding
+only.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.run.session import Session, Shared, Task, Values, result_file
+from experiments.store import processes, results
+from experiments.store.checkpoints import steps_in
+from experiments.store.progress import Progress
+
+Outcome = dict[str, Any]
+Stop = Callable[[], bool]
+
+INTERRUPTED = 130
+RUNS = Path("runs")
+
+# No start of these networks comes near this mean loss, so it means that they blew up.
+BLOWN_UP = 1e4
+
+ADVICE = """\
+What to try, in this order: a larger or slower falling λ (--lam.base, --lam.gamma), or a floor
+under it (--lam.minimum 5); a start from the softmax run of the same data (--init RUN); a smaller
+--learning-rate."""
+
+
+class Pace(NamedTuple):
+    """How often something happens.
+
+    Attributes:
+      dispatch: updates in a dispatch.
+      evaluations: points of the test curve; 0 for none.
+      checkpoint_seconds: between two checkpoints.
+      starts_tested: the test curve has a point before the first update too.
+      keeps_last: the last state is a checkpoint.
+    """
+
+    dispatch: int
+    evaluations: int
+    checkpoint_seconds: float = 60.0
+    starts_tested: bool = False
+    keeps_last: bool = True
+
+
+def train(tasks: Sequence[Task], shared: Shared, pace: Pace, stop: Stop) -> list[Outcome] | None:
+    """Trains runs as one to their end and writes their results; None if they were stopped.
+
+    Args:
+      tasks: runs that have a checkpoint of the same step, or none at all.
+      shared: what they have in common.
+      pace: of the whole.
+      stop: asked before every dispatch; when true, each run saves a checkpoint and ends.
+    """
+    processes.check_same(str([task.settings for task in tasks]), "settings")
+    # With two checkpoints each, a kill amid the runs' saves leaves a step that all have.
+    alone = len(tasks) == 1
+    kept, step = (1, None) if alone else (2, common_step([task.folder for task in tasks]))
+    with ExitStack() as running:
+        sessions = [running.enter_context(Session(t, shared, kept, step)) for t in tasks]
+        return Group(sessions, shared, pace).train(stop)
+
+
+class Group:
+    """Sessions at the same step that advance in one program.
+
+    Args:
+      sessions: one a run.
+      shared: what they have in common.
+      pace: of the whole.
+    """
+
+    def __init__(self, sessions: Sequence[Session], shared: Shared, pace: Pace) -> None:
+        self.sessions = list(sessions)
+        self._shared, self._pace = shared, pace
+        self._compiled: dict[tuple[int, int], Any] = {}
+        self._outcomes: dict[str, Outcome] = {}
+        shared.clock.add(self.sessions[0].log.seconds)
+
+    @property
+    def step(self) -> int:
+        return self.sessions[0].step
+
+    @property
+    def seeds(self) -> list[int]:
+        return [session.task.facts["seed"] for session in self.sessions]
+
+    def train(self, stop: Stop) -> list[Outcome] | None:
+        steps, pace = self._shared.steps, self._pace
+        every = pace.dispatch * -(-steps // (pace.dispatch * max(pace.evaluations, 1)))
+        names, saved = [s.task.name for s in self.sessions], time.monotonic()
+        title = names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
+        if pace.starts_tested and self.step == 0:
+            self._each(Session.test)
+        with Progress(title, steps, "updates", self.step, processes.is_first()) as progress:
+            while self.sessions and self.step < steps:
+                if processes.agreed(stop()):
+                    self._each(Session.save)
+                    progress.say(f"stopped at step {self.step}; the same command continues there")
+                    return None
+                self._advance(progress)
+                last = not self.sessions or self.step == steps
+                if pace.evaluations and (last or self.step % every == 0):
+                    self._each(Session.test)
+                due = time.monotonic() - saved > pace.checkpoint_seconds
+                if (last and pace.keeps_last) or (not last and processes.agreed(due)):
+                    self._each(Session.save)
+                    saved = time.monotonic()
+        seeds = self.seeds
+        for session in self.sessions:
+            self._outcomes[session.task.name] = session.finish(None, seeds)
+        return [self._outcomes[name] for name in names]
+
+    def _each(self, does: Callable[[Session], None]) -> None:
+        for session in self.sessions:
+            does(session)
+
+    def _advance(self, progress: Progress) -> None:
+        """One dispatch."""
+        shared, dispatch, first = self._shared, self._pace.dispatch, self.step
+        length = min(dispatch - first % dispatch, shared.steps - first)
+        states = [session.state for session in self.sessions]
+        feeds = [session.task.source.feed(first) for session in self.sessions]
+        shape = len(states), length
+        if shape not in self._compiled:
+            with shared.clock.spent("compilation"):
+                self._compiled[shape] = shared.compile(states, feeds, length)
+        with shared.clock.spent("training"):
+            states, metrics = jax.block_until_ready(self._compiled[shape](states, feeds))
+        seen = [shared.values(of_one) for of_one in jax.device_get(metrics)]
+        progress.advance(length, shown(seen[0], len(seen) * shared.batch * progress.rate))
+        seeds = self.seeds
+        for session, state, values in zip(tuple(self.sessions), states, seen, strict=True):
+            session.advanced(state, values)
+            self._look(session, values, first, seeds, progress)
+
+    def _look(
+        self, session: Session, values: Values, first: int, seeds: list[int], progress: Progress
+    ) -> None:
+        """The one place that judges what updates saw: a run that diverged ends with that result."""
+        if diverged := divergence(values, first):
+            progress.say(f"{session.task.name} {described(diverged)}")
+            self._outcomes[session.task.name] = session.finish(diverged, seeds)
+            self.sessions.remove(session)
+
+
+def divergence(values: Values, first: int) -> dict[str, float] | None:
+    """The first update, from number ``first`` on, whose loss or gradient went wrong."""
+    loss = values["loss"]
+    good = np.isfinite(loss) & (loss < BLOWN_UP) & np.isfinite(values.get("grad_norm", loss))
+    if good.all():
+        return None
+    i = int(np.argmin(good))
+    return {"step": first + i} | {name: float(value[i]) for name, value in values.items()}
+
+
+def described(diverged: dict[str, float]) -> str:
+    """A divergence, with what to try against it."""
+    titles = {"loss": "loss", "lam": "λ", "feature_norm": "|features|", "kernel_norm": "|kernel|"}
+    numbers = [f"{title} {diverged[n]:.4g}" for n, title in titles.items() if n in diverged]
+    return f"diverged at step {diverged['step']}: {', '.join(numbers)}\n{ADVICE}"
+
+
+def shown(values: Values, speed: float) -> str:
+    """What updates saw, for the progress."""
+    words = [f"loss {values['loss'].mean():.3g}"]
+    if "error" in values:
+        words.append(f"accuracy {100 - values['error'].mean():.1f} %")
+    if "lam" in values:
+        words.append(f"λ {values['lam'][-1]:.3g}")
+    return ", ".join([*words, f"{speed:.0f} examples/s"])
+
+
+def finished(folder: Path, name: str) -> Outcome | None:
+    """The result of a run that needs no more training; says so."""
+    file = result_file(folder)
+    if not file.exists():
+        return None
+    print(f"{name} is finished; delete {file} to train it again")
+    return results.load(file)
+
+
+def checkpointed_steps(folder: Path) -> set[int]:
+    """The steps the run in a folder can continue at; 0 if it has no checkpoint."""
+    return steps_in(folder / "checkpoints") or {0}
+
+
+def common_step(folders: Sequence[Path]) -> int:
+    """The latest step that runs can continue at together.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    steps = set.intersection(*map(checkpointed_steps, folders))
+    if not steps:
+        raise ValueError(
+            f"{folders[0].name}: these seeds stopped at different steps, so they cannot go on "
+            "together; train them one by one"
+        )
+    return max(steps)
+
+
+def exit_code(outcome: Outcome | None) -> int:
+    """0 for a finished run, 1 for a diverged one, 130 for one that was stopped."""
+    if outcome is None:
+        return INTERRUPTED
+    return 1 if outcome["status"] == "diverged" else 0
+
+
+@contextmanager
+def interruptible() -> Iterator[Stop]:
+    """Makes the first Ctrl-C or SIGTERM a request to stop; a second one ends at once."""
+    asked = False
+
+    def ask(number: int, _: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        print("\nstopping after this dispatch", file=sys.stderr)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, ask) for number in numbers]
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,67 @@
+"""What is trained in a folder: noted once, and compared when somebody comes back; numbers alone."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.store import results
+
+NAME = "claim"  # no .json: it is no result
+
+
+def claim(folder: Path, settings: dict[str, Any], devices: int, writes: bool) -> None:
+    """Notes the settings in a folder, or compares them with those that are there.
+
+    Args:
+      folder: of a run.
+      settings: all that decides the run's numbers, and nothing else; as JSON.
+      devices: that train it, for the record of how it began.
+      writes: whether this process may write.
+
+    Raises:
+      ValueError: naming the folder and what differs, if something else is trained there.
+    """
+    wanted = json.loads(json.dumps(settings))
+    if not (folder / NAME).exists():
+        if writes:
+            begun = {"command": command_line(), **results.provenance(devices)}
+            results.save(folder / NAME, {"settings": wanted, "begun": begun})
+        return
+    there = claimed(folder)["settings"]
+    if differences := differing(there, wanted):
+        raise ValueError(
+            f"{folder} holds another run ({', '.join(differences)}); choose another folder, or "
+            "remove this one"
+        )
+
+
+def claimed(folder: Path) -> dict[str, Any]:
+    """A run's ``settings``, and how it was ``begun``.
+
+    Raises:
+      FileNotFoundError: if the folder holds no run.
+    """
+    if not (folder / NAME).exists():
+        raise FileNotFoundError(f"no run in {folder}")
+    return results.load(folder / NAME)
+
+
+def differing(there: Any, wanted: Any, name: str = "") -> list[str]:
+    """What differs between two settings, each as NAME old -> new."""
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        return [
+            difference
+            for key in [*there, *(key for key in wanted if key not in there)]
+            for difference in differing(there.get(key), wanted.get(key), f"{name}.{key}".strip("."))
+        ]
+    if there == wanted:
+        return []
+    short = all(len(str(value)) < 60 for value in (there, wanted))
+    return [f"{name} {there} -> {wanted}" if short else f"other {name}"]
+
+
+def command_line() -> str:
+    """The command of this process, as typed."""
+    return shlex.join(["python", "-m", "experiments", *sys.argv[1:]])

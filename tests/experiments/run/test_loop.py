@@ -1,0 +1,76 @@
+"""A run killed at any point and continued ends in the bits of an unbroken one, in every source."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments.faces.stand_in import write_digits
+
+ROOT = Path(__file__).parents[3]
+STEPS = "12"
+SOURCES = {
+    "images in memory": ["train", "digits-m4", "--batch", "16", "--width", "0.125"],
+    "streamed faces": ["train-faces", "--batch", "16", "--width", "0.02", "--size", "32", "32"],
+    "synthetic classes": ["scale", "--classes", "1003", "--dim", "32", "--batch", "64"],
+}
+
+
+def start(words, out, cache):
+    """A process that trains, with a checkpoint after every update."""
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-m", "experiments", *words, "--steps", STEPS, "--out", str(out)]
+    return subprocess.Popen(
+        [*command, "--checkpoint-seconds", "0"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def the(found):
+    (only,) = found
+    return only
+
+
+def outcome_of(out):
+    """What must not depend on interruptions: curves, and the bits of the last checkpoint."""
+    folder = the(out.rglob("metrics.jsonl")).parent
+    outcome = json.loads(folder.with_name(f"{folder.name}.json").read_text())
+    with ocp.CheckpointManager(folder / "checkpoints") as manager:
+        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+    return outcome["status"], outcome["curves"], outcome.get("test"), state
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("source", SOURCES)
+def test_killed_run_continues_to_the_same_bits(source, tmp_path):
+    words = SOURCES[source]
+    if words[0] == "train-faces":
+        write_digits(tmp_path / "faces", images=8)
+        words = [*words, "--faces", str(tmp_path / "faces")]
+    outs = [tmp_path / "whole" / "run", tmp_path / "broken" / "run"]
+    with start(words, outs[0], tmp_path / "cache") as process:
+        assert process.wait() == 0, process.stderr.read()
+    with start(words, outs[1], tmp_path / "cache") as process:
+        while sum(log.read_bytes().count(b"\n") for log in outs[1].rglob("metrics.jsonl")) < 4:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        process.kill()
+    folder = the((tmp_path / "broken").rglob("metrics.jsonl")).parent
+    assert not folder.with_name(f"{folder.name}.json").exists()
+    with start(words, outs[1], tmp_path / "cache") as process:
+        assert process.wait() == 0, process.stderr.read()
+    whole, broken = (outcome_of(out.parent) for out in outs)
+    assert whole[0] == "finished" and len(whole[1]["train"]["loss"]) == int(STEPS)
+    assert broken[:3] == whole[:3]
+    chex.assert_trees_all_equal(broken[3], whole[3])
