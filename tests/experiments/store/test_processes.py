@@ -22,6 +22,7 @@ from experiments.store import processes
 from experiments.store.checkpoints import steps_in
 from experiments.store.logs import Log, Seconds
 from experiments.store.processes import Meeting
+from lsoftmax_jax import devices
 
 ROOT = Path(__file__).parents[3]
 CONFIG = replace(CONFIGS["digits-m4"], steps=24, batch=16, width=1 / 8, examples=100)
