@@ -124,7 +124,7 @@ jax.debug.visualize_array_sharding(labels, use_color=False)
 # %% [markdown]
 # ## Class-parallel
 #
-# With many classes the head outgrows one device. `class_axis` shards its kernel over a mesh axis:
+# With many classes the head outgrows one device. A layout shards its kernel over a mesh axis:
 # each device computes the logits of its own classes, and no device ever sees all of them. Swap the
 # head, keep the rest. [More on many classes](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/docs/guide/many-classes.md).
 
@@ -135,9 +135,8 @@ mesh = jax.make_mesh(shape, ("data", "model"), (AxisType.Auto, AxisType.Auto))
 
 model = network()
 whole = np.asarray(model.head.kernel[...])
-model.head = LSoftmaxDense(
-    64, 10, margin=4, class_axis="model", batch_axes="data", mesh=mesh, rngs=nnx.Rngs(0)
-)
+layout = lsm.ClassParallel("model", "data", mesh)
+model.head = LSoftmaxDense(64, 10, margin=4, layout=layout, rngs=nnx.Rngs(0))
 model.head.kernel[...] = jax.device_put(whole, NamedSharding(mesh, P(None, "model")))
 class_graphdef, class_first = training.create(model, optimizer)
 class_step = jax.jit(training.train_step(class_graphdef, optimizer, lam))
@@ -181,9 +180,7 @@ ROWS, FEATURES, CLASSES = 1024, 512, 10_000
 
 
 def loss_sum(features, kernel, labels):
-    return lsm.sharded.lsoftmax_loss_sum(
-        features, kernel, labels, margin=4, mesh=mesh, class_axis="model", batch_axes="data"
-    )
+    return lsm.sharded.lsoftmax_loss_sum(features, kernel, labels, margin=4, lam=0.0, layout=layout)
 
 
 def described(shape, dtype, spec):
