@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import quickstart
-from experiments.benchmarks import head, step
+from experiments.benchmarks import convergence, head, step
 from experiments.benchmarks.scale import scale
 from experiments.faces.align import align
 from experiments.faces.embed import embed
@@ -134,11 +134,12 @@ def postponed(function: Callable[..., None]) -> Callable[..., Callable[[], None]
 Benchmark = (
     Annotated[Any, tyro.conf.subcommand("head", constructor=postponed(head.bench))]
     | Annotated[Any, tyro.conf.subcommand("step", constructor=postponed(step.bench))]
+    | Annotated[Any, tyro.conf.subcommand("convergence", constructor=postponed(convergence.bench))]
 )
 
 
 def bench(benchmark: Benchmark) -> None:
-    """Times what a margin costs, arms interleaved in one process; writes a table and a JSON."""
+    """Measures what a margin costs and which λ trains; writes a table and a JSON."""
     benchmark()
 
 

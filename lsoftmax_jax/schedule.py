@@ -84,7 +84,12 @@ def annealed_lambda(
 
 
 def margin_schedule(
-    steps: int, *, share: float = 0.2, start: float = 0.1, end: float = 0.7
+    steps: int,
+    *,
+    margin: int = 4,
+    share: float | None = None,
+    start: float = 0.1,
+    end: float = 0.7,
 ) -> Callable[[ArrayLike], jax.Array]:
     r"""λ for a run of `steps` updates: softmax first, then a part of the margin, by a smooth ramp.
 
@@ -95,11 +100,14 @@ def margin_schedule(
         p = \mathrm{clip}\left(\frac{s / steps - start}{end - start},\, 0,\, 1\right)
 
     It is for runs whose λ must be known beforehand; `self_paced` needs no number of steps. λ ends
-    at 1 / share - 1, which is 4 by default. A share of 1, the whole margin, collapses runs.
+    at 1 / share - 1. The larger the margin, the smaller a share of it still trains: with half of
+    margin 8, and with the whole of any, features shrink to length 0.
 
     Args:
       steps: updates of the run, >= 1.
-      share: the largest share of the margin, in [0, 1]; 0 is softmax.
+      margin: of the loss that takes this λ, here only for the default of `share`.
+      share: the largest share of the margin, in [0, 1]; 0 is softmax. By default 0.8 / margin and
+        at most a half: λ ends at 1.5 with margin 2, at 4 with 4, at 9 with 8.
       start: the fraction of the run before which λ is infinite, in [0, 1].
       end: the fraction after which λ no longer falls, in [0, 1] and above `start`.
 
@@ -108,7 +116,7 @@ def margin_schedule(
       from 0. Steps past the end have the last λ.
 
     Raises:
-      TypeError: `steps` is no Python int, or another argument no real number.
+      TypeError: `steps` or `margin` is no Python int, or another argument no real number.
       ValueError: an argument is outside its range, or `start` is not below `end`.
 
     Example:
@@ -117,8 +125,8 @@ def margin_schedule(
       >>> [round(float(lam(step)), 1) for step in (0, 500, 800, 1400, 2000)]
       [inf, 31.0, 9.0, 4.0, 4.0]
     """
-    steps = _checks.check_size("steps", steps)
-    share = _checks.check_fraction("share", share)
+    steps, margin = _checks.check_size("steps", steps), _checks.check_size("margin", margin)
+    largest = min(0.5, 0.8 / margin) if share is None else _checks.check_fraction("share", share)
     start, end = _checks.check_fraction("start", start), _checks.check_fraction("end", end)
     if start >= end:
         raise ValueError(f"start must be below end, got start {start} and end {end}")
@@ -126,7 +134,7 @@ def margin_schedule(
     def schedule(step: ArrayLike) -> jax.Array:
         done = jnp.asarray(step).astype(jnp.float32) / steps
         part = jnp.clip((done - start) / (end - start), 0, 1)
-        now = share * part * part * (3 - 2 * part)
+        now = largest * part * part * (3 - 2 * part)
         return jnp.where(now > 0, 1 / jnp.where(now > 0, now, 1) - 1, jnp.inf)
 
     return schedule

@@ -113,6 +113,11 @@ def test_ramp_starts_as_softmax_and_keeps_its_last_share():
     assert lsm.margin_schedule(10, share=0)(10) == jnp.inf
 
 
+def test_the_larger_the_margin_the_smaller_its_largest_share():
+    last = [lsm.margin_schedule(100, margin=margin)(100) for margin in (1, 2, 4, 8)]
+    np.testing.assert_allclose(last, [1.0, 1.5, 4.0, 9.0], rtol=1e-5)
+
+
 def test_ramp_of_a_traced_step_is_the_same_float32_scalar_under_strict_promotion():
     lam_of = lsm.margin_schedule(300, share=0.5)
     with jax.numpy_dtype_promotion("strict"):
@@ -127,6 +132,7 @@ def test_ramp_of_a_traced_step_is_the_same_float32_scalar_under_strict_promotion
     [
         ({"steps": 0}, ValueError, "steps must be >= 1, got 0"),
         ({"steps": 10.0}, TypeError, "steps must be a Python int"),
+        ({"margin": 0}, ValueError, "margin must be >= 1, got 0"),
         ({"share": 1.5}, ValueError, "share must be in"),
         ({"share": "half"}, TypeError, "share must be a Python float"),
         ({"start": -0.1}, ValueError, "start must be in"),

@@ -1,0 +1,430 @@
+"""Which λ trains at the first try: `python -m experiments bench convergence`.
+
+Small networks on scikit-learn's digits and on drawn identities, every way to choose λ with the same
+ten seeds, all runs of a way side by side under `jax.vmap`. A run has collapsed whose test error is
+more than 20 points above softmax's mean in its setting.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen
+from numpy.typing import NDArray
+from rich.console import Console
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+import lsoftmax_jax as lsm
+from experiments.benchmarks.head import OUT
+from experiments.store.results import load, provenance, save
+from lsoftmax_jax import schedule
+from lsoftmax_jax.linen import LSoftmaxDense
+
+SEEDS = 10
+MARGINS = (2, 3, 4, 8)
+SOFTMAX, SELF_PACED, RAMP, RELEASED = "softmax", "self_paced", "margin_schedule", "released"
+CONSTANTS = (0.0, 5.0, 20.0)
+COLLAPSED = 20.0  # points above softmax's mean error
+RELEASED_STEPS = 18_000  # that the released constants are for
+
+
+class Data(NamedTuple):
+    """What is learnt: digits as they are or spoilt, or identities drawn around random points."""
+
+    noise: float = 0.0  # the part of training labels that is redrawn
+    rarest: float = 1.0  # what is left of the rarest class; the others lie between
+    identities: int = 0  # 0: digits
+    dim: int = 0
+    spread: float = 0.0
+
+
+class Setting(NamedTuple):
+    """A task, a network and how it is trained."""
+
+    name: str
+    data: Data = Data()
+    convolutional: bool = False
+    feature: int = 32
+    relu: bool = True  # on the feature
+    batch: int = 128
+    optimizer: Literal["adam", "adamw", "sgd", "momentum"] = "adam"
+    rate: float = 3e-3
+    cosine: bool = False
+    steps: int = 300
+    apart: bool = False  # not looked at before the rules for λ were fixed
+
+
+class Split(NamedTuple):
+    train: tuple[NDArray, NDArray]
+    test: tuple[NDArray, NDArray]
+    classes: int
+
+
+SETTINGS = (
+    Setting("ReLU feature"),
+    Setting("linear feature", relu=False),
+    Setting("plain SGD", optimizer="sgd", rate=0.1, steps=1000),
+    Setting("batch of 8", batch=8, optimizer="momentum", rate=0.02, steps=1000),
+    Setting("2-D feature, Adam", feature=2, relu=False, steps=600),
+    Setting("2-D feature, longer", feature=2, relu=False, cosine=True, steps=2000),
+    Setting("4-D ReLU feature", feature=4, optimizer="adamw", steps=800),
+    Setting("40 % label noise", Data(noise=0.4), steps=600),
+    Setting("imbalance 1:10", Data(rarest=0.1), steps=600),
+    Setting("imbalance 1:50", Data(rarest=0.02), optimizer="momentum", rate=0.1, steps=500),
+    Setting(
+        "200 identities", Data(identities=200, dim=8, spread=0.5), feature=16, relu=False, steps=600
+    ),
+    Setting(
+        "100 identities, overfitted",
+        Data(identities=100, dim=16, spread=0.7),
+        optimizer="momentum",
+        rate=0.1,
+        steps=800,
+    ),
+    Setting("10 % label noise", Data(noise=0.1), steps=1000, apart=True),
+    Setting(
+        "40 % label noise, SGD",
+        Data(noise=0.4),
+        relu=False,
+        optimizer="momentum",
+        rate=0.1,
+        steps=600,
+        apart=True,
+    ),
+    Setting(
+        "500 identities, hardly learnt",
+        Data(identities=500, dim=8, spread=0.5),
+        feature=8,
+        relu=False,
+        steps=300,
+        apart=True,
+    ),
+    Setting("batch of 32, cosine", batch=32, cosine=True, steps=600, apart=True),
+    Setting(
+        "batch of 32, plain SGD",
+        batch=32,
+        relu=False,
+        optimizer="sgd",
+        rate=0.1,
+        steps=1500,
+        apart=True,
+    ),
+    Setting("batch of 8, Adam", batch=8, rate=1e-3, steps=1500, apart=True),
+    Setting("batch of 512", batch=512, optimizer="momentum", rate=0.1, steps=200, apart=True),
+    Setting(
+        "2-D feature, SGD",
+        feature=2,
+        relu=False,
+        optimizer="momentum",
+        rate=0.1,
+        cosine=True,
+        steps=800,
+        apart=True,
+    ),
+    Setting("AdamW", optimizer="adamw", steps=800, apart=True),
+    Setting("CNN, Adam", convolutional=True, batch=64, steps=300, apart=True),
+    Setting(
+        "CNN, SGD",
+        convolutional=True,
+        batch=32,
+        optimizer="momentum",
+        rate=0.05,
+        cosine=True,
+        steps=600,
+        apart=True,
+    ),
+    Setting("150 updates", relu=False, steps=150, apart=True),
+    Setting("3,000 updates", batch=64, cosine=True, steps=3000, apart=True),
+)
+QUICK = (
+    Setting("ReLU feature", batch=32, steps=40),
+    Setting("linear feature", relu=False, batch=32, steps=40),
+)
+
+
+def bench(quick: bool = False, again: bool = False, out: Path = OUT) -> None:
+    """Trains every setting with every way to choose λ; prints tables and the targets.
+
+    An interrupted benchmark continues where it was.
+
+    Args:
+      quick: two short settings, two seeds and one margin, to see that it runs.
+      again: start over although there is a result.
+      out: folder of the result.
+    """
+    settings, seeds = (QUICK, 2) if quick else (SETTINGS, SEEDS)
+    margins = (4,) if quick else MARGINS
+    name = f"convergence{'-quick' * quick}-{jax.default_backend()}.json"
+    result = {
+        "kind": "bench convergence",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"python -m experiments bench convergence{' --quick' * quick}",
+        **provenance(1),
+        "seeds": seeds,
+    }
+    done: list[dict[str, Any]] = []
+    if (out / name).exists() and not again:
+        saved = load(out / name)
+        # Other versions may have other numbers; a later commit continues what an earlier began.
+        if saved["versions"] == result["versions"]:
+            result |= {key: saved[key] for key in ("date", "commit", "device")}
+            done = [entry for entry in saved["settings"] if setting_of(entry) in settings]
+    kept = {setting_of(entry): entry for entry in done}
+    done = []
+    for setting in tqdm(settings, unit=" settings"):
+        done.append(kept.get(setting) or measure(setting, margins, seeds))
+        save(out / name, result | {"settings": done})
+    console = Console(width=max(Console().width, 120))
+    console.print(f"{summary_table(done)}\n\n{settings_table(done)}\n", markup=False)
+    for target in targets(done):
+        met = "met" if target["met"] else "not met"
+        console.print(f"{target['measure']}: {target['reached']} of {target['limit']}, {met}")
+    save(out / name, result | {"settings": done, "targets": targets(done)})
+    print(f"{out / name} written")
+
+
+def setting_of(entry: dict[str, Any]) -> Setting:
+    """The setting that an entry of a result was measured in, as far as this version knows it."""
+    fields = {key: entry["setting"].get(key) for key in Setting._fields}
+    return Setting(**fields | {"data": Data(*entry["setting"]["data"])})
+
+
+def measure(setting: Setting, margins: Sequence[int], seeds: int) -> dict[str, Any]:
+    """Test errors in % of every way to choose λ, one a seed."""
+    begun, split, steps = time.perf_counter(), split_of(setting.data), np.arange(setting.steps)
+    released = schedule.MNIST._replace(
+        gamma=schedule.MNIST.gamma * RELEASED_STEPS / max(setting.steps, 1)
+    )
+    given = {
+        RELEASED: lsm.annealed_lambda(*released)(steps),
+    } | {f"λ = {lam:g}": jnp.full(setting.steps, lam) for lam in CONSTANTS}
+    (softmax,) = errors(setting, split, 1, jnp.full((1, setting.steps), jnp.inf), seeds)
+    rows = [row(SOFTMAX, 1, softmax)]
+    for margin in margins:
+        (paced,) = errors(setting, split, margin, None, seeds)
+        lams = {RAMP: lsm.margin_schedule(setting.steps, margin=margin)(steps)} | given
+        found = errors(setting, split, margin, jnp.stack(list(lams.values())), seeds)
+        rows.append(row(SELF_PACED, margin, paced))
+        rows += [row(policy, margin, of) for policy, of in zip(lams, found, strict=True)]
+    return {
+        "setting": setting._asdict(),
+        "seconds": round(time.perf_counter() - begun, 1),
+        "load": round(os.getloadavg()[0], 1),
+        "runs": rows,
+    }
+
+
+def row(policy: str, margin: int, of: NDArray) -> dict[str, Any]:
+    return {"policy": policy, "margin": margin, "errors": of.round(3).tolist()}
+
+
+# Training.
+
+
+class Network(linen.Module):
+    """A multilayer perceptron or a small convolutional network under our head."""
+
+    setting: Setting
+    classes: int
+    margin: int
+
+    def setup(self) -> None:
+        if self.setting.convolutional:
+            self.lower: Any = [linen.Conv(filters, (3, 3), 2) for filters in (8, 16)]
+        else:
+            self.lower = [linen.Dense(128)]
+        self.last = linen.Dense(self.setting.feature)
+        self.head = LSoftmaxDense(self.classes, margin=self.margin)
+
+    def features(self, inputs: jax.Array) -> jax.Array:
+        x = inputs.reshape(-1, 8, 8, 1) if self.setting.convolutional else inputs
+        for layer in self.lower:
+            x = linen.relu(layer(x))
+        x = self.last(x.reshape(len(x), -1))
+        return linen.relu(x) if self.setting.relu else x
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return self.head(self.features(inputs))
+
+    def loss(self, inputs: jax.Array, labels: jax.Array, lam: jax.Array | None) -> jax.Array:
+        return self.head.loss(self.features(inputs), labels, lam).mean()
+
+
+def errors(
+    setting: Setting, split: Split, margin: int, lams: jax.Array | None, seeds: int
+) -> NDArray[np.float64]:
+    """Test errors in %, (lams, seeds); lams (number, steps), or None for one, self-paced."""
+    network = Network(setting, split.classes, margin)
+    optimizer = optimizer_of(setting)
+    (inputs, labels), (test_inputs, test_labels) = jax.tree.map(jnp.asarray, split[:2])
+
+    def trained(key: jax.Array, lams: jax.Array | None) -> jax.Array:
+        params = network.init(key, inputs[:1])
+
+        def update(carry: Any, at: Any) -> tuple[Any, None]:
+            (params, state), (step, lam) = carry, at
+            rows = jax.random.randint(
+                jax.random.fold_in(key, step), (setting.batch,), 0, len(inputs)
+            )
+            grads = jax.grad(network.apply)(
+                params, inputs[rows], labels[rows], lam, method=Network.loss
+            )
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        over = jnp.arange(setting.steps), lams
+        (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), over)
+        logits: Any = network.apply(params, test_inputs)
+        return 100 * (logits.argmax(axis=-1) != test_labels).mean()
+
+    keys = jax.random.split(jax.random.key(1), seeds)
+    over_seeds = jax.vmap(trained, (0, None))
+    if lams is None:
+        return np.asarray(jax.jit(over_seeds)(keys, None), float)[None]
+    return np.asarray(jax.jit(jax.vmap(over_seeds, (None, 0)))(keys, lams), float)
+
+
+def optimizer_of(setting: Setting) -> optax.GradientTransformation:
+    rate = setting.rate
+    schedule = optax.cosine_decay_schedule(rate, setting.steps) if setting.cosine else rate
+    match setting.optimizer:
+        case "adam":
+            return optax.adam(schedule)
+        case "adamw":
+            return optax.adamw(schedule, weight_decay=0.05)
+        case "sgd":
+            return optax.sgd(schedule)
+        case "momentum":
+            return optax.sgd(schedule, momentum=0.9)
+
+
+def split_of(data: Data) -> Split:
+    """Training and test rows, the same in every call; only training rows are spoilt."""
+    rng = np.random.default_rng(0)
+    if data.identities:
+        centres = rng.normal(size=(data.identities, data.dim))
+
+        def drawn(each: int) -> tuple[NDArray, NDArray]:
+            labels = np.repeat(np.arange(data.identities), each)
+            around = data.spread * rng.normal(size=(len(labels), data.dim))
+            return (centres[labels] + around).astype(np.float32), labels
+
+        return Split(drawn(40), drawn(10), data.identities)
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32)
+    inputs, test_inputs, labels, test_labels = train_test_split(
+        images, labels, test_size=0.3, random_state=0, stratify=labels
+    )
+    kept = rng.random(len(labels)) < data.rarest ** (labels / 9)
+    inputs, labels = inputs[kept], labels[kept]
+    redrawn = rng.random(len(labels)) < data.noise
+    labels = np.where(redrawn, rng.integers(0, 10, len(labels)), labels)
+    return Split((inputs, labels), (test_inputs, test_labels), 10)
+
+
+# What it comes to.
+
+
+class Outcome(NamedTuple):
+    """A way to choose λ against softmax, over settings and margins."""
+
+    runs: int
+    collapsed: int
+    error: float  # mean, %
+    settings: int  # with a margin each
+    no_worse: int  # of them, with a mean error at or below softmax's
+    worst: float  # points above softmax's mean
+
+
+def outcome(entries: Iterable[dict[str, Any]], policy: str, margins: Iterable[int]) -> Outcome:
+    means: list[float] = []
+    above: list[float] = []
+    collapsed, runs, margins = 0, 0, set(margins)
+    for entry in entries:
+        softmax = np.mean(next(r["errors"] for r in entry["runs"] if r["policy"] == SOFTMAX))
+        for run in entry["runs"]:
+            if run["policy"] == policy and run["margin"] in margins:
+                means.append(float(np.mean(run["errors"])))
+                above.append(round(means[-1] - float(softmax), 6))
+                collapsed += int(np.sum(np.array(run["errors"]) > softmax + COLLAPSED))
+                runs += len(run["errors"])
+    no_worse = sum(points <= 0 for points in above)
+    return Outcome(runs, collapsed, float(np.mean(means)), len(means), no_worse, max(above))
+
+
+def policies(entries: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(run["policy"] for run in entries[0]["runs"]))
+
+
+def margins_of(entries: list[dict[str, Any]]) -> list[int]:
+    return sorted({run["margin"] for entry in entries for run in entry["runs"]} - {1})
+
+
+def summary_table(entries: list[dict[str, Any]]) -> str:
+    """Markdown: a row a way to choose λ, over all settings and margins."""
+    lines = [
+        "| λ | collapsed runs | mean test error, % | no worse than softmax | worst, points above |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for policy in policies(entries):
+        found = outcome(entries, policy, {1, *margins_of(entries)})
+        against = "|"
+        if policy != SOFTMAX:
+            against = f"{found.no_worse} of {found.settings} | {found.worst:.2f}"
+        lines.append(
+            f"| {TITLES.get(policy, policy)} | {found.collapsed} of {found.runs:,} "
+            f"| {found.error:.2f} | {against} |"
+        )
+    return "\n".join(lines)
+
+
+def settings_table(entries: list[dict[str, Any]]) -> str:
+    """Markdown: a row a setting; softmax's mean error and what the margins add to it."""
+    margins = margins_of(entries)
+    columns = [(SELF_PACED, margin) for margin in margins] + [(RAMP, margin) for margin in margins]
+    titles = " | ".join(f"{TITLES[policy].split(',')[0]}, m = {m}" for policy, m in columns)
+    lines = [f"| setting | softmax, % | {titles} |", f"|---|{'--:|' * (1 + len(columns))}"]
+    for entry in entries:
+        mean = {(run["policy"], run["margin"]): np.mean(run["errors"]) for run in entry["runs"]}
+        softmax = mean[SOFTMAX, 1]
+        less = " | ".join(f"{mean[column] - softmax:+.2f}" for column in columns)
+        apart = "" if entry["setting"]["apart"] else " *"
+        lines.append(f"| {entry['setting']['name']}{apart} | {softmax:.2f} | {less} |")
+    return "\n".join(lines)
+
+
+TITLES = {
+    SELF_PACED: "`self_paced()`",
+    RAMP: "`margin_schedule(steps)`",
+    RELEASED: "`annealed_lambda`, released, stretched",
+}
+
+
+def targets(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the settings that were set apart, or of all if none was."""
+    entries = [entry for entry in entries if entry["setting"]["apart"]] or entries
+    margins = margins_of(entries)
+    found: list[dict[str, Any]] = []
+    for policy in (SELF_PACED, RAMP):
+        every = outcome(entries, policy, margins)
+        small = outcome(entries, policy, [margin for margin in margins if margin <= 4])
+        share = small.no_worse / small.settings
+        found += [
+            target(f"{policy}: collapsed runs", 0, every.collapsed, every.collapsed <= 0),
+            target(f"{policy}, m <= 4: part no worse than softmax", 0.9, share, share >= 0.9),
+            target(f"{policy}, m <= 4: points above softmax", 0.3, small.worst, small.worst <= 0.3),
+        ]
+    return found
+
+
+def target(measure: str, limit: float, reached: float, met: bool) -> dict[str, Any]:
+    return {"measure": measure, "limit": limit, "reached": round(float(reached), 3), "met": met}
