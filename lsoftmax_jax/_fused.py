@@ -115,7 +115,6 @@ def paced_target(
             margin=whole.logit,
             z=others.z,
             mean=others.peak + others.moment * others.inverse_mass,
-            correct=whole.plain > others.peak,
             weights=jnp.where(jnp.isnan(whole.plain), 0, weights),
         )
         lam = setting.pace.lam(view, axes).astype(lam.dtype)

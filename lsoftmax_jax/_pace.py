@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Shares at which the mean force is computed; between them it is taken to be straight.
-_GRID = 33
+# Shares at which the mean force is computed; between them it is taken to be straight. Fine near 0,
+# where large margins and wrong labels put the zero.
+_GRID = np.linspace(0, 1, 17) ** 3
 
 
 class BatchView(NamedTuple):
@@ -29,7 +30,6 @@ class BatchView(NamedTuple):
     margin: jax.Array  # v, the same with the whole margin
     z: jax.Array  # logsumexp of the other logits
     mean: jax.Array  # their mean under their own softmax
-    correct: jax.Array  # whether u is the largest logit
     weights: jax.Array  # >= 0, 0 for rows that do not count
 
 
@@ -39,44 +39,41 @@ class SelfPaced:
 
     Attributes:
       fraction: of the share at which the batch's features stop growing.
-      accuracy: the batch's margin-free accuracy at which the margin comes in.
-      power: how gently it does.
+      power: of the probability that plain softmax gives the labels.
       axis_name: mapped axes, as of `jax.pmap`, over which the batch is split.
     """
 
     fraction: float
-    accuracy: float
     power: float
     axis_name: tuple[str, ...] = ()
 
     def lam(self, view: BatchView, axes: tuple[str, ...] = ()) -> jax.Array:
         """λ of a batch that is split over the mapped `axes` too; no gradient flows through it."""
-        view = jax.tree.map(jax.lax.stop_gradient, view)
-        share = self._share(view, axes)
+        share = self._share(jax.tree.map(jax.lax.stop_gradient, view), axes)
         return jnp.where(share > 0, 1 / jnp.where(share > 0, share, 1) - 1, jnp.inf)
 
     def _share(self, view: BatchView, axes: tuple[str, ...]) -> jax.Array:
-        grid = np.linspace(0, 1, _GRID).astype(view.plain.dtype)
+        grid = jnp.asarray(_GRID, view.plain.dtype)
         t = view.plain + grid[:, None] * (view.margin - view.plain)
         force = jax.nn.sigmoid(view.z - t) * (t - view.mean)
-        counts = view.weights > 0
+        probability = jax.nn.sigmoid(view.plain - view.z)
+        rows = jnp.concatenate([force, probability[None], jnp.ones_like(probability)[None]])
         # A row that does not count may hold anything.
-        force = jnp.sum(jnp.where(counts, view.weights * force, 0), axis=1)
-        correct = jnp.sum(jnp.where(counts & view.correct, view.weights, 0))
-        sums = jnp.concatenate([force, jnp.stack([correct, jnp.sum(view.weights)])])
+        sums = jnp.sum(jnp.where(view.weights > 0, view.weights * rows, 0), axis=1)
         if axes := (*self.axis_name, *axes):
             sums = jax.lax.psum(sums, axes)
-        force, correct, total = sums[:-2], sums[-2], sums[-1]
-        accuracy = correct / jnp.where(total > 0, total, 1)
-        above = jnp.clip((accuracy - self.accuracy) / (1 - self.accuracy), 0, 1)
-        return self.fraction * _first_zero(grid, force) * above**self.power
+        force, probability, total = sums[:-2], sums[-2], sums[-1]
+        mean = probability / jnp.where(total > 0, total, 1)
+        return self.fraction * _last_zero(grid, force) * mean**self.power
 
 
-def _first_zero(grid: np.ndarray, force: jax.Array) -> jax.Array:
-    """Where a function on a grid first falls below 0, by lines; the last point if it never does."""
-    positive = force[:-1] > 0
-    before = jnp.cumprod(positive.astype(force.dtype))
-    falls = positive & (force[1:] <= 0)
-    part = jnp.where(falls, force[:-1] / jnp.where(falls, force[:-1] - force[1:], 1), 1)
-    # Each step counts whole while the force is positive, in part where it falls to 0.
-    return jnp.sum(jnp.diff(grid) * before * part)
+def _last_zero(grid: jax.Array, force: jax.Array) -> jax.Array:
+    """Where a function on a grid falls below 0 for good, by a line; 0 where it always is."""
+    index = jnp.arange(grid.size)
+    last = jnp.max(jnp.where(force >= 0, index, -1))
+    before = jnp.clip(last, 0, grid.size - 2)
+    above, below = force[before], force[before + 1]
+    falls = above > below
+    part = jnp.where(falls, above / jnp.where(falls, above - below, 1), 0)
+    zero = grid[before] + jnp.clip(part, 0, 1) * (grid[before + 1] - grid[before])
+    return jnp.where(last < 0, 0, jnp.where(last == grid.size - 1, 1, zero))

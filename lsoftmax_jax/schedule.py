@@ -143,26 +143,29 @@ def margin_schedule(
 def self_paced(
     *,
     fraction: float = 0.5,
-    accuracy: float = 0.5,
-    power: float = 2.0,
+    power: float = 4.0,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> SelfPaced:
     r"""λ from what the batch shows, without a schedule, a number of steps or any state.
 
     Pass the result as `lam` to any loss; a head without `lam` uses ``self_paced()``. In each call
 
-    .. math:: \frac{1}{1+\lambda} = fraction \cdot s^* \cdot
-        \left(\frac{a - accuracy}{1 - accuracy}\right)_+^{power}
+    .. math:: \frac{1}{1+\lambda} = fraction \cdot s^* \cdot \bar q^{\,power}
 
-    with a the margin-free accuracy of the batch and s* the largest share of the margin in [0, 1] at
-    which the mean radial force on the batch's features, -<x, d loss / dx>, is not negative: beyond
-    it features shrink, and a run whose features reach length 0 has collapsed. λ is infinite, which
-    is plain softmax, while the accuracy is low, and no gradient flows through it.
+    with s* the largest share of the margin in [0, 1] at which the mean radial force on the batch's
+    features, -<x, d loss / dx>, is not negative: beyond it features shrink, and a run whose
+    features reach length 0 has collapsed. With the plain logit u of the label, its logit v under the whole
+    margin, and the logsumexp Z and mean M of the other logits under their own softmax, the force at
+    a share s is :math:`\sigma(Z - t)(t - M)` with :math:`t = u + s(v - u)`. The factor q̄ is the
+    batch's mean of :math:`\sigma(u - Z)`, the probability that plain softmax gives the label: small
+    at the start, and small again in a collapse, which so lets go of the margin by itself.
+
+    λ is at least 1 / fraction - 1, and infinite, which is plain softmax, where no share will do. No
+    gradient flows through it. Masked examples do not count.
 
     Args:
       fraction: how much of s* to use, in [0, 1].
-      accuracy: the accuracy at which the margin comes in, in [0, 1).
-      power: how gently it does, >= 0.
+      power: of q̄, >= 0.
       axis_name: the mapped axes over which a batch is split under `jax.pmap` or `jax.shard_map`,
         like a batch normalisation's. Under `jax.jit` on a mesh the batch is whole by itself.
 
@@ -177,12 +180,10 @@ def self_paced(
       >>> features, kernel = 9 * jnp.eye(3), jnp.eye(3)
       >>> loss, seen = lsm.lsoftmax_loss_and_statistics(
       ...     features, kernel, jnp.array([0, 1, 2]), margin=2, lam=lsm.self_paced())
-      >>> float(seen.lam)
+      >>> round(float(seen.lam), 2)
       1.0
     """
     fraction = _checks.check_fraction("fraction", fraction)
-    if _checks.check_fraction("accuracy", accuracy) == 1:
-        raise ValueError("accuracy must be below 1, got 1")
     if isinstance(power, bool) or not isinstance(power, (int, float)):
         raise TypeError(f"power must be a real number, got {power!r}")
     if not 0 <= power < float("inf"):
@@ -190,4 +191,4 @@ def self_paced(
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"axis_name must be a name, names or None, got {axis_name!r}")
-    return SelfPaced(fraction, float(accuracy), float(power), names)
+    return SelfPaced(fraction, float(power), names)

@@ -7,7 +7,7 @@ a step of `lsoftmax_loss_sum`, loss and gradients:
 - features split over another axis than the kernel: the exchange, the features' gradient, the
   kernel's gradient over the data axis, the scalars: 4;
 - features split over the class axis too: gathering them comes first, 5; over it alone: 3;
-- self-pacing adds one sum of 35 numbers over the data axis, if there is one.
+- self-pacing adds one sum of 19 numbers over the data axis, if there is one.
 
 With a data axis every device sums its columns' gradient over that axis, which for very many classes
 is most of the bytes sent; one axis for both features and classes sends none of it.
