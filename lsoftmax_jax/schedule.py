@@ -154,11 +154,11 @@ def self_paced(
 
     with s* the largest share of the margin in [0, 1] at which the mean radial force on the batch's
     features, -<x, d loss / dx>, is not negative: beyond it features shrink, and a run whose
-    features reach length 0 has collapsed. With the plain logit u of the label, its logit v under the whole
-    margin, and the logsumexp Z and mean M of the other logits under their own softmax, the force at
-    a share s is :math:`\sigma(Z - t)(t - M)` with :math:`t = u + s(v - u)`. The factor q̄ is the
-    batch's mean of :math:`\sigma(u - Z)`, the probability that plain softmax gives the label: small
-    at the start, and small again in a collapse, which so lets go of the margin by itself.
+    features reach length 0 has collapsed. With the plain logit u of the label, its logit v under
+    the whole margin, and the logsumexp Z and mean M of the other logits under their own softmax,
+    the force at a share s is :math:`\sigma(Z - t)(t - M)` with :math:`t = u + s(v - u)`. The factor
+    q̄ is the batch's mean of :math:`\sigma(u - Z)`, the probability that plain softmax gives the
+    label: small at the start, and small again in a collapse, which so lets go of the margin.
 
     λ is at least 1 / fraction - 1, and infinite, which is plain softmax, where no share will do. No
     gradient flows through it. Masked examples do not count.
