@@ -27,11 +27,13 @@ class Outcomes(NamedTuple):
 
     Attributes:
       runs: of configurations, tested on the test images.
+      validated: the same, tested on training images held out.
       tunings: λ by the error on the validation split.
       verifications: of pairs of faces.
     """
 
     runs: list[Outcome]
+    validated: list[Outcome]
     tunings: list[Outcome]
     verifications: list[Outcome]
 
@@ -63,21 +65,20 @@ def load_outcomes(out: Path) -> Outcomes:
     if not out.is_dir():
         raise ValueError(f"out must be a folder of results, got {out}")
     found: dict[str, list[Outcome]] = {kind: [] for kind in NEEDED}
-    for folder in (out, out / "tune"):
-        for outcome in result.load_all(folder):
-            outcome["file"] = (folder / outcome["file"]).relative_to(out).as_posix()
-            kind = outcome.get("kind", "run")
-            # Benchmarks have tables of their own.
-            if kind in NEEDED:
-                _check(out, kind, outcome)
-                found[kind].append(outcome)
-            elif not isinstance(kind, str):
-                raise ValueError(f"{out / outcome['file']} must hold a result, got kind {kind!r}")
+    tunings = [o | {"file": f"tune/{o['file']}"} for o in result.load_all(out / "tune")]
+    # A file of the folder tune itself is in both lists.
+    for outcome in {o["file"]: o for o in [*result.load_all(out), *tunings]}.values():
+        kind = outcome.get("kind", "run")
+        if not isinstance(kind, str):
+            raise ValueError(f"{out / outcome['file']} must hold a result, got kind {kind!r}")
+        if kind in NEEDED:  # benchmarks have tables of their own
+            _check(out, kind, outcome)
+            found[kind].append(outcome)
     _check_different(out, found["run"], ("name", "changes", "seed"))
     _check_different(out, found["verification"], ("config", "tested_folds", "protocol"))
-    # A tuning's candidates are no results: they were tested on training images held out.
-    runs = [o for o in found["run"] if "validation" not in o["changes"]]
-    return Outcomes(runs, found["tuning"], found["verification"])
+    validated = [o for o in found["run"] if "validation" in o["changes"]]
+    runs = [o for o in found["run"] if o not in validated]
+    return Outcomes(runs, validated, found["tuning"], found["verification"])
 
 
 def _check(out: Path, kind: str, outcome: Outcome) -> None:

@@ -29,6 +29,7 @@ FULL = "Data set by loss: full runs"
 REDUCED = "Data set by loss: reduced runs, not comparable with the paper"
 PAIRED = "Against softmax with the same seed"
 TUNED = "λ by the error on the validation split"
+RATES = "Learning rate of softmax by the error on the validation split"
 ALL = "Every run"
 
 DATA = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar10plus": "CIFAR10+", "cifar100": "CIFAR100"}
@@ -83,6 +84,7 @@ def sections(outcomes: Outcomes) -> dict[str, str]:
         "Reduced runs that are left, in their order": _commands(protocol.left(reduced)),
         "Recipe of the released prototxts": _cells(released, full),
         "Runs of Fig. 2 and Fig. 7": _cells(drawn, full),
+        RATES: _rates(outcomes.validated),
         TUNED: _tunings(outcomes.tunings),
         "Diverged runs": _diverged(outcomes.runs),
         "LFW": _verifications(outcomes.verifications),
@@ -276,6 +278,18 @@ def _softmax_of(name: str) -> str | None:
             if replace(CONFIGS[name], **taken) == candidate:
                 return candidate.name
     return None
+
+
+def _rates(validated: Sequence[Outcome]) -> str:
+    rows = []
+    for group in grouped(validated):
+        if (config := CONFIGS[group.name]).margin == 1:
+            rate = group.own.get("learning_rate", config.learning_rate)
+            shared = {n: v for n, v in group.reduction.items() if n != "validation"}
+            numbers = [f"{rate:g}", spread(errors(group.runs, "test")), str(len(group.runs))]
+            rows.append([f"`{group.name}`", words(shared), *numbers])
+    headers = ("configuration", "changed", "learning rate", "validation error %", "seeds")
+    return _table(headers, rows, 3)
 
 
 def _tunings(tunings: Sequence[Outcome]) -> str:

@@ -61,12 +61,13 @@ def test_a_copied_file_is_no_second_seed(tmp_path, capsys):
 def test_benchmarks_and_checkpoints_are_no_runs(tmp_path):
     result.save(tmp_path / "bench" / "head.json", {"kind": "bench head"})
     result.save(tmp_path / "runs" / "mnist-m4" / "seed0" / "config.json", {"name": "mnist-m4"})
-    assert outcomes.load_outcomes(tmp_path) == ([], [], [])
+    assert outcomes.load_outcomes(tmp_path) == ([], [], [], [])
 
 
 def test_candidates_of_a_tuning_are_no_results(tmp_path):
     write(tmp_path / "tune", [run_of("mnist-m4", 0, 2.0, validation=True)])
-    assert outcomes.load_outcomes(tmp_path).runs == []
+    found = outcomes.load_outcomes(tmp_path)
+    assert found.runs == [] and len(found.validated) == 1
 
 
 def test_groups_are_seeds_in_the_order_of_the_cells(tmp_path):

@@ -63,10 +63,11 @@ def test_readme_is_what_the_results_say():
 def test_findings_quote_the_tables_and_name_their_results():
     text = (report.README.parent / "FINDINGS.md").read_text()
     shown = report.README.read_text().partition(BEGIN)[2]
-    ours = text.partition("<!-- third parties: begin -->")
-    theirs = ours[2].partition("<!-- third parties: end -->")
+    before, _, rest = text.partition("<!-- not of our runs: begin -->")
+    _, end, after = rest.partition("<!-- not of our runs: end -->")
+    assert end
     decimal = r"(?<![\w.])\d+\.\d+(?![\w.])"
-    assert set(re.findall(decimal, ours[0] + theirs[2])) <= set(re.findall(decimal, shown))
+    assert set(re.findall(decimal, before + after)) <= set(re.findall(decimal, shown))
     named = set(re.findall(r"\((results/[^)]+)\)", text))
     listed = subprocess.run(
         ["git", "ls-files", "results"],
@@ -128,7 +129,7 @@ def test_every_cell_with_a_number_is_in_a_table(tmp_path):
     for name, cell in CELLS.items():
         if cell.where != "quickstart":
             assert f"`train {name}`" in text
-    assert text.count("<details>") == text.count("</details>") == 8
+    assert text.count("<details>") == text.count("</details>") == 9
 
 
 def test_diverged_runs_stand_apart(tmp_path):
@@ -168,6 +169,20 @@ def test_a_tuned_softmax_is_what_margins_are_compared_with(tmp_path):
     same = run_of("mnist-softmax", 0, 3.0, steps=8)
     table = sections(tmp_path / "two", [tuned, same, margin])[tables.PAIRED]
     assert table.splitlines()[2:] == ["| `mnist-m2` | 8 updates |  | -1.50 | 1 of 1 |"]
+
+
+def test_learning_rates_of_softmax_by_their_validation_error(tmp_path):
+    tried = {"steps": 8, "validation": True}
+    runs = [
+        run_of("mnist-softmax", 0, 2.0, **tried),
+        run_of("mnist-softmax", 0, 1.5, **tried, learning_rate=0.05),
+        run_of("mnist-m4", 0, 1.0, **tried),
+        run_of("mnist-softmax", 0, 3.0, steps=8),
+    ]
+    assert sections(tmp_path, runs)[tables.RATES].splitlines()[2:] == [
+        "| `mnist-softmax` | 8 updates | 0.1 | 2.00 | 1 |",
+        "| `mnist-softmax` | 8 updates | 0.05 | 1.50 | 1 |",
+    ]
 
 
 def test_tunings_show_every_candidate(tmp_path):
