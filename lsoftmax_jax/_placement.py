@@ -75,7 +75,14 @@ def given_or_set(mesh: AnyMesh | None) -> AnyMesh:
 
 def resharded(array: jax.Array, mesh: AnyMesh, spec: P) -> jax.Array:
     """`array` split as `spec` on an Explicit mesh, where shard_map takes it no other way."""
-    return jax.sharding.reshard(array, NamedSharding(mesh, spec)) if is_explicit(mesh) else array
+    if not is_explicit(mesh):
+        return array
+    if not hasattr(jax.lax, "pcast") and not isinstance(array, jax.core.Tracer):
+        raise NotImplementedError(
+            f"a mesh with Explicit axes outside jax.jit needs a newer JAX than {jax.__version__}: "
+            f"wrap the call in jax.jit, or make the mesh's axes AxisType.Auto"
+        )
+    return jax.sharding.reshard(array, NamedSharding(mesh, spec))
 
 
 def first_columns(logits: jax.Array, count: int) -> jax.Array:

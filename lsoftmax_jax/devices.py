@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
-from lsoftmax_jax._placement import is_explicit, with_auto_axes
+from lsoftmax_jax._placement import with_auto_axes
 from lsoftmax_jax.training import State, StepMetrics, TrainStep
 
 DATA_AXIS = "data"
@@ -162,7 +162,9 @@ def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = Non
       >>> int(state.step), metrics.sums.loss.shape
       (2, (2,))
     """
-    rows = P(DATA_AXIS) if is_explicit(mesh) else NamedSharding(mesh, P(DATA_AXIS))
+    # Inside, where all axes are Auto.
+    inside = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+    rows = NamedSharding(inside, P(DATA_AXIS))
     if loop is None:
         loop = mesh.devices.flat[0].platform != "cpu"
 

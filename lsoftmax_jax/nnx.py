@@ -17,6 +17,8 @@ from lsoftmax_jax import _checks, _head, sharded
 from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.sharded import ClassParallel
 
+# What `nnx.get_partition_spec` reads; Flax 0.11 calls it otherwise.
+_SHARDING = "out_sharding" if hasattr(nnx, "use_eager_sharding") else "sharding"
 _KERNEL_INIT = initializers.lecun_normal()
 
 
@@ -83,14 +85,15 @@ class LSoftmaxDense(_head.HeadCalls, nnx.Module):
         shape = in_features, sharded.padded_columns(classes, layout)
         spec, mesh = (None, layout.class_axis), layout.mesh
 
-        # Under jit, where no device ever holds more than its shard. An Explicit mesh that is not
-        # set by jax.set_mesh is not enough for jit to know the devices.
-        placed = NamedSharding(mesh, P(*spec)) if isinstance(mesh, Mesh) else None
+        # Under jit, where no device ever holds more than its shard. Of a mesh that is given jit
+        # must be told, and Flax 0.11 places no parameter.
+        placed = NamedSharding(mesh, P(*spec)) if isinstance(mesh, Mesh) else P(*spec)
 
         @functools.partial(jax.jit, out_shardings=placed)
         def create(key: jax.Array) -> nnx.Param[jax.Array]:
             kernel = kernel_init(key, shape, param_dtype)
-            return nnx.Param(kernel, out_sharding=spec, mesh=mesh)
+            metadata: dict[str, Any] = {_SHARDING: spec}
+            return nnx.Param(kernel, mesh=mesh, **metadata)
 
         self.kernel = create(rngs.params())
 

@@ -15,6 +15,8 @@ from jax.sharding import AxisType, Mesh
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the processes that tests start read it
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)
+if not hasattr(jax, "enable_x64"):  # JAX 0.7 has it elsewhere
+    jax.enable_x64 = jax.experimental.enable_x64
 
 # Each new shape compiles, so examples are few and none has a deadline.
 hypothesis.settings.register_profile(
