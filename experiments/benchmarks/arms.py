@@ -76,7 +76,7 @@ def problem(shape: Shape, dtype: jnp.dtype, lam: float) -> Problem:
 
 
 def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
-    """All arms for a shape, the measure of the others first; blocks only where they make sense."""
+    """All arms for a shape, the baseline first; blocks only where they make sense."""
 
     def loss_sum(margin: int, **plan: Any) -> Callable[..., jax.Array]:
         def loss(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Times and measures the head against what others offer: `python -m experiments bench head`.
+"""Times and measures the head against other libraries: `python -m experiments bench head`.
 
 One process; the arms are compiled ahead of time, their losses and gradients compared, then timed
 in turn, in a new random order each round, so that whatever else the machine does meets all alike.
@@ -142,7 +142,7 @@ def prepare(listed: list[Arm], given: Problem, shape: Shape, dtype: str, margin:
     """Compiles, compares and warms up the arms; one that does not fit the memory is left out.
 
     Raises:
-      ValueError: naming an arm whose loss or gradients are not those of the others.
+      ValueError: naming an arm whose loss or gradients are not those of the arms before it.
     """
     runs: list[Run] = []
     lengths: dict[tuple[str, str], float] = {}
@@ -245,6 +245,11 @@ def quartiles(values: Any) -> list[float]:
     return [float(f"{value:.4g}") for value in np.percentile(values, (50, 25, 75))]
 
 
+def median(quartiles: list[float]) -> float:
+    middle, *_ = quartiles
+    return middle
+
+
 # The targets, from the table of the design.
 
 
@@ -306,8 +311,8 @@ def reached_by(measure: str, shape: Shape, one: dict[str, Any], other: dict[str,
     if measure == "time":
         # A ratio to the baseline is taken round by round.
         if one["baseline"] == other["arm"]:
-            return one["ratio"][0]
-        return one["milliseconds"][0] / other["milliseconds"][0]
+            return median(one["ratio"])
+        return median(one["milliseconds"]) / median(other["milliseconds"])
     if measure == "extra":
         more = one["temporary_bytes"] - other["temporary_bytes"]
         return more / (4 * shape.batch * shape.classes)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from experiments.benchmarks.head import OUT, TOLERANCE, check, quartiles, spread
+from experiments.benchmarks.head import OUT, TOLERANCE, check, median, quartiles, spread
 from experiments.paper import networks as models
 from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
@@ -159,25 +159,25 @@ def take_times(config: Config, runs: list[Run], repetitions: int) -> dict[str, l
 
 def summary(config: Config, runs: list[Run], seconds: dict[str, list[float]]) -> dict[str, Any]:
     """A configuration's part of the result; ratios are taken round by round."""
-    plain = np.array(seconds[PLAIN])
-    rows: list[dict[str, Any]] = [
-        {
+    plain, memory = np.array(seconds[PLAIN]), {run.arm: run.temporary_bytes for run in runs}
+    arms: dict[str, dict[str, Any]] = {
+        run.arm: {
             "arm": run.arm,
             "milliseconds": quartiles(1e3 * np.array(seconds[run.arm])),
             "ratio": quartiles(np.array(seconds[run.arm]) / plain),
             "loss": run.loss,
             "temporary_bytes": run.temporary_bytes,
-            "memory_ratio": run.temporary_bytes / runs[0].temporary_bytes,
+            "memory_ratio": run.temporary_bytes / memory[PLAIN],
         }
         for run in runs
-    ]
-    margin = rows[-1]
-    reached = {"time": margin["ratio"][0], "memory": margin["memory_ratio"]}
+    }
+    margin = arms[MARGIN]
+    reached = {"time": median(margin["ratio"]), "memory": margin["memory_ratio"]}
     return {
         "configuration": config.name,
         "batch": config.batch,
         "width": config.width,
-        "arms": rows,
+        "arms": list(arms.values()),
         "targets": [
             {"measure": measure, "limit": LIMIT, "reached": ratio, "met": ratio <= LIMIT}
             for measure, ratio in reached.items()

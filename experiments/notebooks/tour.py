@@ -46,6 +46,7 @@ from experiments.paper import data
 from experiments.paper import networks as models
 from experiments.paper.cells import CONFIGS
 from experiments.report import figures, pictures
+from experiments.report.features import features_figure
 from experiments.report.style import STYLE
 from experiments.run import train
 
@@ -180,7 +181,7 @@ quickstart.table(tested)
 # One seed shows the angles; it does not settle which error is lower.
 
 # %%
-quickstart.picture(tested)
+features_figure(tested)
 
 # %% [markdown]
 # The same runs, update by update. The loss of L-Softmax goes up when the margin comes in: it asks

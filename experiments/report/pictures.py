@@ -119,8 +119,8 @@ def neighbours(faces: Faces, embeddings: Embeddings, queries: int = 5, nearest: 
     for row, line, panels in zip(
         rows, cosines, figure.subplots(queries, nearest + 1, squeeze=False), strict=True
     ):
-        others = [other for other in np.argsort(-line) if other != row][:nearest]
-        for panel, shown in zip(panels, [row, *others], strict=True):
+        closest = [image for image in np.argsort(-line) if image != row][:nearest]
+        for panel, shown in zip(panels, [row, *closest], strict=True):
             panel.imshow(open_face(faces.root / embeddings.names[shown]))
             panel.set(xticks=(), yticks=())
             panel.spines[:].set_visible(True)

@@ -1,0 +1,50 @@
+"""What others offer is checked before it is timed, and timed before and after ours."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmarks import arms, head, peers
+from experiments.benchmarks.arms import Arm, Shape
+
+SHAPE = Shape(16, 8, 12)
+
+
+def stand_in(loss):
+    """What the peers' process would print, had it this loss of the large margin."""
+    given = arms.problem(SHAPE, jnp.float32, 0.0)
+    losses = {peers.SOFTMAX: arms.literal_loss(given, 1), peers.LARGE_MARGIN: loss}
+
+    def printed(python, *arguments):
+        if arguments == ("versions",):
+            return json.dumps(dict.fromkeys(peers.PACKAGES, "1.0"))
+        timed = {"loss": losses[arguments[-1]], "seconds": [0.1, 0.3], "growth_bytes": 5}
+        return json.dumps(timed)
+
+    return given, printed
+
+
+def test_peers_are_checked_and_timed_before_and_after(monkeypatch):
+    exact = arms.literal_loss(arms.problem(SHAPE, jnp.float32, 0.0), 4)
+    given, printed = stand_in(exact)
+    monkeypatch.setattr(head, "_peer", printed)
+    timed = head.peer_times(Path("python"), given, 4, 2)
+    plain = SimpleNamespace(arm=Arm(arms.PLAIN, 3, "plain", None), seconds=[0.1])
+    rows = head.peer_rows(timed, timed, [plain])
+    timed_arms = {row["arm"]: row for row in rows}
+    assert timed_arms.keys() == {peers.SOFTMAX, peers.LARGE_MARGIN}
+    softmax = timed_arms[peers.SOFTMAX]
+    assert softmax["milliseconds"] == [200, 100, 300] and softmax["ratio"] == [2, 1, 3]
+    monkeypatch.setattr(head, "_peer", stand_in(1.1 * exact)[1])
+    with pytest.raises(ValueError, match=f"{peers.LARGE_MARGIN} computes something else"):
+        head.peer_times(Path("python"), given, 4, 2)
+
+
+def test_torch_computes_the_same_loss():
+    pytest.importorskip("pytorch_metric_learning")
+    given = arms.problem(SHAPE, jnp.float32, 0.0)
+    assert peers.LARGE_MARGIN in head.peer_times(Path(sys.executable), given, 4, 1)
