@@ -75,28 +75,44 @@ def test_every_lam_has_its_own_runs():
     setting = Setting("few updates", steps=60)
     split = convergence.split_of(setting.data)
     lams = jnp.stack([jnp.full(60, jnp.inf), jnp.zeros(60)])
-    found = convergence.errors(setting, split, 4, lams, 2)
+    start = convergence.start_of(setting, split, 2)
+    found = convergence.errors(setting, split, start, 4, lams)
     assert found.shape == (2, 2)
     assert (found[0] < 20).all() and (found[1] > 60).all()  # softmax learns, λ = 0 collapses
-    np.testing.assert_allclose(convergence.errors(setting, split, 1, lams[:1], 2), found[:1])
+    np.testing.assert_allclose(convergence.errors(setting, split, start, 1, lams[:1]), found[:1])
 
 
-def test_a_short_run_writes_tables_and_continues(tmp_path, capsys, monkeypatch):
-    command = ["bench", "convergence", "--quick", "--out", str(tmp_path)]
-    assert main(command) == 0
+def test_a_short_run_writes_its_tables(tmp_path, capsys):
+    assert main(["bench", "convergence", "--quick", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "| `self_paced()` | 0 of 4 |" in shown and "points above softmax" in shown
+    assert "| `self_paced()` | 4 | 0 of 2 |" in shown and "points above softmax" in shown
     (file,) = tmp_path.iterdir()
-    result = json.loads(file.read_text())
-    assert [len(entry["runs"]) for entry in result["settings"]] == [7, 7]
-    # The second setting is gone: only that is trained again.
-    trained, measure = [], convergence.measure
-    monkeypatch.setattr(
-        convergence,
-        "measure",
-        lambda setting, *rest: trained.append(setting) or result["settings"][1],
-    )
-    file.write_text(json.dumps(result | {"settings": result["settings"][:1]}))
-    assert main(command) == 0
-    assert trained == [convergence.QUICK[1]] and measure is not convergence.measure
-    assert json.loads(file.read_text()) == result
+    (entry,) = json.loads(file.read_text())["settings"]
+    policies = [run["policy"] for run in entry["runs"]]
+    ramps = ["margin_schedule", "released", "λ = 0", "λ = 5", "λ = 20"]
+    assert policies == ["softmax", "self_paced", *ramps]
+    assert all(len(run["errors"]) == 2 for run in entry["runs"])
+
+
+def test_an_interrupted_run_continues(tmp_path, capsys, monkeypatch):
+    measured = []
+
+    def measure(setting, *_):
+        measured.append(setting.name)
+        policies = {"self_paced": [(4, [1])], "margin_schedule": [(4, [1])]}
+        return entry(setting.name, [2], **policies)
+
+    settings = tuple(Setting(name, apart=True) for name in "ab")
+    monkeypatch.setattr(convergence, "SETTINGS", settings)
+    monkeypatch.setattr(convergence, "measure", measure)
+    assert main(["bench", "convergence", "--out", str(tmp_path)]) == 0
+    assert measured == ["a", "b"]
+    measured.clear()
+    (file,) = tmp_path.iterdir()
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"settings": whole["settings"][:1]}))
+    assert main(["bench", "convergence", "--out", str(tmp_path)]) == 0
+    assert measured == ["b"]
+    assert json.loads(file.read_text()) == whole
+    assert main(["bench", "convergence", "--again", "--out", str(tmp_path)]) == 0
+    assert measured == ["b", "a", "b"]
