@@ -391,7 +391,9 @@ def summary_table(entries: list[dict[str, Any]]) -> str:
         "| λ | m | collapsed runs | mean test error, % | no worse than softmax | most above it |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for policy, margin in dict.fromkeys((r["policy"], r["margin"]) for r in entries[0]["runs"]):
+    columns = dict.fromkeys((run["policy"], run["margin"]) for run in entries[0]["runs"])
+    order = list(dict.fromkeys(policy for policy, _ in columns))
+    for policy, margin in sorted(columns, key=lambda column: (order.index(column[0]), column[1])):
         found = outcome(entries, policy, [margin])
         against = "|"
         if policy != SOFTMAX:
