@@ -30,7 +30,7 @@ def roc_figure(outcomes: Mapping[str, dict[str, Any]]) -> Figure:
         panel.plot(rates[possible], accepts[possible], color=color, label=label)
     chance = np.geomspace(lowest, 1, 100)
     panel.plot(chance, chance, color="0.7", linestyle=":", label="chance")
-    panel.set_xlim(lowest, 1)
+    panel.set_xlim(min(lowest, 0.5), 1)  # two pairs allow one rate alone
     panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize="small")
     return figure
@@ -44,18 +44,19 @@ def face_title(outcome: dict[str, Any]) -> str:
     if "embeddings" in config:
         return config["embeddings"]
     loss = "softmax" if config["margin"] == 1 else f"m = {config['margin']}"
-    said = [loss, *_minimum(config), f"width {config['width']:g}", f"{config['steps']:,} updates"]
-    return ", ".join([*said, f"seed {config['seed']}"])
+    width, updates = f"width {config['width']:g}", f"{config['steps']:,} updates"
+    said = [loss, lam_words(config), width, updates, f"seed {config['seed']}"]
+    return ", ".join(filter(None, said))
 
 
-def _minimum(config: dict[str, Any]) -> list[str]:
-    return [] if config["margin"] == 1 else [f"λ minimum {minimum_of(config):g}"]
-
-
-def minimum_of(config: dict[str, Any]) -> float:
-    """The value that λ never fell below."""
+def lam_words(config: dict[str, Any]) -> str:
+    """How λ fell in a face run: what it never fell below, or another pace; empty for softmax."""
+    if config["margin"] == 1:
+        return ""
+    if (pace := config.get("pace", "annealed")) != "annealed":
+        return f"λ {pace}"
     lam = config["lam"]
-    return lam["minimum"] if isinstance(lam, dict) else lam[-1]
+    return f"λ minimum {lam['minimum'] if isinstance(lam, dict) else lam[-1]:g}"
 
 
 def lowest_rate(outcome: dict[str, Any]) -> float:

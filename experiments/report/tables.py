@@ -23,7 +23,7 @@ from experiments.report.outcomes import (
     text,
     words,
 )
-from experiments.report.roc import lowest_rate, minimum_of
+from experiments.report.roc import lam_words, lowest_rate
 
 FULL = "Data set by loss: full runs"
 REDUCED = "Data set by loss: reduced runs, not comparable with the paper"
@@ -169,7 +169,7 @@ def _face_entries(faces: Sequence[Outcome], blank: Callable[[int], str] | None) 
     for loss, (number, standing) in LFW.items():
         margin = 1 if loss == "softmax" else int(loss[1:])
         lines = [
-            f"{_accuracy(outcome)}{_floor(outcome)}"
+            ": ".join(filter(None, [_accuracy(outcome), lam_words(outcome["config"])]))
             for outcome in faces
             if outcome["config"].get("margin") == margin
         ]
@@ -186,14 +186,6 @@ def _accuracy(outcome: Outcome) -> str:
     folds = len(outcome["tested_folds"])
     count = "1 fold" if folds == 1 else f"{folds} folds"
     return f"{100 * outcome['metrics']['accuracy']:.2f}{spread} ({count})"
-
-
-def _floor(outcome: Outcome) -> str:
-    """λ's minimum, of a verified network with a margin."""
-    config = outcome["config"]
-    if config["margin"] == 1:
-        return ""
-    return f": λ minimum {minimum_of(config):g}"
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) -> str:

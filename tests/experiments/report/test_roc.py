@@ -36,6 +36,8 @@ TITLES = {
     "softmax, width 0.25, 600 updates, seed 1": NETWORK | {"margin": 1, "lam": [1, 1, 1, 5.0]},
     "m = 4, λ minimum 5, width 0.25, 600 updates, seed 1": NETWORK
     | {"margin": 4, "lam": {"minimum": 5.0}},
+    "m = 4, λ self-paced, width 0.25, 600 updates, seed 1": NETWORK
+    | {"margin": 4, "pace": "self-paced", "lam": {"minimum": 5.0}},
 }
 
 
