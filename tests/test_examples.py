@@ -1,0 +1,74 @@
+"""Each example is run, with fewer steps than it prints its numbers for."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NAMES = {"digits_linen", "digits_nnx", "faces_arcface", "fine_tune", "many_classes"}
+
+
+@pytest.fixture
+def example(request):
+    """The module of an example, loaded as its own file."""
+    spec = importlib.util.spec_from_file_location(request.param, EXAMPLES / f"{request.param}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[request.param] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[request.param]
+
+
+def named(name):
+    return pytest.mark.parametrize("example", [name], indirect=True)
+
+
+def test_every_example_stands_alone_in_a_hundred_lines():
+    files = sorted(EXAMPLES.glob("*.py"))
+    assert {file.stem for file in files} == NAMES
+    for file in files:
+        text = file.read_text()
+        assert len(text.splitlines()) < 100, file.name
+        assert "experiments" not in [
+            line.split()[1] for line in text.splitlines() if "import" in line
+        ]
+        assert f"examples/{file.name}" in text, "it says how it is run"
+
+
+@pytest.mark.parametrize("example", ["digits_nnx", "digits_linen"], indirect=True)
+def test_digits_train_at_the_first_try(example, monkeypatch):
+    monkeypatch.setattr(example, "STEPS", 150)
+    # Guessing has 90 %, and so has a collapsed run.
+    assert example.test_error(margin=4, seed=0) < 10
+
+
+@named("many_classes")
+def test_many_classes_are_told_apart(example, monkeypatch):
+    monkeypatch.setattr(example, "CLASSES", 5000)
+    accuracies = example.main(steps=8)
+    assert accuracies[0] < 0.1 and accuracies[-1] > 0.9
+
+
+@named("fine_tune")
+def test_the_softmax_checkpoint_goes_on_with_a_margin(example):
+    before, softmax, margin = example.main(steps=200, more=50)
+    assert max(before, softmax, margin) < 15
+
+
+@named("faces_arcface")
+def test_faces_of_people_never_seen_are_told_apart(example, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for person in range(12):
+        face = rng.integers(0, 256, (8, 8))
+        (tmp_path / f"person{person}").mkdir()
+        for number in range(6):
+            noisy = np.clip(face + rng.normal(0, 20, face.shape), 0, 255).astype(np.uint8)
+            image = Image.fromarray(noisy).resize((40, 40), Image.Resampling.NEAREST)
+            image.save(tmp_path / f"person{person}" / f"{number}.jpg")
+    before, after = example.main(tmp_path, steps=60)
+    assert after > 0.9
+    assert "never seen" in capsys.readouterr().out
