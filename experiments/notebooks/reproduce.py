@@ -35,7 +35,7 @@ import matplotlib as mpl
 from IPython.display import Markdown
 
 from experiments.paper import data
-from experiments.paper.cells import CONFIGS, changes_of, command_of, run_name
+from experiments.paper.cells import CELLS, CONFIGS, changes_of, command_of, run_name
 from experiments.report import figures, tables
 from experiments.report.outcomes import load_outcomes
 from experiments.report.style import STYLE
@@ -69,7 +69,7 @@ elif ON_ACCELERATOR:
 else:
     config = replace(CONFIGS[CELL], steps=120, width=1 / 8, batch=64, examples=2_000)
 
-print(config.summary)
+print(CELLS[CELL].summary)
 print("changed:", changes_of(config) or "nothing")
 print(command_of(config))
 
