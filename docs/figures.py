@@ -7,14 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from sklearn.datasets import load_digits
 
 import lsoftmax_jax as lsm
 from experiments.store.files import replacing
-from lsoftmax_jax import schedule
+from lsoftmax_jax import schedule, training
+from lsoftmax_jax.nnx import LSoftmaxDense
 
 # After Okabe and Ito, those that stand out from white and from black; lines differ in dashes too.
 COLORS = ("#0072B2", "#C98500", "#009E73", "#CC79A7", "#D55E00")
@@ -151,10 +155,106 @@ def draw_regions(panel: Axes, kernel: NDArray, margin: int) -> None:
     panel.spines[:].set_visible(False)
 
 
+class Small(nnx.Module):
+    """A network for 64 pixels, as the guide's page on divergence has it."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.one, self.two = nnx.Linear(64, 32, rngs=rngs), nnx.Linear(32, 16, rngs=rngs)
+        self.head = LSoftmaxDense(16, 10, margin=4, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return self.two(nnx.relu(self.one(images)))
+
+
+def digits() -> tuple[jax.Array, jax.Array]:
+    images, labels = load_digits(return_X_y=True)
+    return jnp.asarray(images[:512] / 16, jnp.float32), jnp.asarray(labels[:512])
+
+
+def trained(
+    lam: training.Schedule | lsm.SelfPaced, steps: int
+) -> tuple[nnx.GraphDef[Any], training.State, training.StepMetrics]:
+    """The network after so many updates on the same 512 digits, and the metrics of each."""
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    graphdef, state = training.create(Small(nnx.Rngs(0)), optimizer)
+    step, (images, labels) = training.train_step(graphdef, optimizer, lam), digits()
+    return graphdef, *jax.jit(
+        lambda state: jax.lax.scan(lambda s, _: step(s, images, labels), state, length=steps)
+    )(state)
+
+
+def radial_force() -> Figure:
+    """The mean force on the lengths of features against the margin's share, by autodiff."""
+    figure = Figure(figsize=(8.6, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    shares = np.linspace(0, 1, 101)
+    images, labels = digits()
+
+    def forces(updates: int, margin: int) -> NDArray:
+        graphdef, state, _ = trained(lambda _: jnp.float32(jnp.inf), updates)
+        features, _ = training.embed_step(graphdef)(state, images)
+        kernel = state.params["head"]["kernel"]
+
+        def force(share: jax.Array) -> jax.Array:
+            def loss(features: jax.Array) -> jax.Array:
+                lam = 1 / share - 1
+                return lsm.lsoftmax_loss(features, kernel, labels, margin=margin, lam=lam).mean()
+
+            return -jnp.sum(features * jax.grad(loss)(features))
+
+        along = np.asarray(jax.vmap(force)(jnp.asarray(shares).at[0].set(1e-6)))
+        # The loss falls by orders of magnitude; what counts is the sign.
+        return along / np.abs(along).max()
+
+    updates = {f"after {count} updates": forces(count, 4) for count in (20, 60, 200)}
+    lines(panels[0], shares, updates)
+    lines(panels[1], shares, {f"m = {margin}": forces(200, margin) for margin in (2, 4, 8)})
+    for panel, title in zip(panels, ("m = 4", "after 200 updates"), strict=True):
+        panel.axhline(0, color="0.5", linewidth=1)
+        panel.set(xlabel="share of the margin, 1 / (1 + λ)", xlim=(0, 1), title=title)
+        panel.set(yticks=(0,), yticklabels=("0",), ylim=(-0.4, 0.12))
+        panel.text(0.98, 0.03, "features grow", ha="right", va="bottom")
+        panel.text(0.98, -0.03, "features shrink", ha="right", va="top")
+        panel.legend(loc="lower right")
+    panels[0].set_ylabel("mean force on the features' lengths")
+    return figure
+
+
+def collapse() -> Figure:
+    """Runs that differ in λ alone: lengths of features, and how many labels are right."""
+    figure = Figure(figsize=(8.6, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = 300
+    released = schedule.MNIST._replace(gamma=schedule.MNIST.gamma * 18_000 / steps)
+    named: dict[str, training.Schedule | lsm.SelfPaced] = {
+        "self-paced": lsm.self_paced(),
+        "margin_schedule": lsm.margin_schedule(steps),
+        "released, stretched": lsm.annealed_lambda(*released),
+        "λ = 0": lambda _: jnp.float32(0),
+    }
+    metrics = {name: trained(lam, steps)[2] for name, lam in named.items()}
+
+    def mean(of: str) -> dict[str, NDArray]:
+        return {
+            name: np.asarray(getattr(seen.sums, of) / seen.sums.examples)
+            for name, seen in metrics.items()
+        }
+
+    lines(left, np.arange(steps), mean("feature_norm"))
+    accuracies = {name: 100 * part for name, part in mean("correct").items()}
+    lines(right, np.arange(steps), accuracies)
+    left.set(xlabel="update", title="mean length of the features", yscale="log", xlim=(0, steps))
+    right.set(xlabel="update", title="right without margin, %", ylim=(0, 102), xlim=(0, steps))
+    left.legend()
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "psi": psi_by_angle,
     "slope": psi_and_slope,
     "annealed": annealed_target,
     "presets": presets,
     "regions": regions,
+    "force": radial_force,
+    "collapse": collapse,
 }
