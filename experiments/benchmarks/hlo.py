@@ -22,6 +22,12 @@ _COMPUTATION = re.compile(r"^%?([\w.-]+) \(.*\{\n((?:  .*\n)*)\}", re.MULTILINE)
 # Seen by users as time and memory, and absent from a head that is written well.
 MOVES = ("copy", "copy-start", "pad", "scatter", "transpose")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# What a GPU launches a kernel for, and a TPU starts one after the other.
+LAUNCHED = (
+    *("fusion", "custom-call", "dot", "convolution", "reduce", "reduce-window", "sort"),
+    *("gather", "scatter", "copy", "transpose", "pad", "concatenate", "convert", "broadcast"),
+    *("slice", "dynamic-slice", "dynamic-update-slice", "select-and-scatter", "iota", "select"),
+)
 
 
 class Collective(NamedTuple):
@@ -76,6 +82,13 @@ def dots(text: str) -> int:
         operation == "dot" or (operation == "custom-call" and bool(_LIBRARY_PRODUCT.search(rest)))
         for _, operation, rest in _instructions(text)
     )
+
+
+def kernels(text: str) -> int:
+    """What a program launches one after the other, in the body of a loop once."""
+    fused = set(_FUSED.findall(text))
+    alone = _COMPUTATION.sub(lambda body: "" if body[1] in fused else body[0], text)
+    return sum(operation in LAUNCHED for _, operation, _ in _instructions(alone))
 
 
 def collectives(compiled: Compiled, devices: int) -> list[Collective]:

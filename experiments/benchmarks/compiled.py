@@ -1,0 +1,418 @@
+"""What compilers make of the heads and steps for TPUs and GPUs: `python -m experiments compile`.
+
+Nothing runs and no accelerator is needed. A table for people, a JSON with everything.
+"""
+
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.stages import Compiled, Lowered
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import lsoftmax_jax as lsm
+from experiments.benchmarks import arms as every
+from experiments.benchmarks import hlo, scale
+from experiments.benchmarks.arms import Shape
+from experiments.benchmarks.targets import Target, target
+from experiments.paper import networks as models
+from experiments.paper.cells import CONFIGS
+from experiments.paper.config import Config
+from experiments.store.results import provenance, save
+from lsoftmax_jax import devices, training
+
+OUT = Path(__file__).parents[1] / "results" / "compiled"
+# A head of the paper, of a face recogniser, of 1e5 and 1e6 identities.
+SIZES = (
+    (Shape(256, 256, 10), "f32"),
+    (Shape(512, 512, 10575), "bf16"),
+    (Shape(512, 256, 102400), "bf16"),
+    (Shape(4096, 512, 1_000_000), "bf16"),
+)
+ARMS = (
+    every.PLAIN,
+    every.ONE_SHOT,
+    "loss_sum, row blocks",
+    every.RECOMPUTED,
+    every.STORED,
+    every.PLAIN_SGD,
+    every.FUSED_SGD,
+)
+MARGIN, BLOCK, NEGATIVES = 4, 4096, 16_384
+SHARDED_CLASSES, SHARDED_BATCH = (1_000_000, 10_000_000, 100_000_000), 8192
+NETWORKS = ("mnist", "cifar10plus", "cifar100")
+UPDATES = 100
+TOO_LARGE = "RESOURCE_EXHAUSTED"
+
+
+class Case(NamedTuple):
+    """One program for one target."""
+
+    name: str
+    size: str
+    lower: Callable[[], Lowered]
+    devices: int = 1
+    elements: int = 0  # of the kernel on a device: moves of so many are listed
+
+
+def compile_(
+    targets: tuple[str, ...] = ("v5e:2x4", "v6e:2x4"),
+    heads: bool = True,
+    steps: bool = True,
+    only: str = "",
+    out: Path = OUT,
+) -> None:
+    """Compiles heads and training steps for TPUs and GPUs that are not here, and reports.
+
+    Args:
+      targets: such as v5e:2x4, v5e:16x16, v6e:16x16, v5p:2x2x1, h100, h200, a100, b200.
+      heads: compile the heads.
+      steps: compile whole steps of the paper's networks, which takes half a minute each.
+      only: a part of a name; only such cases are compiled.
+      out: folder of the results, two files a target.
+    """
+    # Or JAX would look for a TPU as soon as libtpu is installed.
+    jax.config.update("jax_platforms", "cpu")
+    for each in [target(name) for name in targets]:
+        if heads:
+            compile_part(each, "heads", [*head_cases(each)], only, out)
+        if steps:
+            compile_part(each, "steps", [*step_cases(each)], only, out)
+
+
+def compile_part(on: Target, part: str, cases: list[Case], only: str, out: Path) -> None:
+    begun, rows = datetime.now(UTC), []
+    file = out / f"{on.name.replace(':', '-')}-{part}.json"
+    result = {
+        "kind": f"compile {part}",
+        "date": begun.isoformat(timespec="seconds"),
+        "command": " ".join(["python", "-m", "experiments", *sys.argv[1:]]),
+        **provenance(1),
+        "compilers": compilers(),
+        "device": "none: compiled, not run",
+        "target": on.name,
+        "chip": on.chip._asdict() | {"config": " ".join(on.chip.config.split())},
+    }
+    chosen = [case for case in cases if only in f"{case.name} {case.size}"]
+    for case in tqdm(chosen, f"{on.name} {part}", unit=" programs", leave=False):
+        rows.append(compiled_row(on, case))
+        # Appended one by one: an interrupted run keeps what it has.
+        save(file, result | {"programs": rows})
+    if not rows:
+        raise ValueError(f"only: no program of the {part} has {only!r} in its name or size")
+    # Piped, a console takes itself for 80 characters wide.
+    Console(width=max(Console().width, 132)).print(table(on, rows))
+    print(f"{file} written")
+
+
+def compilers() -> dict[str, str]:
+    found = {}
+    for package in ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# One program.
+
+
+def compiled_row(on: Target, case: Case) -> dict[str, Any]:
+    """A program's row: what it takes, or by how much it does not fit."""
+    begun = time.perf_counter()
+    row = {"name": case.name, "size": case.size, "devices": case.devices}
+    lowered = case.lower()
+    try:
+        compiled = lowered.compile(compiler_options=on.options)
+    except jax.errors.JaxRuntimeError as error:
+        if TOO_LARGE not in str(error):
+            raise
+        return row | {"fits": False, "refused": refusal(str(error))}
+    facts = hlo.facts(compiled, case.elements or sys.maxsize)
+    needed = facts.argument_bytes + facts.output_bytes - facts.reused_bytes + facts.temporary_bytes
+    text = compiled.as_text() or ""
+    found = hlo.collectives(compiled, case.devices)
+    return row | {
+        # A TPU's compiler has refused what does not fit; a GPU's only counts.
+        "fits": needed <= on.chip.memory,
+        **facts._asdict(),
+        "kernels": hlo.kernels(text),
+        "float64": "f64[" in text,
+        "collectives": [c._asdict() for c in found],
+        "sent_bytes": sum(c.sent for c in found),
+        "flops": flops(compiled),
+        "compile_seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
+def refusal(message: str) -> str:
+    """Of the compiler's complaint, how much of how much."""
+    found = re.search(r"Used (\S+) of (\S+) hbm", message) or re.search(
+        r"\((\S+)\) exceeds available \D*\(?([\d.]+\w)", message
+    )
+    return f"{found[1]} of {found[2]}" if found else message[:60]
+
+
+def flops(compiled: Compiled) -> float | None:
+    """As the compiler counts them, a loop's body once; a GPU's does not."""
+    analysis: Any = compiled.cost_analysis()
+    return analysis.get("flops") if analysis else None
+
+
+# Heads.
+
+
+def head_cases(on: Target) -> Iterator[Case]:
+    for shape, dtype in SIZES:
+        elements = shape.dim * shape.classes
+        for arm in every.arms(shape, MARGIN, BLOCK):
+            if arm.name in ARMS:
+                lower = _lower_arm(on, arm, shape, dtype)
+                yield Case(arm.name, f"{shape} {dtype}", lower, 1, elements)
+    yield _sampled(on, Shape(4096, 512, 1_000_000))
+    for job in sharded_jobs(len(on.devices)):
+        yield from sharded_cases(on, job)
+
+
+def _lower_arm(on: Target, arm: every.Arm, shape: Shape, dtype: str) -> Callable[[], Lowered]:
+    def lower() -> Lowered:
+        features, kernel, *rest = operands(shape, dtype)
+        state = jax.eval_shape(arm.start, kernel)
+        jitted = jax.jit(arm.step, donate_argnums=(1,) if arm.updates else ())
+        return jitted.lower(*placed((features, state, *rest), on.one))
+
+    return lower
+
+
+def operands(shape: Shape, dtype: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Features, kernel, labels, weights and λ, as of `arms.problem`."""
+    numbers = scale.DTYPES[dtype]
+    return (
+        jax.ShapeDtypeStruct((shape.batch, shape.dim), numbers),
+        jax.ShapeDtypeStruct((shape.dim, shape.classes), numbers),
+        jax.ShapeDtypeStruct((shape.batch,), jnp.int32),
+        jax.ShapeDtypeStruct((shape.batch,), jnp.float32),
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
+
+
+def placed(tree: Any, sharding: Any) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
+def _sampled(on: Target, shape: Shape) -> Case:
+    """A step of the sampled loss: draw, take the columns, their gradient, put them back."""
+
+    def step(key: Any, features: Any, kernel: Any, labels: Any) -> Any:
+        sample = lsm.sample_classes(key, labels, shape.classes, NEGATIVES)
+
+        def mean(features: Any, columns: Any) -> jax.Array:
+            loss = lsm.lsoftmax_sampled_loss(features, columns, sample, margin=MARGIN, lam=5.0)
+            return jnp.mean(loss)
+
+        columns = lsm.sampled.take_columns(kernel, sample)
+        loss, (dfeatures, dcolumns) = jax.value_and_grad(mean, (0, 1))(features, columns)
+        changed = columns - jnp.asarray(0.1, columns.dtype) * dcolumns
+        return loss, dfeatures, lsm.sampled.put_columns(kernel, sample, changed)
+
+    def lower() -> Lowered:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        given = placed((key, *operands(shape, "bf16")[:3]), on.one)
+        return jax.jit(step, donate_argnums=2).lower(*given)
+
+    elements = shape.dim * shape.classes
+    return Case(f"sampled, {NEGATIVES:,} others", f"{shape} bf16", lower, 1, elements)
+
+
+def sharded_jobs(chips: int) -> Iterator[scale.Job]:
+    """Heads over all chips of a slice: the classes over all, and with a data axis."""
+    if chips == 1:
+        return
+    data = 2 ** (chips.bit_length() // 2)
+    for classes in SHARDED_CLASSES:
+        for rows in (1, data // 2 if chips < 64 else data):
+            yield scale.Job(classes, 512, SHARDED_BATCH, rows, chips // rows, "bf16")
+
+
+def sharded_cases(on: Target, job: scale.Job) -> Iterator[Case]:
+    size = f"({job.batch}, {job.dim}, {job.classes}) bf16, {job.data} x {job.model}"
+    held = job.devices, job.dim * job.columns
+    yield Case("class-parallel step", size, lambda: lower_job(on, job), *held)
+    name = "class-parallel gradients"
+    yield Case(name, size, lambda: lower_job(on, job, gradients_of(on, job)), *held)
+
+
+def gradients_of(on: Target, job: scale.Job) -> Callable[..., Any]:
+    """The loss and its gradients alone; momentum is left as it is."""
+    layout = lsm.ClassParallel("model", scale.AXES, job_mesh(on, job), job.classes)
+    plan = lsm.Plan(class_block=job.class_block, keep_exponentials=False)
+
+    def step(features: Any, kernel: Any, momentum: Any, labels: Any) -> Any:
+        def loss(features: jax.Array, kernel: jax.Array) -> jax.Array:
+            return lsm.sharded.lsoftmax_loss_sum(
+                features, kernel, labels, margin=job.margin, lam=job.lam, layout=layout, plan=plan
+            )
+
+        value, (dfeatures, dkernel) = jax.value_and_grad(loss, (0, 1))(features, kernel)
+        return value, dfeatures, dkernel, momentum
+
+    return step
+
+
+def job_mesh(on: Target, job: scale.Job) -> Mesh:
+    return on.mesh((job.data, job.model), scale.AXES)
+
+
+def lower_job(on: Target, job: scale.Job, step: Callable[..., Any] | None = None) -> Lowered:
+    """A step of a job on one chip or on a slice, by default that of `scale`."""
+    mesh = job_mesh(on, job)
+    rows, columns, whole = (NamedSharding(mesh, s) for s in (scale.ROWS, scale.COLUMNS, P()))
+    if step is None:
+        sharded = job.devices > 1
+        step = scale.class_parallel_step(job, mesh) if sharded else scale.one_device_step(job)
+    dtype = scale.DTYPES[job.dtype]
+    jitted = jax.jit(step, out_shardings=(whole, rows, columns, columns), donate_argnums=(1, 2))
+    return jitted.lower(
+        placed(jax.ShapeDtypeStruct((job.batch, job.dim), dtype), rows),
+        placed(jax.ShapeDtypeStruct(job.kernel_shape, dtype), columns),
+        placed(jax.ShapeDtypeStruct(job.kernel_shape, jnp.float32), columns),
+        placed(jax.ShapeDtypeStruct((job.batch,), jnp.int32), rows),
+    )
+
+
+def plain_step(job: scale.Job) -> Callable[..., Any]:
+    """What one would write without this library; on a slice the compiler places it."""
+
+    def step(features: Any, kernel: Any, momentum: Any, labels: Any) -> Any:
+        def mean(features: jax.Array, kernel: jax.Array) -> jax.Array:
+            logits = (features @ kernel).astype(jnp.float32)
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+        loss, (dfeatures, dkernel) = jax.value_and_grad(mean, (0, 1))(features, kernel)
+        gradient = dkernel.astype(jnp.float32) + scale.DECAY * kernel.astype(jnp.float32)
+        momentum = scale.MOMENTUM * momentum + gradient
+        kernel = (kernel.astype(jnp.float32) - job.learning_rate * momentum).astype(kernel.dtype)
+        return loss, dfeatures, kernel, momentum
+
+    return step
+
+
+# Whole steps.
+
+
+def step_cases(on: Target) -> Iterator[Case]:
+    for network in NETWORKS:
+        for dtype in ("f32", "bf16"):
+            for kind in ("softmax", "m4"):
+                config = replace(CONFIGS[f"{network}-{kind}"], dtype=dtype)
+                yield _step(on, config, "training step", _train)
+    yield _step(on, CONFIGS["cifar100-m4"], "evaluation", _evaluate)
+    yield _step(on, CONFIGS["cifar100-m4"], "features and logits", _embed)
+    yield _step(on, CONFIGS["digits-m4"], "quickstart's training step", _train)
+    yield _step(on, CONFIGS["mnist-m4"], f"{UPDATES} updates in one dispatch", _repeat)
+
+
+class Network(NamedTuple):
+    """A configuration's network and its state, abstract."""
+
+    config: Config
+    graphdef: Any
+    state: Any
+    images: jax.ShapeDtypeStruct
+    labels: jax.ShapeDtypeStruct
+
+    @property
+    def train_step(self) -> training.TrainStep:
+        return training.train_step(self.graphdef, self.config.optimizer, self.config.lam_policy)
+
+
+def _network(config: Config) -> Network:
+    def model() -> models.ConvNet:
+        return models.ConvNet(
+            config.built_network,
+            config.classes,
+            margin=config.margin,
+            dtype=config.activation_dtype,
+            rngs=nnx.Rngs(0),
+        )
+
+    return Network(
+        config,
+        nnx.graphdef(nnx.eval_shape(model)),
+        jax.eval_shape(lambda: training.create(model(), config.optimizer)[1]),
+        jax.ShapeDtypeStruct((config.batch, *config.built_network.image), jnp.float32),
+        jax.ShapeDtypeStruct((config.batch,), jnp.int32),
+    )
+
+
+def _step(on: Target, config: Config, name: str, lower: Callable[..., Lowered]) -> Case:
+    size = f"{config.name}, batch {config.batch}, {config.dtype}"
+    return Case(name, size, lambda: lower(on, _network(config)))
+
+
+def _train(on: Target, network: Network) -> Lowered:
+    given = placed((network.state, network.images, network.labels), on.one)
+    return jax.jit(network.train_step, donate_argnums=0).lower(*given)
+
+
+def _evaluate(on: Target, network: Network) -> Lowered:
+    given = placed((network.state, network.images, network.labels), on.one)
+    return jax.jit(training.eval_step(network.graphdef)).lower(*given)
+
+
+def _embed(on: Target, network: Network) -> Lowered:
+    given = placed((network.state, network.images), on.one)
+    return jax.jit(training.embed_step(network.graphdef)).lower(*given)
+
+
+def _repeat(on: Target, network: Network) -> Lowered:
+    mesh = on.mesh((1,), (devices.DATA_AXIS,))
+    many = devices.repeat(network.train_step, lambda step, data: data, mesh)
+    whole = NamedSharding(mesh, P())
+    data = placed((network.images, network.labels), whole)
+    return many.lower(placed(network.state, whole), data, UPDATES)
+
+
+# The table.
+
+
+def table(on: Target, rows: list[dict[str, Any]]) -> Table:
+    title = f"{on.name}, each device; compiled, not run"
+    view = Table(title=title, caption="kernels: a loop's count once")
+    view.add_column("program")
+    view.add_column("size")
+    for header in ("arguments", "temporary", "kernels", "sent"):
+        view.add_column(header, justify="right", no_wrap=True)
+    view.add_column("collectives, large moves")
+    for row in rows:
+        if "refused" in row:
+            view.add_row(row["name"], row["size"], "does not fit:", row["refused"])
+            continue
+        kinds = Counter(collective["kind"] for collective in row["collectives"])
+        moves = {f"large {name}": count for name, count in row["large_moves"].items()}
+        view.add_row(
+            row["name"],
+            row["size"],
+            scale.amount(row["argument_bytes"], "B"),
+            scale.amount(row["temporary_bytes"], "B") + ("" if row["fits"] else ", too large"),
+            str(row["kernels"]),
+            scale.amount(row["sent_bytes"], "B") if row["devices"] > 1 else "",
+            ", ".join(f"{count} {name}" for name, count in (kinds | moves).items()),
+        )
+    return view

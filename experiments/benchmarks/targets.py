@@ -1,0 +1,155 @@
+"""Accelerators that programs are compiled for without having them: `compile`, `scale --target`.
+
+Their compilers are ordinary packages that run on any x86-64 Linux CPU. What they say, memory,
+collectives, kernels, is the program that would run; how fast it would run they do not say.
+"""
+
+import importlib.util
+import os
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+
+# libtpu looks for the host it is on; with these it does not.
+_NO_HOST = {
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_ID": "0",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+class Chip(NamedTuple):
+    """One accelerator: what its maker says of it."""
+
+    platform: Literal["tpu", "cuda"]
+    memory: int  # bytes, as its compiler or driver counts them
+    tflops: float  # 1e12 bf16 multiplications and additions a second, no sparsity
+    bandwidth: float  # 1e9 bytes a second of its memory
+    link: float  # 1e9 bytes a second sent to other chips, over all links
+    source: str
+    config: str = ""  # of a GPU: what XLA's compiler asks a device for
+
+
+def _gpu(
+    name: str, major: int, cores: int, fpus: int, shared: int, optin: int, l2: int, clock: float,
+    memory: int, bandwidth: int,
+) -> str:  # fmt: skip
+    """A text of XLA's GpuTargetConfigProto.
+
+    The values are those of xla/backends/gpu/target_config/specs in openxla/xla, November 2026.
+    """
+    return f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {major} minor: 0 }}
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          shared_memory_per_block: 49152 shared_memory_per_core: {shared}
+          shared_memory_per_block_optin: {optin} core_count: {cores} fpus_per_core: {fpus}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock}
+          device_memory_size: {memory}
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 8 }}
+        device_description_str: "{name}"
+    """
+
+
+_GOOGLE = "cloud.google.com/tpu/docs/"  # its interconnect is given for both directions together
+_NVIDIA = "NVIDIA's data sheet, without sparsity; NVLink in one direction"
+
+CHIPS = {
+    "v5e": Chip("tpu", int(15.75 * 2**30), 197, 819, 200, _GOOGLE + "v5e"),
+    "v5p": Chip("tpu", int(95.74 * 2**30), 459, 2765, 600, _GOOGLE + "v5p"),
+    "v6e": Chip("tpu", int(31.25 * 2**30), 918, 1638, 400, _GOOGLE + "v6e"),
+    "a100": Chip(
+        "cuda", 85100068864, 312, 2039, 300, _NVIDIA,
+        _gpu("NVIDIA A100-SXM4-80GB", 8, 108, 64, 167936, 166912, 41943040, 1.41,
+             85100068864, 2039040000000),
+    ),
+    "h100": Chip(
+        "cuda", 84942979072, 989, 3352, 450, _NVIDIA,
+        _gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 233472, 232448, 52428800, 1.98,
+             84942979072, 3352320000000),
+    ),
+    "h200": Chip(
+        "cuda", 151397597184, 989, 4800, 450, _NVIDIA,
+        _gpu("NVIDIA H200 141GB HBM3e", 9, 132, 128, 233472, 232448, 52428800, 1.98,
+             151397597184, 4800000000000),
+    ),
+    "b200": Chip(
+        "cuda", 191514411008, 2250, 7672, 900, _NVIDIA,
+        _gpu("NVIDIA B200", 10, 148, 128, 233472, 232448, 132644864, 1.965,
+             191514411008, 7672320000000),
+    ),
+}  # fmt: skip
+
+# The smallest slice that libtpu describes, where only one chip is asked for.
+_SMALLEST = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
+_NEEDED = {
+    "tpu": ("libtpu", 'pip install "lsoftmax-jax[aot-tpu]"'),
+    "cuda": ("jax_plugins.xla_cuda12", 'pip install "lsoftmax-jax[aot-gpu]" (5.6 GB)'),
+}
+
+
+class Target(NamedTuple):
+    """Chips to compile for."""
+
+    name: str
+    chip: Chip
+    devices: list[Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler: a GPU's would time kernels on the device."""
+        return {"xla_gpu_autotune_level": 0} if self.chip.platform == "cuda" else {}
+
+    @property
+    def one(self) -> SingleDeviceSharding:
+        """On its first chip."""
+        return SingleDeviceSharding(self.devices[0])
+
+    def mesh(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
+        """Chips in the order that they are listed."""
+        chips = np.array(self.devices[: np.prod(shape)]).reshape(shape)
+        return Mesh(chips, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def installed(platform: str) -> bool:
+    """Whether a platform's compiler is there."""
+    try:
+        return importlib.util.find_spec(_NEEDED[platform][0]) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def target(name: str) -> Target:
+    """The target of a name: v5e:2x4, a slice of so many chips; v5e or h100, one chip.
+
+    Raises:
+      ValueError: an unknown name, or its compiler is not installed; the message says what to do.
+    """
+    kind, _, slice_ = name.partition(":")
+    if kind not in CHIPS or (slice_ and CHIPS[kind].platform == "cuda"):
+        known = ", ".join(f"{k}:{_SMALLEST[k]}" if k in _SMALLEST else k for k in CHIPS)
+        raise ValueError(f"targets must be such as {known}, got {name!r}")
+    chip = CHIPS[kind]
+    if not installed(chip.platform):
+        raise ValueError(f"{name} needs its compiler: {_NEEDED[chip.platform][1]}")
+    if chip.platform == "cuda":
+        described = topologies.get_topology_desc(
+            platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=chip.config
+        )
+        return Target(name, chip, list(described.devices))
+    for variable, value in _NO_HOST.items():
+        os.environ.setdefault(variable, value)
+    try:
+        described = topologies.get_topology_desc(
+            f"{kind}:{slice_ or _SMALLEST[kind]}", platform="tpu"
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"targets: there is no slice {name!r}: {error}") from error
+    return Target(name, chip, list(described.devices)[: None if slice_ else 1])
