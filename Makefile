@@ -1,8 +1,8 @@
 # make quickstart   install into .venv, then train and compare both heads on embedded real digits
 # make test         install into .venv, then lint, type check and test
 # make docs         install into .venv, then build the documentation into site/
-# Other targets: lint, pytest, test-slow, test-lowest, test-newest, parity, format, notebooks,
-# constraints.
+# Other targets: lint, pytest, test-slow, test-lowest, test-newest, parity, compile-gpu, format,
+# notebooks, constraints.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test docs lint pytest test-slow test-lowest test-newest parity format notebooks constraints
+.PHONY: quickstart test docs lint pytest test-slow test-lowest test-newest parity compile-gpu format notebooks constraints
 
 quickstart: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments quickstart
@@ -61,6 +61,10 @@ parity:
 	$(MAKE) .venv-parity/test,peers.stamp VENV=.venv-parity CONSTRAINTS=/dev/null
 	PARITY_JSON=experiments/results/parity/pytorch-metric-learning.json \
 	    .venv-parity/bin/pytest tests/test_peers.py
+
+# What the compilers for GPUs make of the heads; 5.6 GB to install, no GPU needed.
+compile-gpu: $(VENV)/experiments,aot-gpu.stamp
+	$(VENV)/bin/python -m experiments compile --targets h100 h200 a100 b200 --no-steps
 
 format:
 	$(VENV)/bin/ruff check --fix .

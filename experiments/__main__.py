@@ -12,12 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import quickstart
-<<<<<<< HEAD
 from experiments.benchmarks import convergence, head, step
-=======
-from experiments.benchmarks import head, step
 from experiments.benchmarks.compiled import compile_
->>>>>>> 764e65c (compile: heads and training steps compiled for TPUs and GPUs that are not here)
 from experiments.benchmarks.scale import scale
 from experiments.faces.align import align
 from experiments.faces.embed import embed

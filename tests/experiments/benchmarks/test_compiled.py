@@ -1,0 +1,145 @@
+"""What the compilers of accelerators say of heads and steps; nothing runs, so load does not matter.
+
+Those marked `aot` need the extra aot-tpu.
+"""
+
+import json
+import sys
+
+import pytest
+
+from experiments.__main__ import main
+from experiments.benchmarks import arms, compiled, hlo, scale, targets
+from experiments.benchmarks.arms import Shape
+
+
+def aot(test):
+    missing = pytest.mark.skipif(not targets.installed("tpu"), reason="no libtpu: extra aot-tpu")
+    return pytest.mark.aot(missing(test))
+
+
+def program(target, name, size):
+    """The row of one program."""
+    on = targets.target(target)
+    cases = [case for case in compiled.head_cases(on) if (case.name, case.size) == (name, size)]
+    return compiled.compiled_row(on, cases[0])
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(targets, "installed", lambda platform: False)
+    for target, extra in (("v5e:2x4", "aot-tpu"), ("h100", "aot-gpu")):
+        assert main(["compile", "--targets", target]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and extra in error and target in error
+
+
+@pytest.mark.parametrize("name", ["v5x:2x4", "h100:2x4", ""])
+def test_an_unknown_target_is_named(name, capsys):
+    assert main(["compile", "--targets", name]) == 2
+    assert repr(name) in capsys.readouterr().err
+
+
+def test_every_rate_has_its_source():
+    for chip in targets.CHIPS.values():
+        assert min(chip.memory, chip.tflops, chip.bandwidth, chip.link) > 0 and chip.source
+        assert bool(chip.config) == (chip.platform == "cuda")
+        # A GPU's text and its rates are of one chip.
+        assert f"device_memory_size: {chip.memory}\n" in chip.config or chip.platform == "tpu"
+
+
+def test_kernels_are_counted_outside_fusions():
+    text = """HloModule m
+
+%fused (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %c = f32[4]{0} copy(%p)
+  ROOT %g = f32[4]{0} gather(%c, %c), slice_sizes={1}
+}
+
+ENTRY %main (x: f32[4]) -> (f32[4], f32[4]) {
+  %x = f32[4]{0} parameter(0)
+  %f = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused
+  %s = f32[4]{0} scatter(%f, %x, %x), to_apply=%add
+  ROOT %t = (f32[4]{0}, f32[4]{0}) tuple(%f, %s)
+}
+"""
+    assert hlo.kernels(text) == 2
+
+
+@pytest.mark.parametrize(
+    "message, said",
+    [
+        ("RESOURCE_EXHAUSTED: ... Used 24.81G of 15.75G hbm. Exceeded", "24.81G of 15.75G"),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (29.80G) exceeds available memory (15.75G)",
+            "29.80G of 15.75G",
+        ),
+    ],
+)
+def test_a_refusal_says_how_much_of_how_much(message, said):
+    assert compiled.refusal(message) == said
+
+
+# By rows a TPU stores a kernel whose classes are a multiple of 128, by columns most others.
+@aot
+@pytest.mark.parametrize(
+    "target, classes",
+    [("v5e", 5_000_064), ("v5e", 5_000_000), ("v6e", 9_900_032)],
+)
+def test_one_chip_trains_nine_tenths_of_the_classes_that_its_memory_holds(target, classes):
+    on = targets.target(target)
+    job = scale.Job(classes, 512, 4096, dtype="bf16")
+    state = (2 + 4) * job.dim * classes
+    assert state > 0.9 * on.chip.memory
+    facts = hlo.facts(compiled.lower_job(on, job).compile(), job.dim * classes)
+    assert facts.temporary_bytes < 64e6
+    assert facts.reused_bytes == state and facts.large_moves == {}
+
+
+@aot
+def test_plain_softmax_of_a_million_classes_does_not_fit_where_class_blocks_do():
+    size = "(4096, 512, 1000000) bf16"
+    plain = program("v5e", arms.PLAIN, size)
+    assert not plain["fits"] and plain["refused"].endswith("of 15.75G")
+    blocks = program("v5e", arms.RECOMPUTED, size)
+    assert blocks["fits"] and blocks["temporary_bytes"] < 64e6 and blocks["large_moves"] == {}
+
+
+@aot
+# A v6e's compiler also stores the logits' gradient, in bfloat16.
+@pytest.mark.parametrize("target, bytes_of_a_logit", [("v5e", 4), ("v6e", 6)])
+def test_the_one_shot_keeps_one_array_of_logits(target, bytes_of_a_logit):
+    shape = Shape(512, 256, 102400)
+    found = program(target, arms.ONE_SHOT, f"{shape} bf16")
+    assert found["temporary_bytes"] < 1.05 * bytes_of_a_logit * shape.batch * shape.classes
+    assert found["large_moves"] == {} and not found["float64"]
+
+
+@aot
+def test_1e8_classes_on_256_chips_fit_and_gather_no_logits():
+    job = scale.Job(100_000_000, 512, 8192, 16, 16, "bf16")
+    compiled_ = compiled.lower_gradients(targets.target("v5e:16x16"), job).compile()
+    facts = hlo.facts(compiled_, job.dim * job.columns)
+    assert facts.argument_bytes < 6.5e9 and facts.temporary_bytes < 64e6
+    found = hlo.collectives(compiled_, 256)
+    assert len(found) == 5
+    # Momentum apart, what the formula of `scale --plan` counts.
+    assert sum(c.sent for c in found) == pytest.approx(scale.forecast(job).sent_bytes, rel=1e-3)
+    # The gradient of the kernel is summed over data; nothing of a row and a class is sent.
+    others = [c for c in found if c.size < job.dim * job.columns]
+    assert len(others) == 4 and max(c.size for c in others) < job.rows * job.columns / 64
+    assert "f64[" not in compiled_.as_text()
+
+
+def test_a_result_has_its_versions(tmp_path, monkeypatch):
+    row = {"name": "n", "size": "s", "devices": 1, "fits": False, "refused": "2G of 1G"}
+    monkeypatch.setattr(compiled, "compiled_row", lambda on, case: row)
+    monkeypatch.setattr(sys, "argv", ["experiments", "compile"])
+    on = targets.Target("v5e", targets.CHIPS["v5e"], [None])
+    case = compiled.Case("n", "s", lambda: None)
+    compiled.compile_part(on, "heads", [case], "", tmp_path)
+    saved = json.loads((tmp_path / "v5e-heads.json").read_text())
+    assert saved["programs"] == [row] and saved["versions"]["jax"] and saved["chip"]["source"]
+    with pytest.raises(ValueError, match="nothing"):
+        compiled.compile_part(on, "heads", [case], "nothing", tmp_path)
