@@ -47,8 +47,24 @@ def check_fraction(name: str, value: float) -> float:
     return float(value)
 
 
-def check_scalar(name: str, value: ArrayLike, dtype: jnp.dtype) -> jax.Array:
-    """A real scalar >= 0 of `dtype`; a number below 0 raises, in a JAX array it becomes NaN."""
+def shape_of(name: str, value: Any, expected: str) -> tuple[int, ...]:
+    """The shape of what may be an array of any dtype."""
+    try:
+        return np.shape(value)
+    except ValueError as error:
+        raise TypeError(
+            f"{name} must be {expected}, got {type(value).__name__}: {error}"
+        ) from error
+
+
+def check_scalar(
+    name: str, value: ArrayLike, dtype: jnp.dtype, most: float = math.inf
+) -> jax.Array:
+    """A real scalar in [0, most] of `dtype`; another number raises, in a JAX array it is NaN."""
+    if callable(value):
+        raise TypeError(
+            f"{name} must be a real scalar: pass schedule(step), not the schedule, got {value!r}"
+        )
     scalar = as_array(name, value, "a real scalar >= 0")
     if scalar.shape != ():
         raise ValueError(f"{name} must be a scalar, got shape {scalar.shape}")
@@ -56,32 +72,29 @@ def check_scalar(name: str, value: ArrayLike, dtype: jnp.dtype) -> jax.Array:
         scalar.dtype, jnp.integer
     ):
         raise TypeError(f"{name} must be a real scalar >= 0, got dtype {scalar.dtype}")
-    if not isinstance(value, jax.Array) and not np.asarray(value) >= 0:
-        raise ValueError(f"{name} must be >= 0, got {value}")
+    if not isinstance(value, jax.Array) and not 0 <= np.asarray(value) <= most:
+        wanted = ">= 0" if most == math.inf else f"in [0, {most:g}]"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
     scalar = scalar.astype(dtype)
-    return jnp.where(scalar >= 0, scalar, jnp.nan)
+    return jnp.where((scalar >= 0) & (scalar <= most), scalar, jnp.nan)
 
 
-def check_lam(lam: ArrayLike, dtype: jnp.dtype) -> jax.Array:
-    if callable(lam):
-        raise TypeError(f"lam must be a scalar: pass schedule(step), not the schedule, got {lam!r}")
-    return check_scalar("lam", lam, dtype)
-
-
-def check_features(features: ArrayLike, kernel: ArrayLike) -> tuple[jax.Array, jax.Array]:
+def check_features(
+    features: ArrayLike, kernel: ArrayLike, kernel_name: str = "kernel"
+) -> tuple[jax.Array, jax.Array]:
     features = as_array("features", features, "a floating-point array (..., D)")
-    kernel = as_array("kernel", kernel, "a floating-point array (D, classes)")
-    for name, array in (("features", features), ("kernel", kernel)):
+    kernel = as_array(kernel_name, kernel, "a floating-point array (D, classes)")
+    for name, array in (("features", features), (kernel_name, kernel)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating point, got dtype {array.dtype}")
     if features.ndim < 1:
         raise ValueError("features must have shape (..., D), got a scalar")
     if kernel.ndim != 2 or kernel.shape[1] < 1:
-        raise ValueError(f"kernel must have shape (D, classes >= 1), got {kernel.shape}")
+        raise ValueError(f"{kernel_name} must have shape (D, classes >= 1), got {kernel.shape}")
     if features.shape[-1] != kernel.shape[0]:
         raise ValueError(
-            f"features (..., D) and kernel (D, classes) must agree in D, "
-            f"got features {features.shape} and kernel {kernel.shape}"
+            f"features (..., D) and {kernel_name} (D, classes) must agree in D, "
+            f"got features {features.shape} and {kernel_name} {kernel.shape}"
         )
     return features, kernel
 

@@ -24,6 +24,7 @@ class _Fields(Protocol):
     margin: int | Margin
     scale: float | None
     dtype: Any
+    param_dtype: Any
     layout: ClassParallel | None
 
     def _kernel_for(self, features: jax.Array) -> jax.Array: ...
@@ -133,12 +134,26 @@ class HeadCalls:
 def check_fields(head: _Fields) -> None:
     _checks.check_size("classes", head.classes)
     check_head(head.margin, head.scale)
+    check_dtype("param_dtype", head.param_dtype)
+    if head.dtype is not None:
+        check_dtype("dtype", head.dtype)
     if head.layout is not None and not isinstance(head.layout, ClassParallel):
         raise TypeError(f"layout must be a lsoftmax_jax.ClassParallel, got {head.layout!r}")
 
 
+def check_dtype(name: str, dtype: Any) -> None:
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise TypeError(f"{name} must be a floating-point dtype, got {dtype!r}")
+
+
 def _operands(head: _Fields, features: ArrayLike) -> tuple[jax.Array, jax.Array]:
     features = _checks.as_array("features", features, "a floating-point array (..., D)")
+    if features.ndim < 1:
+        raise ValueError("features must have shape (..., D), got a scalar")
     kernel = head._kernel_for(features)
     if head.dtype is None:
         return features, kernel

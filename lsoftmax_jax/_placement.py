@@ -68,6 +68,8 @@ def is_explicit(mesh: AnyMesh) -> bool:
 def given_or_set(mesh: AnyMesh | None) -> AnyMesh:
     """The mesh, by default that of `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if not isinstance(mesh, AnyMesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh or AbstractMesh, got {mesh!r}")
     if mesh.empty:
         raise ValueError("mesh must be given, or set by jax.set_mesh; got neither")
     return mesh

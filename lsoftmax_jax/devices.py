@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
@@ -28,12 +29,15 @@ def data_mesh(devices: int | None = None) -> Mesh:
       the mesh; its axis is of Auto type.
 
     Raises:
+      TypeError: `devices` is no int.
       ValueError: there are fewer devices, or a process has none in the mesh.
 
     Example:
       >>> dict(data_mesh(1).shape)
       {'data': 1}
     """
+    if isinstance(devices, bool) or not isinstance(devices, int | None):
+        raise TypeError(f"devices must be an int or None, got {devices!r}")
     if devices is not None and not 1 <= devices <= jax.device_count():
         raise ValueError(f"devices must be 1 to {jax.device_count()}, got {devices}")
     chosen = jax.devices()[:devices]
@@ -79,16 +83,26 @@ class CompiledStep:
     Both take the step's arguments, `where` last and optional.
     """
 
-    def __init__(self, jitted: Any) -> None:
-        self._jitted = jitted
+    def __init__(self, jitted: Any, shards: int) -> None:
+        self._jitted, self._shards = jitted, shards
 
     def __call__(
         self, state: State, images: Any, labels: Any, where: jax.Array | None = None
     ) -> Any:
+        self._check(labels)
         return self._jitted(state, images, labels, where)
 
     def lower(self, state: Any, images: Any, labels: Any, where: Any = None) -> jax.stages.Lowered:
+        self._check(labels)
         return cast(jax.stages.Lowered, self._jitted.lower(state, images, labels, where))
+
+    def _check(self, labels: Any) -> None:
+        shape = np.shape(labels)
+        if shape and shape[0] % self._shards:
+            raise ValueError(
+                f"the batch must divide over the {self._shards} devices of the mesh, got "
+                f"{shape[0]} examples"
+            )
 
 
 def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> CompiledStep:
@@ -105,7 +119,8 @@ def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> CompiledStep:
       ``.lower(...)`` for compiling ahead.
 
     Raises:
-      ValueError: in calls, if the size of "data" does not divide the batch.
+      TypeError, ValueError: `mesh` is none, or lacks the axis "data"; in calls, if its size does
+        not divide the batch.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -119,6 +134,7 @@ def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> CompiledStep:
       >>> float(evaluate(state, jnp.eye(3), jnp.array([0, 1, 0])).examples)
       3.0
     """
+    _check_mesh(mesh)
     replicated, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(DATA_AXIS))
     return CompiledStep(
         jax.jit(
@@ -126,8 +142,16 @@ def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> CompiledStep:
             in_shardings=(replicated, rows, rows, rows),
             out_shardings=replicated,
             donate_argnums=0 if donate else (),
-        )
+        ),
+        mesh.shape[DATA_AXIS],
     )
+
+
+def _check_mesh(mesh: Any) -> None:
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, such as data_mesh(), got {mesh!r}")
+    if DATA_AXIS not in mesh.axis_names:
+        raise ValueError(f'mesh must have an axis "{DATA_AXIS}", got {mesh.axis_names}')
 
 
 def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = None) -> Any:
@@ -145,7 +169,8 @@ def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = Non
       donated; metrics are `StepMetrics` with a leading axis of that length.
 
     Raises:
-      TypeError, ValueError: when traced, as `lsoftmax_jax.lsoftmax_loss`.
+      TypeError, ValueError: `mesh` is none, or lacks the axis "data"; when traced, as
+        `lsoftmax_jax.lsoftmax_loss`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -162,6 +187,7 @@ def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = Non
       >>> int(state.step), metrics.sums.loss.shape
       (2, (2,))
     """
+    _check_mesh(mesh)
     # Inside, where all axes are Auto.
     inside = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
     rows = NamedSharding(inside, P(DATA_AXIS))

@@ -8,6 +8,7 @@ that came: `head.kernel[...] = kernel` puts it into a head.
 import math
 import os
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lsoftmax_jax._checks import at_least_f32
-from lsoftmax_jax.schedule import LambdaPreset
+from lsoftmax_jax.schedule import LambdaPreset, annealed_lambda
 
 # The axes of a kernel, of any size.
 _KERNEL = {"in_features": None, "classes": None}
@@ -153,6 +154,8 @@ def cosine_kernel(kernel: ArrayLike, scale: float = 1.0) -> np.ndarray:
     Source: `PartialFC_V2` in https://github.com/deepinsight/insightface; `CosineSimilarity` in
     https://github.com/KevinMusgrave/pytorch-metric-learning.
     """
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"scale must be a real number > 0, got {scale!r}")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be finite and > 0, got {scale}")
     columns = _matrix("kernel", kernel, _KERNEL)
@@ -192,7 +195,8 @@ def from_caffe(
       the margin, and the constants of the schedule, `annealed_lambda(*constants)`.
 
     Raises:
-      ValueError: `type` is none of the four, or `iteration` is negative.
+      TypeError, ValueError: `type` is none of the four, `iteration` no int >= 0, or a constant
+        none for `annealed_lambda`.
 
     Example:
       >>> import lsoftmax_jax as lsm
@@ -208,8 +212,11 @@ def from_caffe(
     """
     if type not in _CAFFE_MARGINS:
         raise ValueError(f"type must be one of {', '.join(_CAFFE_MARGINS)}, got {type!r}")
+    if isinstance(iteration, bool) or not isinstance(iteration, int):
+        raise TypeError(f"iteration must be an int >= 0, got {iteration!r}")
     if iteration < 0:
         raise ValueError(f"iteration must be >= 0, got {iteration}")
+    annealed_lambda(base, gamma, power, lambda_min)  # for its checks
     done = 1 + gamma * iteration
     return _CAFFE_MARGINS[type], LambdaPreset(base * done**-power, gamma / done, power, lambda_min)
 
@@ -259,7 +266,10 @@ def _matrix(
     name: str, array: Any, sizes: Mapping[str, int | None], transposing: str = ""
 ) -> np.ndarray:
     """`array` as a matrix with the axes `sizes`, checked where a size is given."""
-    matrix = np.asarray(array)
+    try:
+        matrix = np.asarray(array)
+    except ValueError as error:
+        raise TypeError(f"{name} must be a matrix, got a ragged list: {error}") from error
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point, got dtype {matrix.dtype}")
     if math.prod(matrix.shape[:-2]) == 1:

@@ -77,7 +77,7 @@ def lsoftmax_logits(
     head = check_head(margin, scale)
     features, kernel = _checks.check_features(features, kernel)
     dtype = _checks.promoted(features, kernel)
-    lam = _checks.check_lam(lam, _checks.at_least_f32(dtype))
+    lam = _checks.check_scalar("lam", lam, _checks.at_least_f32(dtype))
     features, kernel = features.astype(dtype), kernel.astype(dtype)
     if labels is None:
         return _plain_logits(head, features, kernel)

@@ -215,7 +215,7 @@ class Call(NamedTuple):
         features, kernel = _checks.check_features(features, kernel)
         dtype = _checks.promoted(features, kernel)
         pace, lam = _paced(lam, margin)
-        lam = _checks.check_lam(lam, _checks.at_least_f32(dtype))
+        lam = _checks.check_scalar("lam", lam, _checks.at_least_f32(dtype))
         where = _checks.check_mask(where, features.shape[:-1])
         classes = kernel.shape[1] if classes is None else classes
         labels = _checks.check_labels(labels, features.shape[:-1], classes)

@@ -76,8 +76,10 @@ class LSoftmaxDense(_head.HeadCalls, nnx.Module):
     ) -> None:
         self.in_features = _checks.check_size("in_features", in_features)
         self.classes, self.margin, self.scale = classes, margin, scale
-        self.dtype, self.layout = dtype, layout
+        self.dtype, self.param_dtype, self.layout = dtype, param_dtype, layout
         _head.check_fields(self)
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs must be a flax.nnx.Rngs, got {rngs!r}")
         if layout is None:
             kernel = kernel_init(rngs.params(), (in_features, classes), param_dtype)
             self.kernel = nnx.Param(kernel)

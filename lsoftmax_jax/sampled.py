@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
@@ -75,7 +74,10 @@ def sample_classes(
     classes = _checks.check_size("classes", classes)
     if _checks.check_size("negatives", negatives) > classes:
         raise ValueError(f"negatives must be at most classes = {classes}, got {negatives}")
-    shape = np.shape(labels)
+    shape = _checks.shape_of("labels", labels, "integers")
+    kind = getattr(key, "dtype", None)
+    if kind is None or not (jnp.issubdtype(kind, jax.dtypes.prng_key) or kind == jnp.uint32):
+        raise TypeError(f"key must be a key of jax.random, got {key!r}")
     labels = _checks.check_labels(labels, shape, classes).reshape(math.prod(shape))
     known = jnp.where(labels >= 0, labels, classes)
     positives = jnp.unique(known, size=labels.size, fill_value=classes)
@@ -132,13 +134,17 @@ def take_columns(kernel: jax.Array, sample: Sample) -> jax.Array:
     Returns:
       (D, batch + negatives), zero where `sample` has no class.
 
+    Raises:
+      TypeError, ValueError: `kernel` is no matrix, or `sample` no `Sample`.
+
     Example:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
       >>> sample = lsm.sampled.Sample(jnp.array([1, 3]), jnp.array([0, -jnp.inf]), jnp.array([0]))
       >>> lsm.sampled.take_columns(jnp.eye(3), sample).tolist()
       [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
     """
-    return kernel.at[:, sample.ids].get(mode="fill", fill_value=0)
+    kernel, ids = _kernel_and_ids(kernel, sample)
+    return kernel.at[:, ids].get(mode="fill", fill_value=0)
 
 
 def put_columns(kernel: jax.Array, sample: Sample, columns: jax.Array) -> jax.Array:
@@ -154,13 +160,37 @@ def put_columns(kernel: jax.Array, sample: Sample, columns: jax.Array) -> jax.Ar
     Returns:
       (D, classes), as `kernel`.
 
+    Raises:
+      TypeError, ValueError: `kernel` is no matrix, `sample` no `Sample`, or `columns` has another
+        shape, which would be broadcast.
+
     Example:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
       >>> sample = lsm.sampled.Sample(jnp.array([1, 3]), jnp.array([0, -jnp.inf]), jnp.array([0]))
       >>> lsm.sampled.put_columns(jnp.eye(3), sample, jnp.full((3, 2), 9.0))[0].tolist()
       [1.0, 9.0, 0.0]
     """
-    return kernel.at[:, sample.ids].set(columns.astype(kernel.dtype), mode="drop")
+    kernel, ids = _kernel_and_ids(kernel, sample)
+    columns = _checks.as_array("columns", columns, "an array (D, batch + negatives)")
+    if columns.shape != (kernel.shape[0], ids.size):
+        raise ValueError(
+            f"columns must have shape {(kernel.shape[0], ids.size)}, as take_columns gives them, "
+            f"got {columns.shape}"
+        )
+    return kernel.at[:, ids].set(columns.astype(kernel.dtype), mode="drop")
+
+
+def _kernel_and_ids(kernel: ArrayLike, sample: Sample) -> tuple[jax.Array, jax.Array]:
+    kernel = _checks.as_array("kernel", kernel, "an array (D, classes)")
+    if kernel.ndim != 2:
+        raise ValueError(f"kernel must have shape (D, classes), got {kernel.shape}")
+    return kernel, _checked_sample(sample).ids
+
+
+def _checked_sample(sample: Sample) -> Sample:
+    if not isinstance(sample, Sample):
+        raise TypeError(f"sample must be what sample_classes gives, got {type(sample).__name__}")
+    return sample
 
 
 def lsoftmax_sampled_loss(
@@ -204,7 +234,18 @@ def lsoftmax_sampled_loss(
       >>> bool(jnp.allclose(sampled, exact))
       True
     """
-    features, _ = _checks.check_features(features, columns)
+    sample = _checked_sample(sample)
+    features, columns = _checks.check_features(features, columns, "columns")
+    if columns.shape[1] != sample.ids.size:
+        raise ValueError(
+            f"columns (D, batch + negatives) must be those of the sample, {sample.ids.size}, got "
+            f"{columns.shape}"
+        )
+    if sample.labels.size != math.prod(features.shape[:-1]):
+        raise ValueError(
+            f"sample must be drawn for the labels of these features {features.shape}, got one "
+            f"for {sample.labels.size} labels"
+        )
     labels = sample.labels.reshape(features.shape[:-1])
     call = Call.checked(features, columns, labels, margin, lam, scale, where, 0.0)
     pieces = pieces_of(plan, *call.size, call.operands.kernel.dtype, rows_cost_no_more=False)

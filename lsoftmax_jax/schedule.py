@@ -76,7 +76,7 @@ def annealed_lambda(
             raise ValueError(f"{name} must be finite and >= 0, got {value}")
 
     def schedule(step: ArrayLike) -> jax.Array:
-        updates = jnp.asarray(step).astype(jnp.float32) + 1
+        updates = _checks.as_array("step", step, "a number").astype(jnp.float32) + 1
         # Not base * (1 + gamma t)**-power: 1 + gamma t loses gamma's digits in float32.
         return jnp.maximum(base * jnp.exp(-power * jnp.log1p(gamma * updates)), minimum)
 
@@ -132,7 +132,7 @@ def margin_schedule(
         raise ValueError(f"start must be below end, got start {start} and end {end}")
 
     def schedule(step: ArrayLike) -> jax.Array:
-        done = jnp.asarray(step).astype(jnp.float32) / steps
+        done = _checks.as_array("step", step, "a number").astype(jnp.float32) / steps
         part = jnp.clip((done - start) / (end - start), 0, 1)
         now = largest * part * part * (3 - 2 * part)
         return jnp.where(now > 0, 1 / jnp.where(now > 0, now, 1) - 1, jnp.inf)
@@ -188,7 +188,7 @@ def self_paced(
         raise TypeError(f"power must be a real number, got {power!r}")
     if not 0 <= power < float("inf"):
         raise ValueError(f"power must be finite and >= 0, got {power}")
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-    if not all(isinstance(name, str) for name in names):
+    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"axis_name must be a name, names or None, got {axis_name!r}")
-    return SelfPaced(fraction, float(power), names)
+    return SelfPaced(fraction, float(power), tuple(names))

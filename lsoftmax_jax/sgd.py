@@ -81,9 +81,9 @@ def lsoftmax_sgd(
         momentum NaN.
       weights: (...,) floating-point weights s, or None for ones.
       margin: integer m >= 1, static, or one of `lsoftmax_jax.margins`.
-      learning_rate: η, may be traced.
-      decay: μ, the momentum's decay, may be traced.
-      weight_decay: ω, may be traced.
+      learning_rate: η >= 0, may be traced.
+      decay: μ in [0, 1], the momentum's decay, may be traced.
+      weight_decay: ω >= 0, may be traced.
       lam, scale, where, label_smoothing: as in `lsoftmax_jax.lsoftmax_loss`.
       class_block: classes at a time.
 
@@ -116,7 +116,7 @@ def lsoftmax_sgd(
     block = min(_checks.check_size("class_block", class_block), kernel.shape[1])
     pieces = Pieces(class_block=block, keep_exponentials=False)
     eta = _checks.check_scalar("learning_rate", learning_rate, call.lam.dtype)
-    mu = _checks.check_scalar("decay", decay, call.lam.dtype)
+    mu = _checks.check_scalar("decay", decay, call.lam.dtype, most=1)
     omega = _checks.check_scalar("weight_decay", weight_decay, call.lam.dtype)
 
     features, operand, labels, batch_shape = call.operands

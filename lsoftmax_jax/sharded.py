@@ -76,7 +76,10 @@ class ClassParallel:
     classes: int | None = None
 
     def __post_init__(self) -> None:
-        axes = (self.batch_axes,) if isinstance(self.batch_axes, str) else tuple(self.batch_axes)
+        axes = (self.batch_axes,) if isinstance(self.batch_axes, str) else self.batch_axes
+        if not isinstance(axes, (tuple, list)):
+            raise TypeError(f"batch_axes must name axes of a mesh, got {axes!r}")
+        axes = tuple(axes)
         object.__setattr__(self, "batch_axes", axes)
         for name, values in (("class_axis", (self.class_axis,)), ("batch_axes", axes)):
             for axis in values:

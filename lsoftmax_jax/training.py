@@ -20,9 +20,11 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
+from lsoftmax_jax import _checks
 from lsoftmax_jax._pace import SelfPaced
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -113,6 +115,9 @@ def create(
     Returns:
       (graphdef, state): the structure, static, and step 0 of all arrays.
 
+    Raises:
+      TypeError: `model` is no NNX module, or `optimizer` no Optax transformation.
+
     Example:
       >>> import optax
       >>> from flax import nnx
@@ -122,6 +127,9 @@ def create(
       >>> state.params["kernel"].shape
       (8, 10)
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be a flax.nnx.Module, got {model!r:.80}")
+    _check_optimizer(optimizer)
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     params, other = map(nnx.to_pure_dict, states)
     return graphdef, State(jnp.zeros((), jnp.int32), params, other, optimizer.init(params))
@@ -168,8 +176,9 @@ def train_step(
     Args:
       graphdef: the model's structure, from `create`.
       optimizer: an Optax transformation.
-      lam: `lsoftmax_jax.self_paced()`, or a schedule step -> λ such as
-        `lsoftmax_jax.margin_schedule(steps)`.
+      lam: `lsoftmax_jax.self_paced()`, or a schedule step -> λ >= 0 such as
+        `lsoftmax_jax.margin_schedule(steps)`. A λ below 0 is refused where it is known when the
+        step is traced; where not, it is NaN, so that the update is skipped.
       loss: (plain logits, labels) -> per-example loss, in place of the head's large-margin loss.
       axis_name: the axis to sum over when the step runs under `jax.pmap` or `jax.shard_map`.
 
@@ -196,6 +205,9 @@ def train_step(
       >>> int(state.step), float(metrics.sums.examples), bool(metrics.skipped)
       (1, 4.0, False)
     """
+    _check_graphdef(graphdef)
+    _check_optimizer(optimizer)
+    _check_loss(loss)
     if isinstance(lam, SelfPaced):
         names = lam.axis_name if axis_name is None else (*lam.axis_name, axis_name)
         lam = dataclasses.replace(lam, axis_name=names)
@@ -208,7 +220,11 @@ def train_step(
     def step(
         state: State, images: jax.Array, labels: jax.Array, where: jax.Array | None = None
     ) -> tuple[State, StepMetrics]:
-        given = lam if isinstance(lam, SelfPaced) else jnp.asarray(lam(state.step))
+        if isinstance(lam, SelfPaced):
+            given: jax.Array | SelfPaced = lam
+        else:
+            given = _checks.check_scalar("lam", lam(state.step), jnp.result_type(float))
+        where = _checks.check_mask(where, np.shape(labels))
         count = total(jnp.float32(len(images)) if where is None else jnp.sum(where, dtype=float))
 
         def mean_loss(params: Any) -> tuple[jax.Array, tuple[Any, Sums, jax.Array]]:
@@ -216,7 +232,7 @@ def train_step(
             model.train()
             model.set_attributes(nnx.BatchNorm, raise_if_not_found=False, axis_name=axis_name)
             features = model(images) if where is None else model(images, where=where)
-            sums, used = _sums(model.head, features, labels, given, where, loss)
+            sums, used = _sums(_head_of(model), features, labels, given, where, loss)
             other = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
             return sums.loss / jnp.maximum(count, 1), (other, sums, used)
 
@@ -275,11 +291,14 @@ def eval_step(
       (2.0, True)
     """
 
+    _check_graphdef(graphdef)
+    _check_loss(loss)
+
     def step(
         state: State, images: jax.Array, labels: jax.Array, where: jax.Array | None = None
     ) -> Sums:
         model = restore_model(graphdef, state)
-        sums, _ = _sums(model.head, model(images), labels, jnp.float32(jnp.inf), where, loss)
+        sums, _ = _sums(_head_of(model), model(images), labels, jnp.float32(jnp.inf), where, loss)
         return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
     return step
@@ -309,12 +328,40 @@ def embed_step(
       ((3, 3), (3, 2))
     """
 
+    _check_graphdef(graphdef)
+
     def step(state: State, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = restore_model(graphdef, state)
         features = model(images)
-        return features, model.head(features)
+        return features, _head_of(model)(features)
 
     return step
+
+
+def _head_of(model: Any) -> Any:
+    if not hasattr(model, "head"):
+        raise TypeError(
+            f"model must have a large-margin head as its attribute `head`, such as "
+            f"lsoftmax_jax.nnx.LSoftmaxDense; {type(model).__name__} has none"
+        )
+    return model.head
+
+
+def _check_graphdef(graphdef: Any) -> None:
+    if not isinstance(graphdef, nnx.GraphDef):
+        raise TypeError(
+            f"graphdef must be the structure that `create` gives, got {type(graphdef).__name__}"
+        )
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(f"optimizer must be an Optax transformation, got {optimizer!r}")
+
+
+def _check_loss(loss: Any) -> None:
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be a function (logits, labels) -> losses, got {loss!r}")
 
 
 def _sums(

@@ -1,0 +1,397 @@
+"""Every way to call the library wrongly that came to mind: one error, which names the argument."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from jax.sharding import AbstractMesh
+
+import lsoftmax_jax as lsm
+from lsoftmax_jax import devices, interop, margins, sampled, training
+from lsoftmax_jax.linen import LSoftmaxDense as LinenHead
+from lsoftmax_jax.nnx import LSoftmaxDense
+
+B, D, C = 4, 3, 5
+NAN = float("nan")
+F = np.ones((B, D), np.float32)
+K = np.ones((D, C), np.float32)
+L = np.zeros(B, np.int32)
+MESH = jax.make_mesh((1,), ("model",), devices=jax.devices()[:1])
+LAYOUT = lsm.ClassParallel("model", mesh=MESH)
+GOOD = {"features": F, "kernel": K, "labels": L, "margin": 4, "lam": 1.0}
+SCHEDULE = lsm.margin_schedule(10)
+
+
+def paced(step):
+    return SCHEDULE(step)
+
+
+def sampled_loss(features, kernel, labels, **options):
+    sample = lsm.sample_classes(jax.random.key(0), L, C, 2)
+    columns = sampled.take_columns(jnp.asarray(K), sample)
+    return lsm.lsoftmax_sampled_loss(
+        features, columns if kernel is K else kernel, sample, **options
+    )
+
+
+def nnx_head(features, kernel, labels, margin, lam, **options):
+    head = LSoftmaxDense(D, C, margin=margin, rngs=nnx.Rngs(0))
+    return head.loss(features, labels, lam, **options)
+
+
+def linen_head(features, kernel, labels, margin, lam, **options):
+    head = LinenHead(C, margin=margin)
+    variables = head.init(jax.random.key(0), F)
+    return head.apply(variables, features, labels, lam, method="loss", **options)
+
+
+ZEROS = jnp.zeros_like(jnp.asarray(K))
+LOSSES = {
+    "logits": lsm.lsoftmax_logits,
+    "loss": lsm.lsoftmax_loss,
+    "statistics": lsm.lsoftmax_loss_and_statistics,
+    "sum": lsm.lsoftmax_loss_sum,
+    "sharded": partial(lsm.sharded.lsoftmax_loss, layout=LAYOUT),
+    "sharded sum": partial(lsm.sharded.lsoftmax_loss_sum, layout=LAYOUT),
+    "sgd": partial(lsm.lsoftmax_sgd, momentum=ZEROS, learning_rate=0.1),
+    "sampled": sampled_loss,
+    "nnx": nnx_head,
+    "linen": linen_head,
+}
+
+# What every loss takes, and what none of them should. (argument, value, the message)
+SHARED = [
+    ("features", None, "features must be a floating-point array"),
+    ("features", "x", "features must be a floating-point array"),
+    ("features", paced, "features must be a floating-point array"),
+    ("features", [[1.0], [1.0, 2.0]], "features must be a floating-point array"),
+    ("features", {"x": F}, "features must be a floating-point array"),
+    ("features", F.astype(np.int32), "features must be floating point"),
+    ("features", F.astype(np.complex64), "features must be floating point"),
+    ("features", np.ones((B, D + 1), np.float32), "features .* agree in D"),
+    ("labels", None, "labels must be"),
+    ("labels", "ab", "labels must be"),
+    ("labels", paced, "labels must be"),
+    ("labels", [[0], [1, 2]], "labels must be"),
+    ("labels", np.zeros(B, np.float32), "labels must be"),
+    ("labels", np.zeros(B, bool), "labels must be"),
+    ("labels", np.zeros(B + 1, np.int32), "labels must"),
+    ("labels", np.eye(B, C, dtype=np.float32), "margin belongs to one class"),
+    ("margin", 0, "margin must be"),
+    ("margin", 2.0, "margin must be"),
+    ("margin", True, "margin must be"),
+    ("margin", None, "margin must be"),
+    ("margin", margins.ArcFace, "margin must be"),
+    ("lam", -1.0, "lam must be >= 0"),
+    ("lam", np.array(-1.0), "lam must be >= 0"),
+    ("lam", np.float32("nan"), "lam must be >= 0"),
+    ("lam", jnp.ones(2), "lam must be a scalar"),
+    ("lam", "5", "lam must be a real scalar"),
+    ("lam", True, "lam must be a real scalar"),
+    ("lam", paced, re.escape("pass schedule(step), not the schedule")),
+    ("where", np.ones(B, np.int32), "where must be"),
+    ("where", np.ones(B + 1, bool), "where must"),
+    ("where", "all", "where must be"),
+    ("label_smoothing", 1.5, "label_smoothing must be"),
+    ("label_smoothing", "0.1", "label_smoothing must be"),
+    ("scale", 0.0, "scale must be"),
+    ("scale", NAN, "scale must be"),
+    ("plan", {"row_block": 4}, "plan must be"),
+    ("kernel", None, "kernel must be"),
+    ("kernel", np.ones((D, 0), np.float32), "kernel must have shape"),
+    ("kernel", np.ones(D, np.float32), "kernel must have shape"),
+]
+# What some of them do not take at all, or take elsewhere.
+ELSEWHERE = {
+    "logits": {"where", "label_smoothing", "plan", "labels"},
+    "sgd": {"plan"},
+    "sampled": {"label_smoothing", "labels"},
+    "nnx": {"kernel", "scale"},
+    "linen": {"kernel", "scale"},
+}
+
+
+def model_without_head():
+    return nnx.Linear(D, C, rngs=nnx.Rngs(0))
+
+
+def model():
+    model = nnx.Sequential(nnx.relu)
+    model.head = LSoftmaxDense(D, C, margin=2, rngs=nnx.Rngs(0))
+    return model
+
+
+def step(lam=None, made=model, features=F, labels=L, where=None, **options):
+    graphdef, state = training.create(made(), optax.sgd(0.1))
+    lam = lsm.self_paced() if lam is None else lam
+    update = training.train_step(graphdef, optax.sgd(0.1), lam, **options)
+    return update(state, features, labels, where)
+
+
+def compiled(mesh, batch=B):
+    graphdef, state = training.create(model(), optax.sgd(0.1))
+    update = devices.compile_step(
+        training.train_step(graphdef, optax.sgd(0.1), lsm.self_paced()), mesh
+    )
+    return update(state, jnp.ones((batch, D)), jnp.zeros(batch, jnp.int32))
+
+
+def put(columns):
+    sample = lsm.sample_classes(jax.random.key(0), L, C, 2)
+    return sampled.put_columns(jnp.asarray(K), sample, columns)
+
+
+def sgd(**options):
+    return lsm.lsoftmax_sgd(**{**GOOD, "momentum": ZEROS, "learning_rate": 0.1, **options})
+
+
+def sample(key=None, labels=L, classes=C, negatives=2):
+    return lsm.sample_classes(jax.random.key(0) if key is None else key, labels, classes, negatives)
+
+
+def sharded(**options):
+    return lsm.sharded.lsoftmax_loss(**{**GOOD, "layout": LAYOUT, **options})
+
+
+FOUR = AbstractMesh((4,), ("model",))
+
+OTHERS = [
+    # one function each
+    ("cos_theta must be", lambda: lsm.psi(None, 2)),
+    ("cos_theta must be", lambda: lsm.psi("x", 2)),
+    ("cos_theta must be floating point", lambda: lsm.psi(np.ones(2, np.int32), 2)),
+    ("margin must be", lambda: lsm.psi(np.float32(0.5), 2.5)),
+    ("margin must be", lambda: lsm.psi(np.float32(0.5), margins.ArcFace(0.5))),
+    ("learning_rate must be", lambda: sgd(learning_rate=True)),
+    ("learning_rate must be", lambda: sgd(learning_rate=NAN)),
+    ("learning_rate must be", lambda: sgd(learning_rate=-1)),
+    ("learning_rate must be", lambda: sgd(learning_rate=np.array(-1.0))),
+    ("learning_rate must be", lambda: sgd(learning_rate=None)),
+    (
+        re.escape("learning_rate must be a real scalar: pass schedule(step)"),
+        lambda: sgd(learning_rate=optax.constant_schedule(0.1)),
+    ),
+    ("learning_rate must be a scalar", lambda: sgd(learning_rate=np.ones(2, np.float32))),
+    (r"decay must be in \[0, 1\]", lambda: sgd(decay=2)),
+    (r"decay must be in \[0, 1\]", lambda: sgd(decay=np.float32(1.5))),
+    ("decay must be", lambda: sgd(decay=-0.1)),
+    ("decay must be", lambda: sgd(decay="0.9")),
+    ("weight_decay must be", lambda: sgd(weight_decay=-1e-4)),
+    ("weight_decay must be", lambda: sgd(weight_decay=NAN)),
+    ("momentum must be", lambda: sgd(momentum=None)),
+    ("momentum must have the kernel's shape", lambda: sgd(momentum=0.9)),
+    ("momentum must have the kernel's shape", lambda: sgd(momentum=ZEROS[:, :1])),
+    ("momentum must be floating point", lambda: sgd(momentum=ZEROS.astype(int))),
+    ("class_block must be", lambda: sgd(class_block=0)),
+    ("class_block must be", lambda: sgd(class_block=2.0)),
+    ("weights must", lambda: sgd(weights=np.ones(B, np.int32))),
+    ("weights must", lambda: lsm.lsoftmax_loss_sum(**GOOD, weights="mean")),
+    ("weights must", lambda: lsm.lsoftmax_loss_sum(**GOOD, weights=np.float32(1))),
+    ("weights must", lambda: lsm.lsoftmax_loss_sum(**GOOD, weights=np.ones((B, 1), np.float32))),
+    # plans
+    ("row_block must be", lambda: lsm.Plan(row_block=0)),
+    ("row_block must be", lambda: lsm.Plan(row_block="4")),
+    ("class_block must be", lambda: lsm.Plan(class_block=True)),
+    ("class_block must be", lambda: lsm.Plan(class_block=2.5)),
+    ("memory_budget must be", lambda: lsm.Plan(memory_budget=0)),
+    ("memory_budget must be", lambda: lsm.Plan(memory_budget="1GB")),
+    ("memory_budget must be", lambda: lsm.Plan(memory_budget=1e9)),
+    ("keep_exponentials must be", lambda: lsm.Plan(keep_exponentials="no")),
+    ("row_block and class_block", lambda: lsm.Plan(row_block=2, class_block=2)),
+    ("row_block keeps no exponentials", lambda: lsm.Plan(row_block=2, keep_exponentials=True)),
+    # schedules
+    ("base must be", lambda: lsm.annealed_lambda(-1, 0.1, 1)),
+    ("base must be", lambda: lsm.annealed_lambda("1000", 0.1, 1)),
+    ("gamma must be", lambda: lsm.annealed_lambda(1000, NAN, 1)),
+    ("power must be", lambda: lsm.annealed_lambda(1000, 0.1, float("inf"))),
+    ("minimum must be", lambda: lsm.annealed_lambda(1000, 0.1, 1, True)),
+    ("steps must be", lambda: lsm.margin_schedule(0)),
+    ("steps must be", lambda: lsm.margin_schedule(1e3)),
+    ("steps must be", lambda: lsm.margin_schedule(None)),
+    ("margin must be", lambda: lsm.margin_schedule(10, margin=0)),
+    ("share must be", lambda: lsm.margin_schedule(10, share=1.5)),
+    ("share must be", lambda: lsm.margin_schedule(10, share="half")),
+    ("start must be", lambda: lsm.margin_schedule(10, start=-0.1)),
+    ("start must be below end", lambda: lsm.margin_schedule(10, start=0.7, end=0.7)),
+    ("end must be", lambda: lsm.margin_schedule(10, end=70)),
+    ("fraction must be", lambda: lsm.self_paced(fraction=2)),
+    ("fraction must be", lambda: lsm.self_paced(fraction=None)),
+    ("power must be", lambda: lsm.self_paced(power=-1)),
+    ("power must be", lambda: lsm.self_paced(power="4")),
+    ("axis_name must be", lambda: lsm.self_paced(axis_name=3)),
+    ("axis_name must be", lambda: lsm.self_paced(axis_name=("data", 3))),
+    ("step must be", lambda: lsm.margin_schedule(10)(None)),
+    ("step must be", lambda: lsm.annealed_lambda(1000, 0.1, 1)("3")),
+    # margins
+    ("margin must be", lambda: margins.ArcFace(-0.5)),
+    ("margin must be", lambda: margins.ArcFace("0.5")),
+    ("margin must be", lambda: margins.ArcFace(NAN)),
+    ("margin must be", lambda: margins.CosFace(-0.35)),
+    ("margin must be", lambda: margins.CosFace(None)),
+    ("margin must be", lambda: margins.SphereFace(0)),
+    ("margin must be", lambda: margins.SphereFace(2.5)),
+    ("m1 must be", lambda: margins.Combined(0.5, 0.0, 0.0)),
+    ("m2 must be", lambda: margins.Combined(1.0, -1.0, 0.0)),
+    ("m3 must be", lambda: margins.Combined(1.0, 0.0, True)),
+    ("scale must be given", lambda: lsm.lsoftmax_loss(**{**GOOD, "margin": margins.ArcFace(0.5)})),
+    # a sample of the classes
+    ("key must be", lambda: sample(key=0)),
+    ("key must be", lambda: sample(key="0")),
+    ("key must be", lambda: sample(key=np.ones(2, np.float32))),
+    ("labels must be", lambda: sample(labels=None)),
+    ("labels must be", lambda: sample(labels=np.ones(B, np.float32))),
+    ("labels must be", lambda: sample(labels=[[0], [1, 2]])),
+    ("classes must be", lambda: sample(classes=0)),
+    ("classes must be", lambda: sample(classes=5.0)),
+    ("negatives must be", lambda: sample(negatives=0)),
+    ("negatives must be at most", lambda: sample(negatives=C + 1)),
+    ("columns must have shape", lambda: put(jnp.ones((D, 1)))),
+    ("columns must have shape", lambda: put(jnp.ones((1, B + 2)))),
+    ("columns must have shape", lambda: put(jnp.float32(1))),
+    ("columns must be", lambda: put(None)),
+    ("columns must be", lambda: put("x")),
+    ("sample must be", lambda: sampled.put_columns(jnp.asarray(K), L, jnp.ones((D, B)))),
+    ("sample must be", lambda: sampled.take_columns(jnp.asarray(K), L)),
+    ("kernel must be", lambda: sampled.take_columns(None, sample())),
+    ("kernel must have shape", lambda: sampled.take_columns(jnp.ones(D), sample())),
+    ("sample must be", lambda: lsm.lsoftmax_sampled_loss(F, K, L, margin=2, lam=1.0)),
+    (
+        "columns .* must be those of the sample",
+        lambda: lsm.lsoftmax_sampled_loss(F, K[:, :3], sample(), margin=2, lam=1.0),
+    ),
+    (
+        "sample .* features",
+        lambda: lsm.lsoftmax_sampled_loss(
+            F[:2], np.ones((D, B + 2), np.float32), sample(), margin=2, lam=1.0
+        ),
+    ),
+    # a mesh
+    ("layout must be", lambda: sharded(layout=None)),
+    ("layout must be", lambda: sharded(layout="model")),
+    ("mesh must be", lambda: sharded(layout=lsm.ClassParallel("model"))),
+    ("mesh must be", lambda: sharded(layout=lsm.ClassParallel("model", mesh="here"))),
+    ("class_axis must be", lambda: sharded(layout=lsm.ClassParallel("rows", mesh=MESH))),
+    ("batch_axes must be", lambda: sharded(layout=lsm.ClassParallel("model", "data", mesh=MESH))),
+    ("class_axis must name", lambda: lsm.ClassParallel(None)),
+    ("class_axis must name", lambda: lsm.ClassParallel(0)),
+    ("batch_axes must name", lambda: lsm.ClassParallel("model", (0,))),
+    ("batch_axes must name", lambda: lsm.ClassParallel("model", None)),
+    ("classes must be", lambda: lsm.ClassParallel("model", classes=0)),
+    ("classes must be", lambda: lsm.ClassParallel("model", classes="5")),
+    ("classes must be", lambda: sharded(layout=lsm.ClassParallel("model", mesh=MESH, classes=9))),
+    ("kernel must have", lambda: sharded(layout=lsm.ClassParallel("model", mesh=FOUR))),
+    ("features must have shape", lambda: sharded(features=np.ones((2, B, D), np.float32))),
+    ("classes must be", lambda: lsm.sharded.padded_columns(0, LAYOUT)),
+    ("layout must be", lambda: lsm.sharded.padded_columns(5, None)),
+    # heads
+    ("in_features must be", lambda: LSoftmaxDense(0, C, rngs=nnx.Rngs(0))),
+    ("in_features must be", lambda: LSoftmaxDense(3.0, C, rngs=nnx.Rngs(0))),
+    ("classes must be", lambda: LSoftmaxDense(D, -1, rngs=nnx.Rngs(0))),
+    ("classes must be", lambda: LSoftmaxDense(D, None, rngs=nnx.Rngs(0))),
+    ("margin must be", lambda: LSoftmaxDense(D, C, margin=0, rngs=nnx.Rngs(0))),
+    ("scale must be", lambda: LSoftmaxDense(D, C, scale=-1.0, rngs=nnx.Rngs(0))),
+    (
+        "scale must be given",
+        lambda: LSoftmaxDense(D, C, margin=margins.ArcFace(), rngs=nnx.Rngs(0)),
+    ),
+    ("layout must be", lambda: LSoftmaxDense(D, C, layout="model", rngs=nnx.Rngs(0))),
+    ("rngs must be", lambda: LSoftmaxDense(D, C, rngs=0)),
+    ("dtype must be", lambda: LSoftmaxDense(D, C, dtype="floaty", rngs=nnx.Rngs(0))),
+    ("dtype must be", lambda: LSoftmaxDense(D, C, dtype=int, rngs=nnx.Rngs(0))),
+    ("param_dtype must be", lambda: LSoftmaxDense(D, C, param_dtype=int, rngs=nnx.Rngs(0))),
+    ("labels and lam", lambda: LSoftmaxDense(D, C, rngs=nnx.Rngs(0))(F, L)),
+    ("labels and lam", lambda: LSoftmaxDense(D, C, rngs=nnx.Rngs(0))(F, lam=1.0)),
+    ("features must", lambda: LSoftmaxDense(D, C, rngs=nnx.Rngs(0))(None)),
+    (
+        "features .* agree",
+        lambda: LSoftmaxDense(D, C, rngs=nnx.Rngs(0))(np.ones((B, 7), np.float32)),
+    ),
+    ("classes must be", lambda: LinenHead(0).init(jax.random.key(0), F)),
+    ("margin must be", lambda: LinenHead(C, margin=1.5).init(jax.random.key(0), F)),
+    ("layout must be", lambda: LinenHead(C, layout=3).init(jax.random.key(0), F)),
+    ("features must", lambda: LinenHead(C).init(jax.random.key(0), None)),
+    # training
+    ("lam must be a schedule", lambda: step(lam=5.0)),
+    ("lam must be a schedule", lambda: step(lam="self-paced")),
+    ("lam must be >= 0, got -1", lambda: step(lam=lambda step: -1.0)),
+    ("lam must be >= 0, got nan", lambda: step(lam=lambda step: NAN)),
+    ("lam must be a real scalar", lambda: step(lam=lambda step: None)),
+    ("lam must be a scalar", lambda: step(lam=lambda step: jnp.ones(3))),
+    ("head", lambda: step(made=model_without_head)),
+    ("labels must", lambda: step(labels=np.zeros(B + 1, np.int32))),
+    ("labels must", lambda: step(labels=None)),
+    ("where must", lambda: step(where=np.ones(B, np.int32))),
+    ("model must be", lambda: training.create(None, optax.sgd(0.1))),
+    ("model must be", lambda: training.create(linen.Dense(3), optax.sgd(0.1))),
+    ("optimizer must be", lambda: training.create(model(), None)),
+    ("optimizer must be", lambda: training.create(model(), 0.1)),
+    (
+        "optimizer must be",
+        lambda: training.train_step(
+            training.create(model(), optax.sgd(1))[0], 0.1, lsm.self_paced()
+        ),
+    ),
+    ("loss must be", lambda: step(loss="hinge")),
+    ("graphdef must be", lambda: training.train_step(model(), optax.sgd(0.1), lsm.self_paced())),
+    ("graphdef must be", lambda: training.eval_step(model())),
+    # devices
+    ("devices must be", lambda: devices.data_mesh(0)),
+    ("devices must be", lambda: devices.data_mesh(10_000)),
+    ("devices must be", lambda: devices.data_mesh("2")),
+    ("devices must be", lambda: devices.data_mesh(True)),
+    ('mesh must have an axis "data"', lambda: compiled(MESH)),
+    ('mesh must have an axis "data"', lambda: devices.repeat(None, None, MESH)),
+    ("mesh must be", lambda: devices.compile_step(lambda: None, None)),
+    ("batch", lambda: compiled(devices.data_mesh(), batch=jax.device_count() + 1)),
+    # weights from elsewhere
+    ("weight must be", lambda: interop.kernel_from_rows(None)),
+    ("weight must be", lambda: interop.kernel_from_rows("w")),
+    ("weight must be floating point", lambda: interop.kernel_from_rows(np.ones((2, 2), np.int32))),
+    ("weight must have shape", lambda: interop.kernel_from_rows(np.ones(3, np.float32))),
+    ("weight must have shape", lambda: interop.kernel_from_rows(K, in_features=7)),
+    ("weight must have shape", lambda: interop.kernel_from_columns(K, classes=7)),
+    ("kernel must be", lambda: interop.kernel_to_rows(None)),
+    ("kernel must be", lambda: interop.cosine_kernel(None)),
+    ("scale must be", lambda: interop.cosine_kernel(K, scale=0)),
+    ("scale must be", lambda: interop.cosine_kernel(K, scale="64")),
+    ("type must be", lambda: interop.from_caffe(type="QUINTUPLE")),
+    ("type must be", lambda: interop.from_caffe(type=4)),
+    ("iteration must be", lambda: interop.from_caffe(iteration=-1)),
+    ("iteration must be", lambda: interop.from_caffe(iteration="0")),
+    ("base must be", lambda: interop.from_caffe(base=-1.0)),
+    ("gamma must be", lambda: interop.from_caffe(gamma="0.1")),
+]
+
+
+def assert_named(call, message):
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        jax.block_until_ready(call())
+    # Short enough to read, and none of the ways in which Python or JAX speaks of itself.
+    text = str(caught.value)
+    assert len(text) < 600 and "Tracer" not in text and "has no attribute" not in text
+
+
+@pytest.mark.parametrize(("argument", "value", "message"), SHARED)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_names_what_it_refuses(name, argument, value, message):
+    if argument in ELSEWHERE.get(name, ()):
+        pytest.skip(f"{name} takes no {argument}")
+    if name == "sampled" and argument == "kernel":
+        message = message.replace("kernel", "columns")
+    assert_named(lambda: LOSSES[name](**{**GOOD, argument: value}), message)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"), OTHERS, ids=[f"{i} {message}" for i, (message, _) in enumerate(OTHERS)]
+)
+def test_bad_call_is_named(message, call):
+    assert_named(call, message)
+
+
+def test_there_are_enough():
+    assert len(OTHERS) >= 150
