@@ -1,6 +1,7 @@
 """`bench convergence`: its sums against numbers made by hand, and a short run of it."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from experiments.__main__ import main
 from experiments.benchmarks import convergence
 from experiments.benchmarks.convergence import Data, Setting
+from experiments.store.results import load
 
 
 def entry(name, softmax, apart=True, **policies):
@@ -116,3 +118,12 @@ def test_an_interrupted_run_continues(tmp_path, capsys, monkeypatch):
     assert json.loads(file.read_text()) == whole
     assert main(["bench", "convergence", "--again", "--out", str(tmp_path)]) == 0
     assert measured == ["b", "a", "b"]
+
+
+def test_the_guide_has_the_tables_of_the_committed_result():
+    root = Path(__file__).parents[3]
+    entries = load(root / "experiments/results/bench/convergence-cpu.json")["settings"]
+    assert {convergence.setting_of(entry) for entry in entries} <= set(convergence.SETTINGS)
+    guide = (root / "docs/guide/margin-and-lambda.md").read_text()
+    assert convergence.summary_table(entries) in guide
+    assert convergence.settings_table(entries) in guide
