@@ -35,13 +35,6 @@ def x64() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def strict() -> Iterator[None]:
-    """No implicit promotion of dtypes, nor of ranks."""
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        yield
-
-
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
     """Four devices along the axis "devices", once with Auto and once with Explicit sharding."""

@@ -5,7 +5,7 @@ gradients are central differences. Neither shares code or algebra with the libra
 problems to ask it about, and how near to it an answer is.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import mpmath
@@ -21,6 +21,15 @@ class Problem(NamedTuple):
     features: np.ndarray
     kernel: np.ndarray
     labels: np.ndarray
+
+
+class Gradients(NamedTuple):
+    """What a cotangent becomes: the same arrays' gradients; the weights' one is of a sum."""
+
+    features: Any
+    kernel: Any
+    lam: Any = None
+    weights: Any = None
 
 
 def problem(seed: int, batch: int, dim: int, classes: int, scale: float = 1.0) -> Problem:
@@ -146,7 +155,7 @@ def logits_pullback(features, kernel, labels, cotangent, margin, lam=0.0):
     kernel_bar = features.T @ others
     for row, label in enumerate(labels):
         kernel_bar[:, label] += target[row] * by_column[row]
-    return features_bar, kernel_bar, np.sum(target * by_lam)
+    return Gradients(features_bar, kernel_bar, np.sum(target * by_lam))
 
 
 def log_probabilities(scores):
@@ -176,10 +185,10 @@ def loss_pullback(
     probabilities = np.exp(log_probabilities(logits(*rows, margin, lam)))
     wanted = smoothed_labels(labels[kept], kernel.shape[1], label_smoothing)
     logits_bar = cotangent[kept][:, None] * (probabilities - wanted)
-    kept_bar, kernel_bar, lam_bar = logits_pullback(*rows, logits_bar, margin, lam)
+    pulled = logits_pullback(*rows, logits_bar, margin, lam)
     features_bar = np.zeros_like(features)
-    features_bar[kept] = kept_bar
-    return features_bar, kernel_bar, lam_bar
+    features_bar[kept] = pulled.features
+    return pulled._replace(features=features_bar)
 
 
 def exact(array):
@@ -245,7 +254,8 @@ def exact_gradients(features, kernel, labels, cotangent, margin, lam=0.0, label_
             )
         for index in np.ndindex(kernel.shape):
             kernel_bar[index] = difference(lambda h, i=index: (features, nudged(kernel, i, h), lam))
-        return features_bar, kernel_bar, difference(lambda h: (features, kernel, lam + h))
+        lam_bar = difference(lambda h: (features, kernel, lam + h))
+        return Gradients(features_bar, kernel_bar, lam_bar)
 
 
 def nudged(array, index, step):

@@ -9,10 +9,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import lsoftmax_jax as lsm
-import oracle
 from lsoftmax_jax import interop
 from lsoftmax_jax.linen import LSoftmaxDense as LinenHead
 from lsoftmax_jax.nnx import LSoftmaxDense
+from tests import oracle
 
 FEATURES, KERNEL, LABELS = oracle.problem(seed=3, batch=12, dim=5, classes=4)
 ROWS = np.stack([KERNEL[:, j] for j in range(4)])

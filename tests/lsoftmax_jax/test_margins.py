@@ -122,7 +122,7 @@ def test_low_precision_computes_in_float32_and_keeps_its_dtype(angles, margin, d
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_cotangents_keep_the_dtype_and_the_slope_is_computed_in_float32(strict, dtype):
+def test_cotangents_keep_the_dtype_and_the_slope_is_computed_in_float32(dtype):
     margin = 4
     cosines = jnp.asarray(np.cos(np.linspace(0.15, 3.0, ANGLES)), dtype)
     _, reverse, forward = value_and_slopes(cosines, margin)

@@ -77,7 +77,7 @@ def answers():
         oracle.logits(*PROBLEM, 3, 0.5),
         PROBLEM.features @ PROBLEM.kernel,
         oracle.loss(*PROBLEM, 3, 0.5, None, 0.1),
-        oracle.loss_pullback(*PROBLEM, np.full(B, 1 / B), 3, 0.5)[1],
+        oracle.loss_pullback(*PROBLEM, np.full(B, 1 / B), 3, 0.5).kernel,
     )
     return results
 
@@ -158,7 +158,7 @@ def test_nnx_training_step_with_and_without_graph_mode(graph_mode):
             loss, gradients, logits = step(head, features, labels, value)
     assert len(traces) == 1
     assert_close(loss, np.mean(oracle.loss(*PROBLEM, 3, 1.0)), 1e-5)
-    wanted = oracle.loss_pullback(*PROBLEM, np.full(B, 1 / B), 3, 1.0)[1]
+    wanted = oracle.loss_pullback(*PROBLEM, np.full(B, 1 / B), 3, 1.0).kernel
     (kernel_bar,) = jax.tree.leaves(gradients)
     assert_close(kernel_bar, wanted, 1e-5)
     assert_close(logits, PROBLEM.features @ PROBLEM.kernel, 1e-6)

@@ -17,9 +17,9 @@ import optax
 import pytest
 
 import lsoftmax_jax as lsm
-import oracle
 from experiments.store import results as result
 from lsoftmax_jax import interop
+from tests import oracle
 
 NEEDED = "needs PyTorch: make parity"
 torch = pytest.importorskip("torch", reason=NEEDED)
@@ -110,7 +110,7 @@ def one_example(theta, norm=1.0):
 def exact(problem, margin) -> Answer:
     return Answer(
         oracle.exact_loss(*problem, margin)[0],
-        *oracle.exact_gradients(*problem, np.ones(1), margin)[:2],
+        *oracle.exact_gradients(*problem, np.ones(1), margin)[:2],  # not by λ, nor by weights
     )
 
 

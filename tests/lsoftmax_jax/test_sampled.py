@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import lsoftmax_jax as lsm
-import oracle
+from tests import oracle
 
 BATCH, DIM, CLASSES = 7, 5, 11
 
@@ -70,9 +70,9 @@ def test_all_classes_drawn_is_the_exact_loss_and_gradient(x64):
     arrays = [np.asarray(array) for array in (features, kernel, labels)]
     pulled = oracle.loss_pullback(*arrays, np.ones(BATCH), 3, 1.0)
     oracle.assert_close(loss, np.sum(oracle.loss(*arrays, 3, 1.0)), 1e-12)
-    oracle.assert_close(dfeatures, pulled[0], 1e-12)
+    oracle.assert_close(dfeatures, pulled.features, 1e-12)
     dkernel = lsm.sampled.put_columns(jnp.zeros_like(kernel), sample, dcolumns)
-    oracle.assert_close(dkernel, pulled[1], 1e-12)
+    oracle.assert_close(dkernel, pulled.kernel, 1e-12)
 
 
 def test_the_sum_of_exponentials_is_unbiased(x64):

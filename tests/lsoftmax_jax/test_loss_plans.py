@@ -1,0 +1,99 @@
+"""Every plan gives the same numbers; which one a budget chooses."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lsoftmax_jax as lsm
+from lsoftmax_jax._plans import Pieces, pieces_of
+from tests import oracle
+from tests.answers import (
+    MANY,
+    PLANS,
+    RAGGED,
+    STATIC,
+    assert_gradients_close,
+    loss_and_gradients,
+    sum_and_gradients,
+)
+from tests.oracle import as_arrays, assert_close
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_gives_the_same_loss_and_gradients(x64, plan):
+    problem = oracle.problem(2, *RAGGED)
+    rng = np.random.default_rng(2)
+    cotangent, where = rng.standard_normal(6), np.arange(6) != 3
+    loss, pulled = loss_and_gradients(
+        *as_arrays(problem, jnp.float64),
+        jnp.asarray(cotangent),
+        jnp.float64(0.3),
+        jnp.asarray(where),
+        margin=4,
+        label_smoothing=0.1,
+        plan=PLANS[plan],
+    )
+    assert_close(loss, oracle.loss(*problem, 4, 0.3, where, 0.1), 1e-12)
+    wanted = oracle.loss_pullback(*problem, cotangent, 4, 0.3, where, 0.1)
+    assert_gradients_close(pulled, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_of_the_sum(x64, plan):
+    problem = oracle.problem(3, *MANY)
+    weights, where = np.array([0.3, -1.2, 0.0, 2.0, 1.0, 0.1]), np.arange(6) != 3
+    total, gradients = sum_and_gradients(
+        *as_arrays(problem, jnp.float64),
+        jnp.asarray(weights),
+        jnp.float64(0.3),
+        jnp.asarray(where),
+        margin=3,
+        label_smoothing=0.1,
+        plan=PLANS[plan],
+    )
+    loss = oracle.loss(*problem, 3, 0.3, where, 0.1)
+    wanted = oracle.loss_pullback(*problem, weights, 3, 0.3, where, 0.1)
+    assert_close(total, weights @ loss, 1e-12)
+    assert_gradients_close(gradients, wanted._replace(weights=loss), 1e-12)
+
+
+@pytest.mark.parametrize("plan", ["row blocks with a tail", "class blocks, recomputed"])
+def test_statistics_of_the_other_plans(plan):
+    features, kernel, labels = as_arrays(oracle.problem(18, *RAGGED), jnp.float32)
+    loss = functools.partial(
+        jax.jit(lsm.lsoftmax_loss_and_statistics, static_argnames=STATIC),
+        features,
+        kernel,
+        labels,
+        margin=4,
+        lam=0.0,
+    )
+    chex.assert_trees_all_close(loss(plan=PLANS[plan]), loss(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("plan", "summed", "pieces"),
+    [
+        (lsm.Plan(2**30, None, None, None), True, Pieces()),
+        (lsm.Plan(2**30, None, None, True), False, Pieces()),
+        (
+            lsm.Plan(1024 * 10**5 * 3, None, None, None),
+            True,
+            Pieces(row_block=768, keep_exponentials=False),
+        ),
+        (lsm.Plan(1024 * 10**5 * 3, None, None, None), False, Pieces(None, 8192, False)),
+        (lsm.Plan(2**22, None, None, None), True, Pieces(None, 512, False)),
+        (lsm.Plan(2**22, None, None, True), True, Pieces(None, 512, True)),
+        (lsm.Plan(2**30, None, None, False), True, Pieces(None, 8192, False)),
+        (lsm.Plan(2**30, 300, None, None), True, Pieces(row_block=300, keep_exponentials=False)),
+        (lsm.Plan(2**30, None, 10**6, None), False, Pieces(None, 10**5, True)),
+    ],
+)
+def test_the_budget_chooses_the_plan(plan, summed, pieces):
+    """For 1024 rows and 100,000 classes in float32, 410 MB of logits."""
+    dtype = jnp.dtype(jnp.float32)
+    assert pieces_of(plan, 1024, 10**5, dtype, rows_cost_no_more=summed) == pieces

@@ -1,0 +1,167 @@
+"""How many digits float32, bfloat16 and float16 keep."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import oracle
+from tests.answers import (
+    EPS,
+    MANY,
+    PLANS,
+    B,
+    C,
+    D,
+    assert_norm_close,
+    conditioning,
+    loss_and_gradients,
+    rounded,
+    sum_and_gradients,
+)
+from tests.oracle import as_arrays
+
+
+def confident(margin):
+    """Losses from 1 down to 1e-9: features near their columns, with growing norms."""
+    rng = np.random.default_rng(margin)
+    kernel = rng.standard_normal((D, C))
+    kernel /= np.linalg.norm(kernel, axis=0)
+    labels = np.arange(B) % C
+    column = kernel[:, labels].T
+    across = rng.standard_normal((B, D))
+    across -= np.sum(across * column, axis=1, keepdims=True) * column
+    direction = column + 0.3 / margin * across / np.linalg.norm(across, axis=1, keepdims=True)
+    logits = oracle.logits(direction, kernel, labels, margin)
+    target = logits[np.arange(B), labels]
+    logits[np.arange(B), labels] = -np.inf
+    norms = np.linspace(1, 21, B) / (target - np.max(logits, axis=1))
+    return oracle.Problem(norms[:, None] * direction, kernel, labels)
+
+
+@pytest.mark.parametrize("margin", [1, 2, 3, 4, 8])
+def test_tiny_float32_losses_keep_their_digits(margin):
+    features, kernel, labels = as_arrays(confident(margin), jnp.float32)
+    given = (*rounded(features, kernel), np.asarray(labels))
+    exact = oracle.exact_loss(*given, margin)
+    assert np.min(exact) < 2e-9 and np.max(exact) > 0.1
+    loss, pulled = loss_and_gradients(
+        features, kernel, labels, jnp.ones(B), jnp.float32(0), margin=margin
+    )
+    error = np.abs(np.asarray(loss, np.float64) - exact) / exact
+    bound = 1e-5 + 8 * EPS * conditioning(*given, margin)
+    np.testing.assert_array_less(error, bound)
+
+    # A rounding of the cosine moves psi' by up to m^4 / 3 more.
+    features_bar = oracle.exact_gradients(*given, np.ones(B), margin).features
+    bound = bound + 8 * EPS * margin**4 / 3
+    error = np.linalg.norm(np.asarray(pulled.features, np.float64) - features_bar, axis=1)
+    np.testing.assert_array_less(error, bound * np.linalg.norm(features_bar, axis=1))
+
+
+@pytest.mark.parametrize("margin", [1, 4])
+def test_tiny_float32_losses_of_the_sum(margin):
+    """Each weight's gradient is the loss of its example, to the same digits."""
+    features, kernel, labels = as_arrays(confident(margin), jnp.float32)
+    given = (*rounded(features, kernel), np.asarray(labels))
+    _, gradients = sum_and_gradients(
+        features, kernel, labels, jnp.ones(B), jnp.float32(0), margin=margin
+    )
+    exact = oracle.exact_loss(*given, margin)
+    error = np.abs(np.asarray(gradients.weights, np.float64) - exact) / exact
+    np.testing.assert_array_less(error, 1e-5 + 8 * EPS * conditioning(*given, margin))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "plan", "classes"),
+    [
+        (jnp.float16, "one-shot", 11),
+        (jnp.bfloat16, "one-shot", 11),
+        (jnp.bfloat16, "one-shot", 301),
+        (jnp.bfloat16, "class blocks, stored", 301),
+    ],
+)
+def test_half_precision_operands(dtype, plan, classes):
+    problem = oracle.problem(6, 64, 16, classes)
+    features, kernel, labels = as_arrays(problem, dtype)
+    cotangent = np.linspace(0.5, 1.5, 64)
+    loss, pulled = loss_and_gradients(
+        features,
+        kernel,
+        labels,
+        jnp.asarray(cotangent, jnp.float32),
+        jnp.float32(0.5),
+        margin=4,
+        plan=PLANS[plan],
+    )
+    given = (*rounded(features, kernel), problem.labels)
+    assert loss.dtype == jnp.float32
+    assert pulled.features.dtype == pulled.kernel.dtype == dtype
+    assert pulled.lam.dtype == jnp.float32
+    np.testing.assert_allclose(loss, oracle.loss(*given, 4, 0.5), rtol=3e-3)
+    wanted = oracle.loss_pullback(*given, cotangent, 4, 0.5)
+    assert_norm_close(pulled.features, wanted.features, 3e-3)
+    assert_norm_close(pulled.kernel, wanted.kernel, 3e-3)
+    assert_norm_close(pulled.lam, wanted.lam, 3e-3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "plan", "classes"),
+    [
+        (loss_and_gradients, "one-shot", 11),
+        (loss_and_gradients, "class blocks, stored", 301),
+        (sum_and_gradients, "one-shot", 301),
+        (sum_and_gradients, "row blocks with a tail", 11),
+    ],
+)
+def test_bfloat16_gradients_at_the_small_angles_of_a_trained_network(rule, plan, classes):
+    """There alpha = m^2 and nearly all of it cancels: its rounding must cancel too."""
+    rng = np.random.default_rng(6)
+    _, kernel, labels = oracle.problem(6, 64, 16, classes)
+    features = 0.5 * (kernel[:, labels].T + 0.05 * rng.standard_normal((64, 16)))
+    features, kernel, _ = as_arrays((features, kernel, labels), jnp.bfloat16)
+    arguments = features, kernel, jnp.asarray(labels), jnp.ones(64), jnp.float32(0)
+    wanted = oracle.loss_pullback(*rounded(features, kernel), labels, np.ones(64), 4)
+    pulled = rule(*arguments, margin=4, plan=PLANS[plan])[1]
+    assert_norm_close(pulled.features, wanted.features, 3e-3)
+    assert_norm_close(pulled.kernel, wanted.kernel, 3e-3)
+
+
+def test_tiny_bfloat16_losses_keep_their_digits():
+    features, kernel, labels = as_arrays(confident(3), jnp.bfloat16)
+    given = (*rounded(features, kernel), np.asarray(labels))
+    loss, _ = loss_and_gradients(features, kernel, labels, jnp.ones(B), jnp.float32(0), margin=3)
+    exact = oracle.exact_loss(*given, 3)
+    assert np.min(exact) < 1e-8
+    np.testing.assert_allclose(loss, exact, rtol=3e-3)
+
+
+@given(
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    shape_and_margin=st.sampled_from([((B, D, C), 2), (MANY, 4)]),
+    scale=st.floats(0.01, 5),
+    lam=st.floats(0, 100),
+    seed=st.integers(0, 2**16),
+)
+def test_any_draw_agrees_with_the_oracle_on_the_same_rounded_inputs(
+    dtype, shape_and_margin, scale, lam, seed
+):
+    shape, margin = shape_and_margin
+    features, kernel, labels = as_arrays(oracle.problem(seed, *shape, scale), dtype)
+    loss, pulled = loss_and_gradients(
+        features, kernel, labels, jnp.ones(shape[0]), jnp.float32(lam), margin=margin
+    )
+    given = (*rounded(features, kernel), np.asarray(labels))
+    lam = float(np.float32(lam))
+    exact = oracle.exact_loss(*given, margin, lam)
+    single = dtype == jnp.float32
+    lost = 8 * EPS * conditioning(*given, margin)
+    bound = (1e-5 if single else 3e-3) + lost
+    np.testing.assert_array_less(np.abs(np.asarray(loss, np.float64) - exact), bound * exact)
+    # Two roundings to bfloat16, of G and of the result, are eps at most; 3e-3 is their average.
+    bound = (1e-5 if single else float(jnp.finfo(dtype).eps)) + np.max(lost)
+    wanted = oracle.loss_pullback(*given, np.ones(shape[0]), margin, lam)
+    bound += 8 * EPS * margin**4 / 3
+    assert_norm_close(pulled.features, wanted.features, bound)
+    assert_norm_close(pulled.kernel, wanted.kernel, bound)
