@@ -54,17 +54,19 @@ class SelfPaced:
 
     def _share(self, view: BatchView, axes: tuple[str, ...]) -> jax.Array:
         grid = jnp.asarray(_GRID, view.plain.dtype)
-        t = view.plain + grid[:, None] * (view.margin - view.plain)
-        force = jax.nn.sigmoid(view.z - t) * (t - view.mean)
-        probability = jax.nn.sigmoid(view.plain - view.z)
-        rows = jnp.concatenate([force, probability[None], jnp.ones_like(probability)[None]])
+        # A row of numbers each, whatever rank promotion the caller forbids.
+        plain, margin, z, mean, weights = (column[None, :] for column in view)
+        t = plain + grid[:, None] * (margin - plain)
+        force = jax.nn.sigmoid(z - t) * (t - mean)
+        probability = jax.nn.sigmoid(plain - z)
+        rows = jnp.concatenate([force, probability, jnp.ones_like(probability)])
         # A row that does not count may hold anything.
-        sums = jnp.sum(jnp.where(view.weights > 0, view.weights * rows, 0), axis=1)
+        sums = jnp.sum(jnp.where(weights > 0, weights * rows, 0), axis=1)
         if axes := (*self.axis_name, *axes):
             sums = jax.lax.psum(sums, axes)
         force, probability, total = sums[:-2], sums[-2], sums[-1]
-        mean = probability / jnp.where(total > 0, total, 1)
-        return self.fraction * _last_zero(grid, force) * mean**self.power
+        likely = probability / jnp.where(total > 0, total, 1)
+        return self.fraction * _last_zero(grid, force) * likely**self.power
 
 
 def _last_zero(grid: jax.Array, force: jax.Array) -> jax.Array:

@@ -558,7 +558,7 @@ def _exchange(
     known += [others.moment] if setting.pace is not None else []
     gathered = jax.lax.all_gather(jnp.stack(known), layout.class_axis)
     products, norm, peaks, masses, *more = jnp.moveaxis(gathered, 1, 0)
-    peak = jnp.max(peaks, axis=0)
+    peak = jnp.max(peaks, axis=0, keepdims=True)
     scale = jnp.exp(peaks - peak)
     total = jnp.sum(more.pop(0), axis=0) if setting.label_smoothing else others.total
     moment = others.moment
@@ -571,7 +571,7 @@ def _exchange(
     terms = terms._replace(
         product=jnp.sum(products, axis=0), column_norm=norm, inverse_column_norm=inverse_norm
     )
-    return terms, Others(peak, jnp.sum(masses * scale, axis=0), total, moment)
+    return terms, Others(peak[0], jnp.sum(masses * scale, axis=0), total, moment)
 
 
 def _backward(

@@ -35,9 +35,7 @@ def test_is_the_unfused_step(x64, block):
         )  # fmt: skip
     arrays = [np.asarray(array) for array in (features, kernel, labels)]
     loss = oracle.loss(*arrays, MARGIN, LAM, label_smoothing=0.1)
-    wanted = oracle.loss_pullback(
-        *arrays, np.asarray(weights), MARGIN, LAM, label_smoothing=0.1
-    )
+    wanted = oracle.loss_pullback(*arrays, np.asarray(weights), MARGIN, LAM, label_smoothing=0.1)
     optimizer = optax.chain(optax.add_decayed_weights(OMEGA), optax.sgd(ETA, momentum=MU))
     state = optax.tree.set(optimizer.init(kernel), trace=momentum)
     updates, state = optimizer.update(jnp.asarray(wanted.kernel), state, kernel)

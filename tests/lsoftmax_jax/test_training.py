@@ -15,6 +15,8 @@ import lsoftmax_jax as lsm
 from lsoftmax_jax import devices, training
 from lsoftmax_jax.nnx import LSoftmaxDense
 
+pytestmark = pytest.mark.lax  # Optax's schedules multiply floats by integer steps
+
 LAM = lsm.annealed_lambda(10.0, 0.1, 2.0)
 OPTIMIZER = optax.sgd(optax.piecewise_constant_schedule(0.1, {2: 0.1}), momentum=0.9)
 CLASSES, BATCH = 5, 8

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import oracle
 from experiments.__main__ import main
 from experiments.benchmarks import arms, head, peers
 from experiments.benchmarks.arms import Arm, Shape
 from experiments.benchmarks.head import Target
+from tests import oracle
 
 SHAPE = Shape(16, 8, 12)
 
