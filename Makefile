@@ -1,18 +1,19 @@
 # make quickstart   install into .venv, then train and compare both heads on embedded real digits
 # make test         install into .venv, then lint, type check and test
 # make docs         install into .venv, then build the documentation into site/
-# Other targets: lint, pytest, test-slow, test-lowest, test-newest, parity, compile-gpu, format,
-# notebooks, constraints.
+# Other targets: lint, pytest, test-slow, test-lowest, test-newest, test-stacks, parity,
+# compile-gpu, format, notebooks, constraints.
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
+STACKS_ARGS ?=
 # Test processes. Compiling is most of the work and keeps about one core busy.
 JOBS ?= 2
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test docs lint pytest test-slow test-lowest test-newest parity compile-gpu format notebooks constraints
+.PHONY: quickstart test docs lint pytest test-slow test-lowest test-newest test-stacks parity compile-gpu format notebooks constraints
 
 quickstart: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments quickstart
@@ -49,6 +50,11 @@ test-lowest: .venv-lowest/pins.txt
 
 test-newest:
 	$(MAKE) pytest VENV=.venv-newest CONSTRAINTS=/dev/null
+
+# The suite on Colab's JAX, on the pinned one and on the newest, each with its Python; what came out
+# goes into stacks/results.json. STACKS_ARGS="--core colab" runs the library's tests on one of them.
+test-stacks:
+	$(PYTHON) scripts/stacks.py $(STACKS_ARGS)
 
 .venv-lowest/pins.txt: pyproject.toml scripts/lowest.py
 	$(PYTHON) -m venv .venv-lowest
