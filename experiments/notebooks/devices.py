@@ -5,73 +5,70 @@
 #
 # The same training step on one device, under `pmap`, under `jit` over a mesh, and with the classes
 # of the head sharded, all giving the same numbers. It uses the GPUs or TPU cores of the runtime; a
-# CPU plays four devices, which shows what happens and says nothing about speed.
+# CPU plays four devices, which shows what happens and says nothing about speed. Every cell uses the
+# library alone and can be copied.
 
 # %%
-# In a clone there is nothing to install. Elsewhere, as in Colab, this fetches one; the runtime's
-# JAX stays if it is new enough. Should Colab ask for a restart, restart and run this again.
+# Where the library is installed there is nothing to do. Elsewhere, as in Colab, pip fetches it; the
+# runtime's JAX and Flax stay as they are.
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
-if find_spec("experiments") is None:
-    clone = Path("lsoftmax_jax").absolute()
-    if not clone.exists():
-        url = "https://github.com/lsoftmax-jax/lsoftmax_jax"
-        subprocess.run(["git", "clone", "--depth", "1", url, str(clone)], check=True)
-    subprocess.run([sys.executable, str(clone / "scripts" / "install.py")], check=True)
-    sys.path.insert(0, str(clone))
+if find_spec("lsoftmax_jax") is None:
+    url = "https://github.com/lsoftmax-jax/lsoftmax_jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"git+{url}"], check=True)
 
 # %%
 # %matplotlib inline
-from collections import Counter
-from dataclasses import replace
+import platform
+import re
 
+import flax
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sklearn.datasets import load_digits
 
 import lsoftmax_jax as lsm
-from experiments.benchmarks import hlo
-from experiments.paper import data
-from experiments.paper import networks as models
-from experiments.report import pictures
-from experiments.report.style import STYLE
 from lsoftmax_jax import devices, training
 from lsoftmax_jax.nnx import LSoftmaxDense
 
-mpl.rcParams.update(STYLE | {"figure.dpi": 140})
 jax.config.update("jax_num_cpu_devices", 4)  # before JAX starts; GPUs and TPUs are left alone
 DEVICES = jax.device_count()
-print(jax.devices())
+print("devices:", jax.devices())
+versions = {m.__name__: m.__version__ for m in (jax, flax, lsm)}
+print("Python", platform.python_version(), versions)
 
 # %% [markdown]
 # ## Data, model, step
 #
-# Scikit-learn's embedded digits, a network from `experiments.paper.networks` with a feature of 64
-# numbers, and the library's training step, a pure function of arrays: (state, images, labels) ->
-# (state, metrics). λ and the learning rate are functions of `state.step`.
+# Scikit-learn's embedded digits, a small network with a feature of 64 numbers, and the library's
+# training step, a pure function of arrays: (state, images, labels) -> (state, metrics). λ comes
+# from a schedule, a function of `state.step`, so that it is the same everywhere.
+
 
 # %%
 BATCH, UPDATES = 64, 30
-split = data.load("digits").train
-images = np.asarray(data.centred(split.images, split.images.mean(axis=0)))
+digits = load_digits()
+images = (digits.data / 8 - 1).astype(np.float32)
 epochs = np.arange(BATCH * UPDATES).reshape(UPDATES, BATCH) % len(images)
-batches = [(images[rows], split.labels[rows]) for rows in epochs]
-
-NETWORK = replace(models.NETWORKS["digits-2d"], features=64, linear=False)
-optimizer = optax.sgd(0.05)
-lam = lsm.annealed_lambda(base=100.0, gamma=0.05, power=4.0, minimum=10.0)
+batches = [(images[rows], digits.target[rows].astype(np.int32)) for rows in epochs]
 
 
-def network():
-    return models.ConvNet(NETWORK, classes=10, margin=4, rngs=nnx.Rngs(0))
+class Network(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.norm = nnx.Linear(64, 128, rngs=rngs), nnx.BatchNorm(128, rngs=rngs)
+        self.feature = nnx.Linear(128, 64, rngs=rngs)
+        self.head = LSoftmaxDense(64, 10, margin=4, rngs=rngs)
+
+    def __call__(self, images):
+        return self.feature(nnx.relu(self.norm(self.first(images))))
 
 
 def train(step, state, batches):
@@ -83,7 +80,9 @@ def train(step, state, batches):
     return np.array(losses), state
 
 
-graphdef, first = training.create(network(), optimizer)
+optimizer = optax.sgd(0.05)
+lam = lsm.annealed_lambda(base=100.0, gamma=0.05, power=4.0, minimum=10.0)
+graphdef, first = training.create(Network(nnx.Rngs(0)), optimizer)
 step = training.train_step(graphdef, optimizer, lam)
 losses = {}
 
@@ -133,7 +132,7 @@ MODEL_AXIS = 2 if DEVICES % 2 == 0 else 1
 shape = DEVICES // MODEL_AXIS, MODEL_AXIS
 mesh = jax.make_mesh(shape, ("data", "model"), (AxisType.Auto, AxisType.Auto))
 
-model = network()
+model = Network(nnx.Rngs(0))
 whole = np.asarray(model.head.kernel[...])
 layout = lsm.ClassParallel("model", "data", mesh)
 model.head = LSoftmaxDense(64, 10, margin=4, layout=layout, rngs=nnx.Rngs(0))
@@ -165,7 +164,12 @@ for name, difference in apart.items():
     )
 
 # %%
-pictures.agreement(losses)
+figure, axis = plt.subplots(figsize=(8, 4))
+for (name, values), style in zip(losses.items(), ("-", "--", "-.", ":"), strict=True):
+    axis.plot(values, style, label=name)
+axis.set(xlabel="update", ylabel="loss")
+axis.legend()
+plt.show()
 
 # %% [markdown]
 # ## What the devices say to each other
@@ -196,10 +200,10 @@ compiled = (
     )
     .compile()
 )
-collectives = hlo.collectives(compiled, DEVICES)
-for collective in collectives:
-    print(f"{collective.kind} of {collective.devices} devices, {collective.size / 1e6:.3f} MB")
-print(len(collectives), "collectives;", dict(Counter(c.kind for c in collectives)))
+found = r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\("
+collectives = [(kind, shape) for shape, kind in re.findall(found, compiled.as_text())]
+for kind, shape in collectives:
+    print(kind, "of", re.sub(r"\{.*?\}", "", shape))
 print(f"the logits, never sent: {4 * ROWS * CLASSES / 1e6:.1f} MB")
 
 # %% [markdown]

@@ -26,10 +26,13 @@ if find_spec("experiments") is None:
 # %%
 # %matplotlib inline
 import os
+import platform
 
+import flax
 import jax
 import matplotlib as mpl
 
+import lsoftmax_jax as lsm
 from experiments.faces import embed, stand_in
 from experiments.faces.images import FaceImages, list_faces
 from experiments.faces.pairs import pairs
@@ -46,7 +49,9 @@ from lsoftmax_jax.schedule import LambdaPreset
 mpl.rcParams.update(STYLE | {"figure.dpi": 140})
 OUT = Path("out") / "faces"  # the run, embeddings, results
 ON_ACCELERATOR = jax.default_backend() != "cpu"
-print(jax.devices())
+print("devices:", jax.devices())
+versions = {m.__name__: m.__version__ for m in (jax, flax, lsm)}
+print("Python", platform.python_version(), versions)
 
 # %% [markdown]
 # ## The folder

@@ -28,12 +28,15 @@ if find_spec("experiments") is None:
 # %matplotlib inline
 import itertools
 import json
+import platform
 from dataclasses import replace
 
+import flax
 import jax
 import matplotlib as mpl
 from IPython.display import Markdown
 
+import lsoftmax_jax as lsm
 from experiments.paper import data
 from experiments.paper.cells import CELLS, CONFIGS, changes_of, command_of, run_name
 from experiments.report import figures, tables
@@ -45,7 +48,9 @@ from experiments.store import results as result
 mpl.rcParams.update(STYLE | {"figure.dpi": 140})
 OUT = Path("out") / "reproduce"  # results, checkpoints, logs
 ON_ACCELERATOR = jax.default_backend() != "cpu"
-print(jax.devices())
+print("devices:", jax.devices())
+versions = {m.__name__: m.__version__ for m in (jax, flax, lsm)}
+print("Python", platform.python_version(), versions)
 
 # %% [markdown]
 # ## The configuration

@@ -7,75 +7,54 @@
 # more of a classifier than softmax does: the angle between a feature and its class's column of the
 # last layer must be smaller, by a factor m, than would be enough to win. This notebook puts the
 # loss into a Flax NNX model and a Linen one, trains the same network with softmax and with
-# L-Softmax, and draws what the margin m and the annealing constant λ do.
+# L-Softmax, and draws what the margin m and the constant λ do.
 #
-# On a CPU it takes about a minute. It uses a GPU or TPU where the runtime has one.
+# Every cell uses the library alone and can be copied. On a CPU all of them take a minute.
 
 # %%
-# In a clone there is nothing to install. Elsewhere, as in Colab, this fetches one; the runtime's
-# JAX stays if it is new enough. Should Colab ask for a restart, restart and run this again.
+# Where the library is installed there is nothing to do. Elsewhere, as in Colab, pip fetches it; the
+# runtime's JAX and Flax stay as they are.
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
-if find_spec("experiments") is None:
-    clone = Path("lsoftmax_jax").absolute()
-    if not clone.exists():
-        url = "https://github.com/lsoftmax-jax/lsoftmax_jax"
-        subprocess.run(["git", "clone", "--depth", "1", url, str(clone)], check=True)
-    subprocess.run([sys.executable, str(clone / "scripts" / "install.py")], check=True)
-    sys.path.insert(0, str(clone))
+if find_spec("lsoftmax_jax") is None:
+    url = "https://github.com/lsoftmax-jax/lsoftmax_jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"git+{url}"], check=True)
 
 # %%
 # %matplotlib inline
-from dataclasses import replace
+import platform
 
+import flax
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from flax import nnx
-from flax.nnx import bridge
+from flax import linen, nnx
+from sklearn.datasets import load_digits
 
 import lsoftmax_jax as lsm
-import lsoftmax_jax.linen
-from experiments import quickstart
-from experiments.paper import data
-from experiments.paper import networks as models
-from experiments.paper.cells import CONFIGS
-from experiments.report import figures, pictures
-from experiments.report.features import features_figure
-from experiments.report.style import STYLE
-from experiments.run import train
+from lsoftmax_jax.linen import LSoftmaxDense as LinenHead
+from lsoftmax_jax.nnx import LSoftmaxDense
 
-mpl.rcParams.update(STYLE | {"figure.dpi": 140})
-OUT = Path("out") / "tour"  # results, checkpoints, logs
-ON_ACCELERATOR = jax.default_backend() != "cpu"
-print(jax.devices())
+print("devices:", jax.devices())
+versions = {m.__name__: m.__version__ for m in (jax, flax, lsm)}
+print("Python", platform.python_version(), versions)
 
 # %% [markdown]
-# MNIST is trained on where it is prepared and there is an accelerator; a CPU takes scikit-learn's
-# embedded digits, 1,797 real scans of 8 x 8 pixels. Set `DATA` yourself to choose.
+# Scikit-learn's embedded digits: 1,797 real scans of 8 x 8 pixels, a quarter of them kept for the
+# test.
 
 # %%
-DATA = "digits"
-if ON_ACCELERATOR:
-    try:
-        data.load("mnist")
-        DATA = "mnist"
-    except FileNotFoundError as missing:
-        print(missing)
-
-if DATA == "mnist":  # the network and batches of the paper's Fig. 2, fewer updates
-    RUNS = {
-        "softmax": replace(CONFIGS["fig2-m1"], steps=3_000),
-        "L-Softmax, m = 4": replace(CONFIGS["fig2-m4"], steps=3_000),
-    }
-else:
-    RUNS = {title: replace(config, steps=300) for title, config in quickstart.RUNS.items()}
-print("data:", DATA)
+digits = load_digits()
+order = np.random.default_rng(0).permutation(len(digits.target))
+pixels = (digits.data[order] / 8 - 1).astype(np.float32)
+images, labels = jnp.asarray(pixels), jnp.asarray(digits.target[order])
+test_images, images = images[:450], images[450:]
+test_labels, labels = labels[:450], labels[450:]
+print("training:", images.shape, "test:", test_images.shape)
 
 # %% [markdown]
 # ## The loss
@@ -85,159 +64,196 @@ print("data:", DATA)
 
 # %%
 features = jnp.array([[2.0, 0.5], [0.3, 1.5]])
-kernel = jnp.eye(2, 3)
-labels = jnp.array([0, 1])
 for lam in (jnp.inf, 5.0, 0.0):
-    print(f"λ = {lam}:", lsm.lsoftmax_loss(features, kernel, labels, margin=4, lam=lam))
+    loss = lsm.lsoftmax_loss(features, jnp.eye(2, 3), jnp.array([0, 1]), margin=4, lam=lam)
+    print(f"λ = {lam}:", loss)
 
 # %% [markdown]
 # ## In a Flax NNX model
 #
-# The head, `LSoftmaxDense`, takes the place of the last bias-free `nnx.Linear`. With labels it
-# knows the margin; without, it is a plain matrix product, so inference changes in nothing. The
-# networks in `experiments.paper.networks` carry it as `model.head`.
+# The head takes the place of the last layer, a bias-free `nnx.Linear`; the model returns features.
+# `model.head.loss(features, labels)` is the loss in training: the head chooses λ from each batch,
+# so that the margin comes in as fast as the features bear it. `model.head(features)` is a plain
+# matrix product, so inference changes in nothing. A feature has two numbers here, to be drawn.
+
 
 # %%
-digits = data.load("digits").train
-images = data.centred(digits.images[:128], digits.images.mean(axis=0))
-labels = jnp.asarray(digits.labels[:128])
+class Network(nnx.Module):
+    def __init__(self, margin, rngs):
+        self.first = nnx.Linear(64, 128, rngs=rngs)
+        self.second = nnx.Linear(128, 128, rngs=rngs)
+        self.feature = nnx.Linear(128, 2, rngs=rngs)
+        self.head = LSoftmaxDense(2, 10, margin=margin, rngs=rngs)
 
-network = models.NETWORKS["digits-2d"]
-model = models.ConvNet(network, classes=10, margin=4, rngs=nnx.Rngs(0))
-print("kernel:", model.head.kernel.shape)
+    def __call__(self, images):
+        return self.feature(nnx.relu(self.second(nnx.relu(self.first(images)))))
 
 
 @nnx.jit
-def loss_and_logits(model, images, labels, lam):
-    features = model(images)
-    return model.head.loss(features, labels, lam).mean(), model.head(features)
+def update(model, optimizer, images, labels):
+    def mean_loss(model):
+        loss, seen = model.head.loss_and_statistics(model(images), labels)
+        return loss.mean(), seen
+
+    (loss, seen), gradients = nnx.value_and_grad(mean_loss, has_aux=True)(model)
+    optimizer.update(model, gradients)
+    angle = jnp.degrees(jnp.arccos(jnp.clip(seen.target_cosine, -1, 1)))
+    return {"loss": loss, "angle": angle.mean(), "share": 1 / (1 + seen.lam)}
 
 
-loss, logits = loss_and_logits(model, images, labels, 5.0)
-print("mean loss:", loss, "logits at inference:", logits.shape)
+# %% [markdown]
+# ## Training with both losses
+#
+# Network, data, seed and learning rate are the same; the two runs differ in m alone.
+
+# %%
+BATCH, EPOCHS = 64, 20
+models, curves = {}, {}
+for title, margin in (("softmax", 1), ("L-Softmax, m = 4", 4)):
+    model = Network(margin, nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+    shuffles, seen = np.random.default_rng(1), []
+    for _ in range(EPOCHS):
+        epoch = shuffles.permutation(len(labels))
+        for rows in epoch[: len(epoch) // BATCH * BATCH].reshape(-1, BATCH):
+            seen.append(update(model, optimizer, images[rows], labels[rows]))
+    models[title] = model
+    curves[title] = {name: np.array([float(s[name]) for s in seen]) for name in seen[0]}
+
+
+# %%
+def tested(model):
+    """Error of the test images in percent, mean angle to the label's column in degrees."""
+    features = model(test_images)
+    loss, seen = model.head.loss_and_statistics(features, test_labels)
+    error = 100 * float(jnp.mean(seen.plain_logit <= seen.max_logit))
+    return error, float(jnp.degrees(jnp.arccos(jnp.clip(seen.target_cosine, -1, 1))).mean())
+
+
+results = {title: tested(model) for title, model in models.items()}
+for title, (error, angle) in results.items():
+    print(f"{title:17} test error {error:.1f} %, angle to the label's column {angle:.1f} degrees")
+
+# %% [markdown]
+# The features of the test images: every dot is an image, every line the direction of a column of
+# the head's kernel. With the margin the classes are narrower, and narrow classes are what face
+# verification and nearest-neighbour search want. One seed shows the angles; it does not settle
+# which error is lower.
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(10, 5))
+for axis, (title, model) in zip(axes, models.items(), strict=True):
+    points = np.asarray(model(test_images))
+    reach = np.quantile(np.linalg.norm(points, axis=1), 0.99)
+    columns = np.asarray(model.head.kernel[...])
+    for x, y in (reach * columns / np.linalg.norm(columns, axis=0)).T:
+        axis.plot([0, x], [0, y], color="0.8", zorder=0)
+    axis.scatter(*points.T, c=np.asarray(test_labels), cmap="tab10", s=6)
+    axis.set(title=title, aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
+plt.show()
+
+# %% [markdown]
+# The same runs, update by update: the angle, and how much the margin weighs, 1 / (1 + λ). The loss
+# of L-Softmax asks for more, so its value is not comparable with that of softmax; error and angle
+# are.
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.5))
+for title, curve in curves.items():
+    axes[0].plot(curve["angle"], label=title)
+axes[1].plot(curves["L-Softmax, m = 4"]["share"], color="C1")
+axes[0].set(xlabel="update", ylabel="angle, degrees")
+axes[1].set(xlabel="update", ylabel="the margin's weight", ylim=(0, 1))
+axes[0].legend()
+plt.show()
 
 # %% [markdown]
 # ## In a Flax Linen model
 #
 # `lsoftmax_jax.linen.LSoftmaxDense` has the same parameter, `kernel`, and gives the same numbers.
-# Here the network above comes to Linen through Flax's bridge.
+
 
 # %%
-linen_network = bridge.to_linen(models.ConvNet, network, 10, margin=4)
-linen_head = lsoftmax_jax.linen.LSoftmaxDense(classes=10, margin=4)
-variables = linen_network.init(jax.random.key(0), images)
-params, statistics = variables["params"], variables["batch_stats"]
+class LinenNetwork(linen.Module):
+    def setup(self):
+        self.first, self.feature = linen.Dense(128), linen.Dense(64)
+        self.head = LinenHead(classes=10, margin=4)
+
+    def __call__(self, images):
+        return self.head(self.features(images))
+
+    def features(self, images):
+        return self.feature(linen.relu(self.first(images)))
+
+    def loss(self, images, labels):
+        return self.head.loss(self.features(images), labels).mean()
 
 
-@jax.value_and_grad
-def mean_loss(params, lam):
-    features, _ = linen_network.apply(
-        {"params": params, "batch_stats": statistics}, images, mutable=["batch_stats"]
-    )
-    head_params = {"params": params["head"]}
-    return linen_head.apply(head_params, features, labels, lam, method="loss").mean()
-
-
-optimizer = optax.adam(0.003)
-state = optimizer.init(params)
+network = LinenNetwork()
+params = network.init(jax.random.key(0), images)
+adam = optax.adam(3e-3)
+state = adam.init(params)
 
 
 @jax.jit
-def update(params, state):
-    loss, gradients = mean_loss(params, 5.0)
-    updates, state = optimizer.update(gradients, state)
+def linen_update(params, state):
+    loss, gradients = jax.value_and_grad(network.apply)(params, images, labels, method="loss")
+    updates, state = adam.update(gradients, state)
     return optax.apply_updates(params, updates), state, loss
 
 
 linen_losses = []
 for _ in range(20):
-    params, state, loss = update(params, state)
+    params, state, loss = linen_update(params, state)
     linen_losses.append(float(loss))
 print("loss of twenty updates:", np.round(linen_losses, 2))
-
-# %% [markdown]
-# ## Training with both losses
-#
-# Network, data and seed are the same; the two runs differ in m alone. λ starts at 1000 and falls:
-# the margin comes in slowly, because training from scratch at full margin is apt to fail. The
-# accuracy shown is margin-free. A run that was stopped continues where it was.
-# [When training diverges](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/docs/guide/diverging.md).
-
-# %%
-outcomes = {}
-for title, config in RUNS.items():
-    outcome = train.run(config, out=OUT)
-    if outcome["status"] == "finished":
-        outcomes[title] = outcome
-
-# %%
-tested = {title: outcome["test"] for title, outcome in outcomes.items()}
-quickstart.table(tested)
-
-# %% [markdown]
-# The features of the test images. The network's feature has two numbers, so nothing is projected:
-# every dot is an image, every line the direction of a kernel column. With the margin the classes
-# are narrower, and narrow classes are what face verification and nearest-neighbour search want.
-# One seed shows the angles; it does not settle which error is lower.
-
-# %%
-features_figure(tested)
-
-# %% [markdown]
-# The same runs, update by update. The loss of L-Softmax goes up when the margin comes in: it asks
-# for more. Its value is not comparable with that of softmax; error and angle are.
-
-# %%
-pictures.training(outcomes)
 
 # %% [markdown]
 # ## What the margin does
 #
 # The logit of a class is |w||x| cos θ, w its column, x the feature. For the label's class L-Softmax
 # replaces cos θ by ψ(θ), which is cos mθ until θ = 180° / m and goes on falling from there. Never
-# above cos θ, it asks for a smaller angle. [How it works](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/docs/guide/how-it-works.md).
+# above cos θ, it asks for a smaller angle. On the right, what λ does: the label's logit is
+# (λ |w||x| cos θ + |w||x| ψ(θ)) / (1 + λ). As λ falls, the curve goes from cos θ to ψ.
+# [How it works](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/docs/guide/how-it-works.md).
+# [Choosing m and λ](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/docs/guide/margin-and-lambda.md).
 
 # %%
-figures.draw_psi({})
-
-# %% [markdown]
-# ## What λ does
-#
-# The label's logit is (λ |w||x| cos θ + |w||x| ψ(θ)) / (1 + λ). From left to right, λ falls and
-# each curve goes from cos θ to ψ. [Choosing m and λ](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/docs/guide/margin-and-lambda.md).
-
-# %%
-pictures.targets()
-
-# %% [markdown]
-# Two classes in the plane, arrows their columns. Coloured: where a class is ahead although its own
-# logit has the margin. White: where neither is, and training goes on. Dashed: the boundary of
-# softmax, which also decides at inference.
-
-# %%
-pictures.regions()
+theta = np.linspace(0, 180, 400)
+cosine = jnp.cos(jnp.radians(theta))
+figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+for margin in (1, 2, 3, 4):
+    axes[0].plot(theta, lsm.psi(cosine, margin), label=f"m = {margin}")
+for lam in (100.0, 5.0, 1.0, 0.0):
+    mixed = (lam * cosine + lsm.psi(cosine, 4)) / (1 + lam)
+    axes[1].plot(theta, mixed, label=f"m = 4, λ = {lam:g}")
+for axis in axes:
+    axis.set(xlabel="θ, degrees")
+    axis.legend()
+axes[0].set(ylabel="what stands for cos θ")
+plt.show()
 
 # %% [markdown]
 # ## The accuracy to report
 #
 # A margin logit is lower by design. Its argmax calls images wrong that the model gets right, so
 # report the margin-free accuracy: the argmax of the plain logits, which is what inference uses.
-# `lsoftmax_loss(..., statistics=True)` returns what it needs beside the loss.
+# `loss_and_statistics` returns what it needs beside the loss.
 
 # %%
-trained = outcomes["L-Softmax, m = 4"]["train"]
-features, labels = jnp.array(trained["points"]), jnp.array(trained["labels"])
-kernel = jnp.array(trained["kernel"])
-_, seen = lsm.lsoftmax_loss(features, kernel, labels, margin=4, statistics=True)
-margin_logits = lsm.lsoftmax_logits(features, kernel, labels, margin=4)
+model = models["L-Softmax, m = 4"]
+features = model(images)
+_, seen = model.head.loss_and_statistics(features, labels)
+with_labels = jnp.argmax(model.head(features, labels, 0.0), axis=-1)
 margin_free = float(jnp.mean(seen.plain_logit > seen.max_logit))
-with_margin = float(jnp.mean(jnp.argmax(margin_logits, axis=-1) == labels))
+with_margin = float(jnp.mean(with_labels == labels))
 print(f"training images, margin-free accuracy:   {100 * margin_free:.1f} %")
 print(f"training images, argmax with the margin: {100 * with_margin:.1f} %")
 
 # %% [markdown]
 # ## From here
 #
+# - [When training diverges](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/docs/guide/diverging.md)
 # - [Fine-tuning a softmax model](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/docs/guide/fine-tuning.md)
 # - [Inference and export](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/docs/guide/export.md)
 # - [Training on all devices](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/experiments/notebooks/devices.ipynb)

@@ -4,11 +4,13 @@ import ast
 import base64
 import io
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import jax
 import jupytext
 import nbformat
 import numpy as np
@@ -24,6 +26,9 @@ FOLDER = ROOT / "experiments" / "notebooks"
 NAMES = ("tour", "devices", "reproduce", "faces")
 URL = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 BLOB = f"{URL}/blob/main/"
+# With the library alone, so that every cell can be copied; the others are about the paper.
+ALONE = ("tour", "devices")
+PAPER = ("reproduce", "faces")
 each = pytest.mark.parametrize("name", NAMES)
 
 
@@ -57,9 +62,11 @@ def test_notebook_is_its_script_without_outputs(name):
 def test_notebook_begins_with_badge_and_installation(name):
     title, installation = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent").cells[:2]
     assert title.source.splitlines()[2] == badge(name)
-    first = jupytext.read(FOLDER / f"{NAMES[0]}.py", fmt="py:percent")
-    assert installation.source == first.cells[1].source
-    assert f'"{URL}"' in installation.source and "scripts" in installation.source
+    first = ALONE[0] if name in ALONE else PAPER[0]
+    expected = jupytext.read(FOLDER / f"{first}.py", fmt="py:percent").cells[1].source
+    assert installation.source == expected
+    assert f'"{URL}"' in installation.source
+    assert ("scripts" in installation.source) == (name in PAPER)
     assert badge(name) in (ROOT / "experiments" / "README.md").read_text()
 
 
@@ -72,8 +79,19 @@ def test_links_into_the_repository_lead_somewhere(name):
     assert "github.com/" not in elsewhere
 
 
-@each
-def test_a_notebook_defines_no_model_and_no_loss(name):
+@pytest.mark.parametrize("name", ALONE)
+def test_cells_to_copy_need_the_library_alone(name):
+    nodes = list(ast.walk(ast.parse((FOLDER / f"{name}.py").read_text())))
+    packages = {
+        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+    }
+    packages |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert "lsoftmax_jax" in packages
+    assert not {package for package in packages if package.startswith("experiments")}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_notebook_of_the_paper_defines_no_model_and_no_loss(name):
     layers = {"Module", "Conv", "Linear", "Dense", "Sequential"}
     losses = {"psi", "exp", "logsumexp", "log_softmax", "softmax_cross_entropy"}
     nodes = list(ast.walk(ast.parse((FOLDER / f"{name}.py").read_text())))
@@ -95,9 +113,9 @@ def test_installing_leaves_a_new_enough_jax_alone_and_moves_an_old_one_with_its_
 # What the test of each notebook needs to know, asked in its kernel after the last cell.
 QUESTIONS = {
     "tour": """{
-        "data": DATA,
-        "error": {title: outcome["error"] for title, outcome in tested.items()},
-        "angle": {title: outcome["target_angle"] for title, outcome in tested.items()},
+        "error": {title: error for title, (error, _) in results.items()},
+        "angle": {title: angle for title, (_, angle) in results.items()},
+        "share": float(curves["L-Softmax, m = 4"]["share"][-1]),
         "accuracy": [margin_free, with_margin],
         "linen": linen_losses,
     }""",
@@ -105,7 +123,7 @@ QUESTIONS = {
         "devices": DEVICES,
         "losses": {name: values.tolist() for name, values in losses.items()},
         "kernel": str(class_last.params["head"]["kernel"].sharding.spec),
-        "collectives": [[c.kind, c.size] for c in collectives],
+        "collectives": collectives,
     }""",
     "reproduce": """{
         "stopped": stopped is None,
@@ -155,6 +173,7 @@ def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, pictures:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # on an accelerator they are not small
     notebook = Executed(name, folder)
     assert "Warning" not in notebook.printed
+    assert re.search(rf"devices: .*\nPython 3[\d.]+ .*'jax': '{jax.__version__}'", notebook.printed)
     assert [file.name for file in folder.iterdir()] in ([], ["out"])
     assert len(notebook.pictures) == pictures
     for picture in notebook.pictures:
@@ -166,17 +185,15 @@ def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, pictures:
 @pytest.mark.slow
 @pytest.mark.ci
 def test_tour(tmp_path, monkeypatch):
-    tour = executed("tour", tmp_path, monkeypatch, pictures=5)
-    seen = tour.answer
-    assert f"data: {seen['data']}" in tour.printed
+    seen = executed("tour", tmp_path, monkeypatch, pictures=3).answer
     softmax, large = "softmax", "L-Softmax, m = 4"
     assert seen["error"].keys() == {softmax, large}
-    assert max(seen["error"].values()) < 15
+    assert max(seen["error"].values()) < 25  # of ten classes, features in the plane
     assert seen["angle"][large] < 0.75 * seen["angle"][softmax]
+    assert 0.1 < seen["share"] < 1
     margin_free, with_margin = seen["accuracy"]
-    assert 0.9 < margin_free and with_margin <= margin_free
+    assert 0.85 < margin_free and with_margin <= margin_free
     assert seen["linen"][-1] < 0.5 * seen["linen"][0]
-    assert len(list((tmp_path / "out" / "tour").glob("*/*.json"))) == 2
 
 
 @pytest.mark.slow
@@ -191,8 +208,11 @@ def test_devices(tmp_path, monkeypatch):
         np.testing.assert_allclose(losses[:10], one[:10], rtol=1e-5)
     assert "model" in seen["kernel"]
     assert 0 < len(seen["collectives"]) <= 5
-    logits = 4 * 1024 * 10_000
-    assert all(size < logits / 2 for _, size in seen["collectives"])
+    logits = 1024 * 10_000
+    arrays = [
+        size for _, shape in seen["collectives"] for size in re.findall(r"\[([\d,]+)\]", shape)
+    ]
+    assert all(math.prod(map(int, size.split(","))) < logits / 2 for size in arrays)
 
 
 @pytest.mark.slow
