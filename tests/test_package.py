@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 
 import lsoftmax_jax
 from lsoftmax_jax import devices, interop, sampled, sharded, training
+from scripts import stacks
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -154,16 +155,20 @@ def test_docstrings_say_what_goes_in_what_comes_out_and_show_it(function):
         assert re.search(rf"^  .*\b{name}\b", described, re.M), name
 
 
-def test_constraints_pin_every_dependency_within_its_declared_range():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+@pytest.mark.parametrize("pins", ["constraints.txt", "stacks/colab.txt", "stacks/newest.txt"])
+def test_constraints_pin_every_dependency_within_its_declared_range(pins):
+    lines = (ROOT / pins).read_text().splitlines()
     assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
     pinned = {canonicalize_name(name): pin for name, pin in (line.split("==") for line in lines)}
     extras = PROJECT["optional-dependencies"]
-    for requirement in map(
-        Requirement, PROJECT["dependencies"] + extras["experiments"] + extras["test"]
-    ):
+    tested = [line for extra in ("experiments", "core", "test") for line in extras[extra]]
+    for requirement in map(Requirement, PROJECT["dependencies"] + tested):
         if requirement.name != PROJECT["name"]:
             assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
+
+
+def test_the_table_of_stacks_is_what_was_run():
+    assert stacks.table() in (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def test_no_tracked_file_names_a_machine():

