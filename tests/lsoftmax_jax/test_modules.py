@@ -260,3 +260,45 @@ def test_a_layout_that_is_none_is_refused():
         NnxHead(4, 3, layout="model", rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="layout must be .*ClassParallel, got 'model'"):
         LinenHead(3, layout="model").init(jax.random.key(0), jnp.ones((2, 4)))
+
+
+def test_without_lam_the_heads_pace_themselves():
+    features, labels, _ = arguments()
+    rows = features, jnp.asarray(PROBLEM.kernel, jnp.float32), labels
+    wanted = lsm.lsoftmax_loss_and_statistics(*rows, margin=3, lam=lsm.self_paced())
+    for graph_mode in (True, False):
+        with nnx.set_graph_mode(graph_mode):
+            got = nnx.jit(lambda head: head.loss_and_statistics(features, labels))(nnx_head())
+            chex.assert_trees_all_close(got, wanted, rtol=1e-5)
+            loss = nnx.jit(lambda head: head.loss(features, labels))(nnx_head())
+            chex.assert_trees_all_close(loss, wanted[0], rtol=1e-5)
+    got = LinenHead(C, margin=3).apply(
+        linen_variables(), features, labels, method="loss_and_statistics"
+    )
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5)
+
+
+def test_margin_logits_without_lam_are_refused_in_words():
+    features, labels, lam = arguments()
+    with pytest.raises(TypeError, match="labels and lam must be given together.*loss, which needs"):
+        nnx_head()(features, labels)
+    with pytest.raises(TypeError, match="labels and lam must be given together"):
+        LinenHead(C).apply(linen_variables(), features, lam=lam)
+
+
+@pytest.mark.parametrize("rule", ["__call__", "loss", "loss_and_statistics"])
+def test_a_schedule_in_place_of_its_value_is_refused_in_words(rule):
+    features, labels, _ = arguments()
+    with pytest.raises(TypeError, match=r"pass schedule\(step\), not the schedule"):
+        getattr(nnx_head(), rule)(features, labels, lsm.margin_schedule(10))
+
+
+def test_a_head_goes_through_an_orbax_checkpoint(tmp_path):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    head, other = nnx_head(), NnxHead(D, C, margin=3, rngs=nnx.Rngs(9))
+    with checkpoint.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "head", nnx.to_pure_dict(nnx.state(head)))
+        saver.wait_until_finished()
+        state = saver.restore(tmp_path / "head", nnx.to_pure_dict(nnx.state(other)))
+    nnx.update(other, state)
+    chex.assert_trees_all_equal(other.kernel[...], head.kernel[...])

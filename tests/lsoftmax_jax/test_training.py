@@ -231,3 +231,64 @@ def test_tree_mode_of_nnx(graphdef_and_state, examples, single):
 def test_a_mesh_of_devices_that_are_not_there(count):
     with pytest.raises(ValueError, match=f"devices must be 1 to {jax.device_count()}, got"):
         devices.data_mesh(count)
+
+
+class Line(nnx.Module):
+    """Nothing but a layer and the head."""
+
+    def __init__(self, margin: int, rngs: nnx.Rngs) -> None:
+        self.layer = nnx.Linear(CLASSES, 16, rngs=rngs)
+        self.head = LSoftmaxDense(16, CLASSES, margin=margin, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return nnx.relu(self.layer(images))
+
+
+def trained(lam, noise):
+    """100 updates on one batch, each class around its own axis."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, CLASSES, 64)
+    images = np.eye(CLASSES, dtype=np.float32)[labels]
+    images += noise * rng.standard_normal(images.shape).astype(np.float32)
+    optimizer = optax.adam(3e-2)
+    graphdef, state = training.create(Line(4, nnx.Rngs(0)), optimizer)
+    step = training.train_step(graphdef, optimizer, lam)
+    many = devices.repeat(step, lambda step, data: data, devices.data_mesh(1), loop=True)
+    return many(state, (images, labels), 100)
+
+
+def test_a_self_paced_run_learns_and_is_told_healthy():
+    _, metrics = trained(lsm.self_paced(), 0.1)
+    assert metrics.sums.correct[-1] == 64
+    assert metrics.lam[0] > 10 > metrics.lam[-1] >= 1
+    assert not np.any(metrics.collapsing) and not np.any(metrics.skipped)
+
+
+def test_a_collapse_is_told_while_it_happens():
+    """Without annealing m = 4 shrinks the features; plain softmax learns the same batch."""
+    _, metrics = trained(lambda step: jnp.float32(0.0), 1.0)
+    assert metrics.sums.correct[-1] < 32
+    assert np.sum(metrics.collapsing) > 10 and not metrics.collapsing[0]
+    _, plain = trained(lambda step: jnp.float32(jnp.inf), 1.0)
+    assert plain.sums.correct[-1] > 60 and not np.any(plain.collapsing)
+
+
+def test_a_batch_that_is_no_number_changes_nothing_but_the_step(
+    graphdef_and_state, examples, train
+):
+    _, state = graphdef_and_state
+    images, labels = examples
+    for bad in (
+        (images.copy(), np.where(np.arange(BATCH) == 2, -1, labels)),
+        (np.where(np.arange(BATCH)[:, None, None, None] == 2, np.float32(np.nan), images), labels),
+    ):
+        kept, metrics = train(state, *bad)
+        assert metrics.skipped and int(kept.step) == int(state.step) + 1
+        chex.assert_trees_all_equal(kept._replace(step=state.step), state)
+    assert not train(state, images, labels)[1].skipped
+
+
+@pytest.mark.parametrize("lam", [5.0, None, "self-paced"])
+def test_a_lam_that_is_no_schedule_is_refused_in_words(graphdef_and_state, lam):
+    with pytest.raises(TypeError, match=r"lam must be a schedule step -> λ or self_paced\(\)"):
+        training.train_step(graphdef_and_state[0], OPTIMIZER, lam)
