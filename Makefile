@@ -66,7 +66,7 @@ test-stacks:
 parity:
 	$(MAKE) .venv-parity/test,peers.stamp VENV=.venv-parity CONSTRAINTS=/dev/null
 	PARITY_JSON=experiments/results/parity/pytorch-metric-learning.json \
-	    .venv-parity/bin/pytest tests/test_peers.py
+	    .venv-parity/bin/pytest tests/lsoftmax_jax/test_peers.py
 
 # What the compilers for GPUs make of the heads; 5.6 GB to install, no GPU needed.
 compile-gpu: $(VENV)/experiments,aot-gpu.stamp

@@ -1,4 +1,4 @@
-"""Head weights and λ schedules from other frameworks, and back.
+"""Head weights, margins and λ schedules from other frameworks, and back.
 
 Frameworks differ in whether a class is a row or a column of the weight; here it is a column of
 `kernel`. What is read is an array, never a pickle. All of it is NumPy on the host, in the dtype
@@ -8,14 +8,15 @@ that came: `head.kernel[...] = kernel` puts it into a head.
 import math
 import os
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lsoftmax_jax._checks import at_least_f32
+from lsoftmax_jax._checks import check_real, check_size
+from lsoftmax_jax.logits import check_head
+from lsoftmax_jax.margins import ArcFace, CosFace, Margin, SphereFace
 from lsoftmax_jax.schedule import LambdaPreset, annealed_lambda
 
 # The axes of a kernel, of any size.
@@ -122,46 +123,112 @@ def kernel_to_rows(kernel: ArrayLike) -> np.ndarray:
     return np.ascontiguousarray(_matrix("kernel", kernel, _KERNEL).T)
 
 
-def cosine_kernel(kernel: ArrayLike, scale: float = 1.0) -> np.ndarray:
-    r"""The kernel of a head that normalises its weight: columns of length `scale`.
-
-    .. math::
-        \hat w_j = scale \, w_j / \|w_j\|, \qquad
-        (x / \|x\|) \cdot \hat w_j = scale \, \cos\theta_j
-
-    With features divided by their norm, the plain logits are those of ArcFace, CosFace and
-    normalised softmax; with features as they are, those of SphereFace. Exact for inference only:
-    their margins are others, and the columns do not keep their length in training here.
+def from_metric_learning(
+    loss: str, weight: Any, *, margin: Any, scale: float
+) -> tuple[np.ndarray, int | Margin, float | None]:
+    """Kernel, margin and scale of a loss of pytorch-metric-learning.
 
     Args:
-      kernel: (in_features, classes) floating point.
-      scale: the head's s, > 0.
+      loss: its class: ArcFaceLoss, CosFaceLoss, SphereFaceLoss or LargeMarginSoftmaxLoss.
+      weight: its `W`, (in_features, classes) floating point, anything `np.asarray` takes.
+      margin: as its constructor takes it, so ArcFace's in degrees, 28.6 unless said otherwise;
+        its attribute `margin` holds radians.
+      scale: as its constructor takes it.
 
     Returns:
-      (in_features, classes), in the dtype of `kernel`, norms computed in float32 or better. A
-      column of zeros stays one.
+      (kernel, margin, scale) of the same loss here. The scale of LargeMarginSoftmaxLoss is in the
+      kernel. Their ArcFace drops by a jump where θ + margin exceeds π; ours goes on.
 
     Raises:
-      TypeError: `kernel` is not floating point.
-      ValueError: `kernel` is no matrix, or `scale` is not finite and > 0.
+      TypeError: `weight` is not floating point, or `margin` or `scale` no number.
+      ValueError: `loss` is none of the four, `weight` no matrix, or a number out of range;
+        SphereFaceLoss with another scale than 1, which belongs into the features here.
 
     Example:
       >>> import numpy as np
       >>> from lsoftmax_jax import interop
-      >>> interop.cosine_kernel(np.array([[3.0, 0.0], [4.0, 2.0]]), scale=64.0).round(1).tolist()
-      [[38.4, 0.0], [51.2, 64.0]]
+      >>> kernel, margin, scale = interop.from_metric_learning(
+      ...     "ArcFaceLoss", np.ones((512, 10), np.float32), margin=28.6, scale=64)
+      >>> round(margin.margin, 3), scale
+      (0.499, 64.0)
 
-    Source: `PartialFC_V2` in https://github.com/deepinsight/insightface; `CosineSimilarity` in
-    https://github.com/KevinMusgrave/pytorch-metric-learning.
+    Source: https://kevinmusgrave.github.io/pytorch-metric-learning/losses/.
     """
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"scale must be a real number > 0, got {scale!r}")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be finite and > 0, got {scale}")
-    columns = _matrix("kernel", kernel, _KERNEL)
-    wide = columns.astype(at_least_f32(columns.dtype))
-    norms = np.linalg.norm(wide, axis=0)
-    return (wide * (scale / np.where(norms > 0, norms, 1))).astype(columns.dtype)
+    kernel = kernel_from_columns(weight)
+    check_head(ArcFace(), scale)  # one of the losses that cannot do without
+    if loss == "ArcFaceLoss":
+        check_real("margin", margin, 0, 180)
+        return kernel, ArcFace(math.radians(margin)), float(scale)
+    if loss == "CosFaceLoss":
+        return kernel, CosFace(margin), float(scale)
+    if loss == "SphereFaceLoss":
+        if scale != 1:
+            raise ValueError(
+                f"scale must be 1 with SphereFaceLoss, got {scale}: multiply the features by it"
+            )
+        return kernel, SphereFace(check_size("margin", margin)), None
+    if loss == "LargeMarginSoftmaxLoss":
+        return kernel * kernel.dtype.type(scale), check_size("margin", margin), None
+    raise ValueError(
+        f"loss must be ArcFaceLoss, CosFaceLoss, SphereFaceLoss or LargeMarginSoftmaxLoss, "
+        f"got {loss!r}"
+    )
+
+
+def from_insightface(
+    weight: Any,
+    *,
+    s: float,
+    m1: float,
+    m2: float,
+    m3: float,
+    interclass_filtering_threshold: float = 0.0,
+) -> tuple[np.ndarray, Margin, float]:
+    """Kernel, margin and scale of insightface's `CombinedMarginLoss`, as it computes them.
+
+    With m1 = 1 and m3 = 0 it is ArcFace, its margin without a gradient (since 2022). With m3 > 0
+    it is CosFace, and m1 and m2 count for nothing. Anything else it refuses itself; the formula
+    in its papers is `lsoftmax_jax.margins.Combined(m1, m2, m3)`.
+
+    Args:
+      weight: of its `PartialFC_V2`, (classes, in_features) floating point.
+      s, m1, m2, m3: as there; `margin_list` of its configurations is (m1, m2, m3).
+      interclass_filtering_threshold: must be 0: nothing here filters other classes.
+
+    Returns:
+      (kernel, margin, scale) of the same loss here. Their ArcFace rises again where θ + m2 exceeds
+      π; ours goes on falling.
+
+    Raises:
+      TypeError: `weight` is not floating point, or a setting no number.
+      ValueError: `weight` is no matrix, or a setting is one that neither has.
+
+    Example:
+      >>> import numpy as np
+      >>> from lsoftmax_jax import interop
+      >>> _, margin, scale = interop.from_insightface(
+      ...     np.ones((10, 512), np.float32), s=64, m1=1.0, m2=0.5, m3=0.0)
+      >>> margin, scale
+      (ArcFace(margin=0.5, easy=False, detach=True), 64.0)
+
+    Source: `CombinedMarginLoss` and `PartialFC_V2` in `recognition/arcface_torch` of
+    https://github.com/deepinsight/insightface.
+    """
+    for name, value in (("m1", m1), ("m2", m2), ("m3", m3)):
+        check_real(name, value, 0, math.inf)
+    if interclass_filtering_threshold != 0:
+        raise ValueError(
+            f"interclass_filtering_threshold must be 0, got {interclass_filtering_threshold}: "
+            f"other classes are never filtered here"
+        )
+    if not m3 > 0 and (m1, m3) != (1, 0):
+        raise ValueError(
+            f"m1 must be 1 and m3 0, or m3 > 0, as in insightface, got m1={m1} and m3={m3}; the "
+            f"formula is lsoftmax_jax.margins.Combined(m1, m2, m3)"
+        )
+    margin = CosFace(m3) if m3 > 0 else ArcFace(m2, detach=True)
+    check_head(margin, s)
+    return kernel_from_rows(weight), margin, float(s)
 
 
 def from_caffe(

@@ -383,7 +383,7 @@ def finished_columns(columns: Columns, sums: jax.Array, dkernel: jax.Array) -> j
     if columns.inverse_norm is None:
         return dkernel + sums[None, :] * wide
     along = jnp.sum(wide * dkernel, axis=0) * columns.inverse_norm
-    return dkernel - (along * columns.inverse_norm)[None, :] * wide
+    return dkernel - along[None, :] * (columns.inverse_norm[None, :] * wide)
 
 
 def label_sums(values: jax.Array, labels: jax.Array, classes: int) -> jax.Array:

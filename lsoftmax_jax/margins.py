@@ -15,7 +15,6 @@ https://arxiv.org/abs/1801.07698, whose section 2 compares them.
 import functools
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -115,6 +114,12 @@ def value_and_slope(margin: int | Margin, cosine: jax.Array) -> tuple[jax.Array,
 
 def check_margin(margin: int | Margin) -> int | Margin:
     if isinstance(margin, Margin) and not isinstance(margin, type):
+        try:
+            hash(margin)
+        except TypeError as error:
+            raise TypeError(
+                f"margin must be hashable, as a frozen dataclass is, got {margin!r}"
+            ) from error
         return margin
     if isinstance(margin, bool) or not isinstance(margin, (int, np.integer)):
         raise TypeError(
@@ -164,12 +169,14 @@ class Combined:
     needs_scale: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_real("m1", self.m1, 1, math.inf)
-        _check_real("m2", self.m2, 0, math.pi)
-        _check_real("m3", self.m3, 0, math.inf)
+        _checks.check_real("m1", self.m1, 1, math.inf)
+        _checks.check_real("m2", self.m2, 0, math.pi)
+        _checks.check_real("m3", self.m3, 0, math.inf)
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sine = jnp.sqrt(jnp.maximum(1 - cosine**2, 0))
+        square = (1 - cosine) * (1 + cosine)
+        # The inner where keeps second derivatives finite, where the root's slope is infinite.
+        sine = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
         floor = math.sqrt(jnp.finfo(cosine.dtype).eps)
         if self.m1 == 1:
             # Addition formulas: exact where arccos is not, near θ = 0.
@@ -217,7 +224,7 @@ class ArcFace:
     needs_scale: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_real("margin", self.margin, 0, math.pi)
+        _checks.check_real("margin", self.margin, 0, math.pi)
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         same = Combined(m2=self.margin, easy=self.easy, detach=self.detach)
@@ -246,7 +253,7 @@ class CosFace:
     needs_scale: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_real("margin", self.margin, 0, math.inf)
+        _checks.check_real("margin", self.margin, 0, math.inf)
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         return cosine - self.margin, jnp.ones_like(cosine)
@@ -280,10 +287,3 @@ class SphereFace:
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         return psi_and_slope(cosine, self.margin)
-
-
-def _check_real(name: str, value: float, least: float, below: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {value!r}")
-    if not least <= value < below:
-        raise ValueError(f"{name} must be in [{least}, {below:.4g}), got {value}")

@@ -158,6 +158,64 @@ def logits_pullback(features, kernel, labels, cotangent, margin, lam=0.0):
     return Gradients(features_bar, kernel_bar, np.sum(target * by_lam))
 
 
+# Margins of the angle, for unit columns and for features of unit length times `scale`.
+
+
+def combined_of_theta(theta, m1=1.0, m2=0.0, m3=0.0, easy=False):
+    """cos(m1 theta + m2) - m3 and its derivative by theta."""
+    angle, last = m1 * theta + m2, (np.pi - m2) / m1
+    beyond = angle > np.pi
+    value = np.where(beyond, np.cos(theta) - np.cos(last) - 1, np.cos(angle)) - m3
+    slope = np.where(beyond, -np.sin(theta), -m1 * np.sin(angle))
+    if easy:
+        value = np.where(theta < np.pi / 2, value, np.cos(theta))
+        slope = np.where(theta < np.pi / 2, slope, -np.sin(theta))
+    return value, slope
+
+
+def unit(array, axis):
+    length = np.sqrt(np.sum(array**2, axis=axis, keepdims=True))
+    return array / length, length
+
+
+def angular(features, kernel, labels, of_theta, scale, lam):
+    """Logits, their derivatives by each angle, all angles, the target's by lam, and lengths."""
+    (rows, norms), (columns, _) = unit(features, 1), unit(kernel, 0)
+    length = norms if scale is None else np.full_like(norms, scale)
+    theta = np.arccos(np.clip(rows @ columns, -1, 1))
+    logits, slopes = length * np.cos(theta), -length * np.sin(theta)
+    here = np.arange(len(labels)), labels
+    (value, slope), (plain, large) = of_theta(theta[here]), target_weights(lam)
+    by_lam = length[:, 0] * (np.cos(theta[here]) - value) * large**2
+    logits[here] = length[:, 0] * (plain * np.cos(theta[here]) + large * value)
+    slopes[here] = length[:, 0] * (-plain * np.sin(theta[here]) + large * slope)
+    return logits, slopes, theta, by_lam, length
+
+
+def angular_loss(features, kernel, labels, of_theta, scale, lam=0.0, label_smoothing=0.0):
+    scores = angular(features, kernel, labels, of_theta, scale, lam)[0]
+    wanted = smoothed_labels(labels, kernel.shape[1], label_smoothing)
+    return -np.sum(wanted * log_probabilities(scores), axis=1)
+
+
+def angular_pullback(
+    features, kernel, labels, cotangent, of_theta, scale, lam=0.0, label_smoothing=0.0
+):
+    """Cotangents of (features, kernel, lam) for a per-example cotangent of the loss."""
+    scores, slopes, theta, by_lam, length = angular(features, kernel, labels, of_theta, scale, lam)
+    wanted = smoothed_labels(labels, kernel.shape[1], label_smoothing)
+    scores_bar = cotangent[:, None] * (np.exp(log_probabilities(scores)) - wanted)
+    (rows, norms), (columns, column_norms) = unit(features, 1), unit(kernel, 0)
+    cosine_bar = scores_bar * slopes / -np.sin(theta)
+    rows_bar, columns_bar = cosine_bar @ columns.T, rows.T @ cosine_bar
+    features_bar = (rows_bar - rows * np.sum(rows * rows_bar, axis=1, keepdims=True)) / norms
+    if scale is None:
+        features_bar += rows * np.sum(scores_bar * scores / length, axis=1, keepdims=True)
+    kernel_bar = columns_bar - columns * np.sum(columns * columns_bar, axis=0, keepdims=True)
+    lam_bar = np.sum(scores_bar[np.arange(len(labels)), labels] * by_lam)
+    return features_bar, kernel_bar / column_norms, lam_bar
+
+
 def log_probabilities(scores):
     shifted = scores - np.max(scores, axis=1, keepdims=True)
     return shifted - np.log(np.sum(np.exp(shifted), axis=1, keepdims=True))
@@ -208,6 +266,25 @@ def exact_psi_slope(cosine, margin):
     with mpmath.workdps(DIGITS):
         centre, step = mpmath.mpf(cosine), mpmath.mpf(STEP)
         return (exact_psi(centre + step, margin) - exact_psi(centre - step, margin)) / (2 * step)
+
+
+def exact_combined(cosine, m1=1, m2=0, m3=0, easy=False):
+    with mpmath.workdps(DIGITS):
+        c, m1, m2, m3 = map(mpmath.mpf, (cosine, m1, m2, m3))
+        if easy and c <= 0:
+            return c
+        angle = m1 * mpmath.acos(c) + m2
+        if angle > mpmath.pi:
+            return c - mpmath.cos((mpmath.pi - m2) / m1) - 1 - m3
+        return mpmath.cos(angle) - m3
+
+
+def exact_combined_slope(cosine, **margin):
+    """Its derivative by the cosine; a step much smaller than 1 - cosine, where it bends most."""
+    with mpmath.workdps(DIGITS):
+        centre, step = mpmath.mpf(cosine), mpmath.mpf("1e-28")
+        ends = (exact_combined(centre + h, **margin) for h in (step, -step))
+        return (next(ends) - next(ends)) / (2 * step)
 
 
 def exact_row_loss(feature, kernel, label, margin, lam=0.0, label_smoothing=0.0):

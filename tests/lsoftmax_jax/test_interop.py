@@ -1,5 +1,6 @@
 """lsoftmax_jax.interop: each layout against the layer it comes from, written out in NumPy."""
 
+import functools
 import sys
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 import lsoftmax_jax as lsm
 from lsoftmax_jax import interop
 from lsoftmax_jax.linen import LSoftmaxDense as LinenHead
+from lsoftmax_jax.margins import ArcFace, CosFace, SphereFace
 from lsoftmax_jax.nnx import LSoftmaxDense
 from tests import oracle
 
@@ -88,7 +90,6 @@ def test_the_dtype_stays(dtype):
     weight = ROWS.astype(dtype)
     assert interop.kernel_from_rows(weight).dtype == dtype
     assert interop.kernel_to_rows(interop.kernel_from_rows(weight)).dtype == dtype
-    assert interop.cosine_kernel(weight).dtype == dtype
 
 
 def test_heads_take_the_kernel():
@@ -125,22 +126,71 @@ def test_other_mistakes_are_named():
         interop.from_caffe(type="QUINTUPLE")
     with pytest.raises(ValueError, match="iteration"):
         interop.from_caffe(iteration=-1)
-    for scale in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="scale"):
-            interop.cosine_kernel(KERNEL, scale)
 
 
-def test_cosine_kernel_gives_scaled_cosines(x64):
-    kernel = interop.cosine_kernel(KERNEL, scale=30.0)
-    unit = FEATURES / np.linalg.norm(FEATURES, axis=1, keepdims=True)
-    column_norms = [np.sqrt(sum(w**2 for w in column)) for column in KERNEL.T]
-    cosines = (unit @ KERNEL) / column_norms
-    logits = lsm.lsoftmax_logits(unit, kernel, None, margin=4, lam=0.0)
-    np.testing.assert_allclose(logits, 30 * cosines)
+def test_metric_learning_settings():
+    """Degrees, and scales that belong elsewhere; test_peers.py compares the losses."""
+    kernel, margin, scale = interop.from_metric_learning("ArcFaceLoss", KERNEL, margin=90, scale=64)
+    assert margin == ArcFace(np.pi / 2) and (type(scale), scale) == (float, 64.0)
+    np.testing.assert_array_equal(kernel, KERNEL)
+    got = interop.from_metric_learning("CosFaceLoss", KERNEL, margin=0.35, scale=30)[1:]
+    assert got == (CosFace(0.35), 30.0)
+    got = interop.from_metric_learning("SphereFaceLoss", KERNEL, margin=4, scale=1)[1:]
+    assert got == (SphereFace(4), None)
+    kernel, margin, scale = interop.from_metric_learning(
+        "LargeMarginSoftmaxLoss", KERNEL.astype("f4"), margin=3, scale=2.0
+    )
+    assert (margin, scale, kernel.dtype) == (3, None, np.float32)
+    np.testing.assert_array_equal(kernel, 2 * KERNEL.astype("f4"))
 
 
-def test_cosine_kernel_leaves_a_zero_column():
-    assert interop.cosine_kernel(np.array([[0.0, 1.0], [0.0, 1.0]]))[:, 0].tolist() == [0.0, 0.0]
+def combined_margin_loss(cosines, labels, s, m1, m2, m3):
+    """Logits of insightface's CombinedMarginLoss below theta + m2 = pi, written out in NumPy."""
+    cosines, rows = cosines.copy(), np.arange(len(labels))
+    if m1 == 1 and m3 == 0:
+        cosines[rows, labels] = np.cos(np.arccos(cosines[rows, labels]) + m2)
+    else:
+        cosines[rows, labels] -= m3
+    return s * cosines
+
+
+@pytest.mark.parametrize("m", [(1.0, 0.3, 0.0), (1.0, 0.0, 0.4), (7.0, 0.5, 0.2)])
+def test_insightface_settings(x64, m):
+    settings = dict(zip(("m1", "m2", "m3"), m, strict=True), s=16.0)
+    kernel, margin, scale = interop.from_insightface(ROWS, **settings)
+    cosines = oracle.unit(FEATURES, 1)[0] @ oracle.unit(KERNEL, 0)[0]
+    theta = np.arccos(cosines[np.arange(12), LABELS])
+    kept = theta + 0.3 < np.pi
+    logits = lsm.lsoftmax_logits(FEATURES, kernel, LABELS, margin=margin, scale=scale, lam=0.0)
+    wanted = combined_margin_loss(cosines, LABELS, **settings)
+    assert kept.sum() > 8
+    np.testing.assert_allclose(logits[kept], wanted[kept], rtol=1e-10, atol=1e-10)
+
+
+def test_settings_that_have_no_counterpart_are_refused():
+    columns = functools.partial(interop.from_metric_learning, weight=KERNEL)
+    for loss, margin, scale, name in (
+        ("SubCenterArcFaceLoss", 28.6, 64, "loss must be ArcFaceLoss, .*'SubCenterArcFaceLoss'"),
+        ("ArcFaceLoss", 180, 64, r"margin must be in \[0, 180\)"),
+        ("ArcFaceLoss", 28.6, None, "scale"),
+        ("CosFaceLoss", 0.35, 0, "scale"),
+        ("SphereFaceLoss", 4, 2, "scale must be 1 with SphereFaceLoss, got 2"),
+        ("SphereFaceLoss", 0, 1, "margin"),
+        ("LargeMarginSoftmaxLoss", 0, 1, "margin"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            columns(loss, margin=margin, scale=scale)
+    with pytest.raises(TypeError, match="margin"):
+        columns("ArcFaceLoss", margin="28.6", scale=64)
+    usual = {"s": 64, "m1": 1.0, "m2": 0.5, "m3": 0.0}
+    for change, name in (
+        ({"m1": 1.35}, r"m1 must be 1 .*Combined\(m1, m2, m3\)"),
+        ({"m3": -0.1}, "m3"),
+        ({"s": 0}, "scale"),
+        ({"interclass_filtering_threshold": 0.4}, "never filtered"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            interop.from_insightface(ROWS, **(usual | change))
 
 
 def test_safetensors(tmp_path):

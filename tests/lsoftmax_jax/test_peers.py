@@ -183,22 +183,96 @@ def test_a_zero_feature_has_a_gradient_here(x64):
     assert not np.any(theirs(problem, margin=1).features)
 
 
-def test_weights_of_each_kind(x64):
-    features, weight, _ = oracle.problem(seed=5, batch=6, dim=5, classes=4)
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    kinds = {
-        losses.LargeMarginSoftmaxLoss: (features, lambda kernel: 3.0 * kernel),
-        losses.SphereFaceLoss: (features, lambda kernel: interop.cosine_kernel(kernel, 3.0)),
-        losses.ArcFaceLoss: (unit, lambda kernel: interop.cosine_kernel(kernel, 3.0)),
-        losses.CosFaceLoss: (unit, lambda kernel: interop.cosine_kernel(kernel, 3.0)),
+# (margin, scale) as the constructors take them; ArcFace's margin is in degrees.
+KINDS = {
+    "ArcFaceLoss": [(28.6, 64.0), (28.6, 8.0), (0.0, 16.0)],
+    "CosFaceLoss": [(0.35, 64.0), (0.2, 8.0), (0.0, 16.0)],
+    "SphereFaceLoss": [(4, 1), (2, 1), (1, 1)],
+    "LargeMarginSoftmaxLoss": [(4, 1.0), (3, 2.0)],
+}
+
+
+def below_pi(problem, degrees):
+    """Without the rows where theta + margin exceeds pi."""
+    theta = oracle.target_geometry(*problem)[3]
+    kept = theta + np.radians(degrees) < np.pi
+    return oracle.Problem(problem.features[kept], problem.kernel, problem.labels[kept])
+
+
+def both_answers(kind, margin, scale, problem, dtype="float64") -> tuple[Answer, Answer]:
+    """Ours with the weights and settings that interop makes of theirs, and theirs."""
+    features, kernel, labels = problem
+    peer = getattr(losses, kind)(kernel.shape[1], kernel.shape[0], margin=margin, scale=scale)
+    peer.W = torch.nn.Parameter(torch.tensor(kernel, dtype=getattr(torch, dtype)))
+    rows = torch.tensor(features, dtype=getattr(torch, dtype), requires_grad=True)
+    value = peer(rows, torch.tensor(labels))
+    value.backward()
+    weight, margin, unit_length = interop.from_metric_learning(
+        kind, peer.W.detach(), margin=margin, scale=scale
+    )
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def mean(features, kernel):
+        return lsm.lsoftmax_loss(
+            features, kernel, labels, margin=margin, scale=unit_length, lam=0.0
+        ).mean()
+
+    value_here, gradients = mean(jnp.asarray(features, dtype), jnp.asarray(weight, dtype))
+    # The kernel of LargeMarginSoftmaxLoss has the scale in it.
+    factor = scale if kind == "LargeMarginSoftmaxLoss" else 1
+    ours = Answer(value_here, gradients[0], factor * gradients[1])
+    return ours, Answer(value.item(), rows.grad.numpy(), peer.W.grad.numpy())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_four_losses(x64, figures, kind):
+    found, single = [], []
+    for margin, scale in KINDS[kind]:
+        problem = oracle.problem(seed=7, batch=64, dim=16, classes=10)
+        if kind == "ArcFaceLoss":
+            problem = below_pi(problem, margin)
+        wanted, exact = both_answers(kind, margin, scale, problem)
+        found.append(errors(wanted, exact))
+        answers = both_answers(kind, margin, scale, in_float32(problem), "float32")
+        wanted, _ = both_answers(kind, margin, scale, in_float32(problem))
+        single.append([errors(answer, wanted) for answer in answers])
+    figures[f"float64 {kind}"] = worst(found)._asdict()
+    for name, several in zip(("ours", "theirs"), zip(*single, strict=True), strict=True):
+        figures.setdefault(f"float32 {kind}", {})[name] = worst(several)._asdict()
+    assert max(worst(found)) < 1e-12
+    assert max(worst([ours for ours, _ in single])) < 1e-4
+
+
+def test_arcface_beyond_pi_jumps_there_and_goes_on_here(x64, figures):
+    """A target's logit on both sides of theta + margin = pi, at scale 1."""
+    margin, step = 28.6, 1e-6
+    radians = np.radians(margin)
+    there = losses.ArcFaceLoss(2, 2, margin=margin, scale=1)
+    cosines = np.cos(np.pi - radians + np.array([-step, step]))
+    theirs = there.modify_cosine_of_target_classes(torch.tensor(cosines)).numpy()
+    ours = np.asarray(lsm.margins.ArcFace(radians).value_and_slope(jnp.asarray(cosines))[0])
+    figures["ArcFaceLoss at theta + margin = pi"] = {
+        "ours": ours.tolist(),
+        "theirs": theirs.tolist(),
     }
-    for kind, (inputs, scaled) in kinds.items():
-        peer = kind(num_classes=4, embedding_size=5, scale=3.0)
+    np.testing.assert_allclose(ours, [-1, -1], atol=1e-5)
+    cosine = np.cos(np.pi - radians)
+    np.testing.assert_allclose(theirs, [-1, cosine - radians * np.sin(radians)], atol=1e-5)
+
+
+def test_plain_logits_of_each_kind(x64):
+    features, weight, _ = oracle.problem(seed=5, batch=6, dim=5, classes=4)
+    for kind, settings in KINDS.items():
+        margin, scale = settings[0]
+        peer = getattr(losses, kind)(num_classes=4, embedding_size=5, margin=margin, scale=scale)
         peer.W = torch.nn.Parameter(torch.tensor(weight))
-        kernel = interop.kernel_from_columns(peer.W.detach(), in_features=5, classes=4)
-        logits = lsm.lsoftmax_logits(inputs, scaled(kernel), None, margin=4, lam=0.0)
+        kernel, margin, scale = interop.from_metric_learning(
+            kind, peer.W.detach(), margin=margin, scale=scale
+        )
+        logits = lsm.lsoftmax_logits(features, kernel, None, margin=margin, scale=scale, lam=0.0)
         wanted = peer.get_logits(torch.tensor(features)).detach().numpy()
-        np.testing.assert_allclose(logits, wanted, rtol=1e-12, err_msg=kind.__name__)
+        np.testing.assert_allclose(logits, wanted, rtol=1e-12, atol=1e-12, err_msg=kind)
 
 
 def test_linear_there_and_back():
