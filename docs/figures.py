@@ -89,6 +89,30 @@ def psi_and_slope() -> Figure:
     return figure
 
 
+def margins_and_slopes() -> Figure:
+    """Value and slope of each margin against the angle; ArcFace's slope has no bound at 0."""
+    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    degrees = np.linspace(0, 180, 721)[1:]
+    cosine = jnp.cos(jnp.radians(degrees))
+    named = {
+        "cos θ (softmax)": lsm.margins.CosFace(0.0),
+        "L-Softmax, SphereFace, m = 2": lsm.margins.SphereFace(2),
+        "CosFace, m = 0.35": lsm.margins.CosFace(0.35),
+        "ArcFace, m = 0.5": lsm.margins.ArcFace(0.5),
+        "Combined, 1.2, 0.3, 0.2": lsm.margins.Combined(1.2, 0.3, 0.2),
+    }
+    both = {name: margin.value_and_slope(cosine) for name, margin in named.items()}
+    lines(left, degrees, {name: value for name, (value, _) in both.items()})
+    lines(right, degrees, {name: slope for name, (_, slope) in both.items()})
+    left.set(xlabel="angle θ, degrees", title="v, in place of cos θ", xlim=(0, 180))
+    right.set(xlabel="angle θ, degrees", title="dv / d cos θ", xlim=(0, 180), ylim=(0, 6))
+    for panel in (left, right):
+        panel.set_xticks(range(0, 181, 30))
+    left.legend(loc="lower left", fontsize=9)
+    return figure
+
+
 def annealed_target() -> Figure:
     """The target logit between plain and full margin, for a feature and a column of length 1."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -252,6 +276,7 @@ def collapse() -> Figure:
 FIGURES: dict[str, Callable[[], Figure]] = {
     "psi": psi_by_angle,
     "slope": psi_and_slope,
+    "margins": margins_and_slopes,
     "annealed": annealed_target,
     "presets": presets,
     "regions": regions,

@@ -276,11 +276,11 @@ def annealed_target(head: Head, terms: LabelTerms, lam: jax.Array) -> Target:
     u, unit = terms.product, None
     cosine = jnp.clip(u * terms.inverse_feature_norm * terms.inverse_column_norm, -1, 1)
     if head.unit_columns:
-        ones = jnp.where(terms.column_norm > 0, 1, terms.column_norm)
         unit = terms.inverse_column_norm
         if head.scale is not None:
             unit = unit * (head.scale * terms.inverse_feature_norm)
             terms = terms._replace(feature_norm=jnp.full_like(u, head.scale))
+        ones = jnp.ones_like(u)
         terms = terms._replace(column_norm=ones, inverse_column_norm=ones)
         u = terms.feature_norm * cosine
     if head.margin == 1:

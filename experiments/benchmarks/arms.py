@@ -1,5 +1,6 @@
 """What `bench head` times: the same head, written in all the ways one might."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -44,7 +45,7 @@ class Arm(NamedTuple):
 
     name: str
     products: int  # of batch x dim x classes multiply-adds
-    loss: Literal["none", "plain", "margin"]
+    loss: Literal["none", "plain", "margin", "arcface"]
     step: Callable[..., tuple[jax.Array, jax.Array, Any]]
     updates: bool = False
     start: Callable[[jax.Array], Any] = lambda kernel: kernel
@@ -58,6 +59,10 @@ RECOMPUTED = "loss_sum, class blocks"
 STORED = "loss_sum, class blocks, stored"
 FUSED_SGD = "lsoftmax_sgd"
 LITERAL = "literal arccos"
+ARCFACE = "ArcFace, loss_sum, one-shot"
+ARCFACE_BLOCKS = "ArcFace, loss_sum, class blocks"
+# Of the arms named after it.
+ARCFACE_MARGIN, ARCFACE_SCALE = 0.5, 64.0
 
 
 def problem(shape: Shape, dtype: jnp.dtype, lam: float) -> Problem:
@@ -78,10 +83,17 @@ def problem(shape: Shape, dtype: jnp.dtype, lam: float) -> Problem:
 def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
     """All arms for a shape, the baseline first; blocks only where they make sense."""
 
-    def loss_sum(margin: int, **plan: Any) -> Callable[..., jax.Array]:
+    def loss_sum(margin: Any, scale: float | None = None, **plan: Any) -> Callable[..., jax.Array]:
         def loss(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
             return lsm.lsoftmax_loss_sum(
-                features, kernel, labels, weights, margin=margin, lam=lam, plan=lsm.Plan(**plan)
+                features,
+                kernel,
+                labels,
+                weights,
+                margin=margin,
+                lam=lam,
+                scale=scale,
+                plan=lsm.Plan(**plan),
             )
 
         return loss
@@ -133,6 +145,7 @@ def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
         return done.loss, done.dfeatures, (done.kernel, done.momentum)
 
     one_shot = loss_sum(margin, memory_budget=UNLIMITED)
+    arcface = functools.partial(loss_sum, lsm.margins.ArcFace(ARCFACE_MARGIN), ARCFACE_SCALE)
     rows_at_once = shape.batch // next(pieces for pieces in (4, 2, 1) if shape.batch % pieces == 0)
     listed = [
         Arm(PLAIN, 3, "plain", gradients(plain_loss)),
@@ -151,10 +164,14 @@ def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
             Arm(RECOMPUTED, 4, "margin", gradients(recomputed)),
             Arm(STORED, 3, "margin", gradients(stored)),
         ]
+        blocks = arcface(class_block=class_block, keep_exponentials=False)
+        listed.append(Arm(ARCFACE_BLOCKS, 4, "arcface", gradients(blocks)))
     listed += [
         Arm("lsoftmax_logits, optax", 3, "margin", gradients(logits)),
         Arm(LITERAL, 3, "margin", gradients(literal)),
         Arm("literal, scan, checkpoint", 4, "margin", gradients(literal_scan)),
+        Arm(ARCFACE, 3, "arcface", gradients(arcface(memory_budget=UNLIMITED))),
+        Arm("literal ArcFace", 3, "arcface", gradients(literal_arcface)),
         Arm(PLAIN_SGD, 3, "plain", with_sgd(plain_loss), True, sgd_state),
         Arm(f"{ONE_SHOT}, optax SGD", 3, "margin", with_sgd(one_shot), True, sgd_state),
         Arm(FUSED_SGD, 4, "margin", fused_sgd, True, lambda k: (jnp.copy(k), jnp.zeros_like(k))),
@@ -216,6 +233,22 @@ def literal_logits(
     return plain.at[rows, labels].set(target)
 
 
+def literal_arcface(
+    features: jax.Array, kernel: jax.Array, labels: jax.Array, weights: jax.Array, lam: jax.Array
+) -> jax.Array:
+    """As it is usually written: both normalised, the addition formula, a scatter."""
+    rows = jnp.arange(features.shape[0])
+    wide = features.astype(jnp.float32), kernel.astype(jnp.float32)
+    unit = wide[0] / jnp.linalg.norm(wide[0], axis=1, keepdims=True)
+    columns = wide[1] / jnp.linalg.norm(wide[1], axis=0, keepdims=True)
+    cosine = (unit.astype(features.dtype) @ columns.astype(kernel.dtype)).astype(jnp.float32)
+    own = jnp.clip(cosine[rows, labels], -1 + 1e-7, 1 - 1e-7)
+    m = ARCFACE_MARGIN
+    raised = own * np.cos(m) - jnp.sqrt(1 - own**2) * np.sin(m)
+    target = (lam * own + raised) / (1 + lam)
+    return cross_entropy(ARCFACE_SCALE * cosine.at[rows, labels].set(target), labels, weights)
+
+
 def three_products(
     features: jax.Array, kernel: jax.Array, labels: jax.Array, weights: jax.Array, lam: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -234,8 +267,8 @@ def four_products(
     return jnp.max(features @ kernel), z @ kernel.T, again.T @ z
 
 
-def literal_loss(given: Problem, margin: int) -> float:
-    """The paper's formula in NumPy and float64, a few rows at a time."""
+def literal_loss(given: Problem, margin: int | None) -> float:
+    """The paper's formula in NumPy and float64, a few rows at a time; without margin ArcFace's."""
     features, kernel = (np.asarray(a.astype(jnp.float32), np.float64) for a in given[:2])
     labels, lam = np.asarray(given.labels), float(given.lam)
     losses = []
@@ -245,7 +278,13 @@ def literal_loss(given: Problem, margin: int) -> float:
         norms = np.sqrt(np.sum(rows**2, axis=1)) * np.sqrt(np.sum(columns**2, axis=1))
         cosine = np.sum(rows * columns, axis=1) / norms
         here = np.arange(len(y)), y
-        z[here] = norms * (lam * cosine + literal_psi(cosine, margin)) / (1 + lam)
+        if margin is None:
+            lengths = np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
+            z, norms, theta = ARCFACE_SCALE * z / lengths, ARCFACE_SCALE, np.arccos(cosine)
+            replaced = np.cos(theta + ARCFACE_MARGIN)
+        else:
+            replaced = literal_psi(cosine, margin)
+        z[here] = norms * (lam * cosine + replaced) / (1 + lam)
         peak = z.max(axis=1)
         losses.append(peak + np.log(np.sum(np.exp(z - peak[:, None]), axis=1)) - z[here])
     return float(np.concatenate(losses) @ np.asarray(given.weights, np.float64))

@@ -50,6 +50,8 @@ ARMS = (
     "loss_sum, row blocks",
     every.RECOMPUTED,
     every.STORED,
+    every.ARCFACE,
+    every.ARCFACE_BLOCKS,
     every.PLAIN_SGD,
     every.FUSED_SGD,
 )

@@ -146,7 +146,8 @@ def prepare(listed: list[Arm], given: Problem, shape: Shape, dtype: str, margin:
     """
     runs: list[Run] = []
     lengths: dict[tuple[str, str], float] = {}
-    exact = {m: every.literal_loss(given, m) for m in {1, margin}}
+    margins = {"plain": 1, "margin": margin, "arcface": None}
+    exact = {loss: every.literal_loss(given, m) for loss, m in margins.items()}
     for arm in tqdm(listed, f"{shape} compile", unit=" arms", leave=False):
         try:
             run, length = prepare_arm(arm, given, shape)
@@ -158,8 +159,7 @@ def prepare(listed: list[Arm], given: Problem, shape: Shape, dtype: str, margin:
         runs.append(run)
         if arm.loss == "none":
             continue
-        wanted = exact[margin if arm.loss == "margin" else 1]
-        check(arm.name, "loss", run.loss, wanted, TOLERANCE[dtype])
+        check(arm.name, "loss", run.loss, exact[arm.loss], TOLERANCE[dtype])
         for part, value in length.items():
             first = lengths.setdefault((arm.loss, part), value)
             check(arm.name, f"length of {part}", value, first, TOLERANCE[dtype])

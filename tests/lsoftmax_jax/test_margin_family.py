@@ -322,8 +322,8 @@ def test_degenerate_inputs_give_finite_losses_and_gradients(x64, case, dtype):
 @every_case
 def test_without_a_direction_the_cosine_counts_as_zero(x64, case):
     features, kernel, labels = oracle.problem(1, 3, DIM, CLASSES)
-    features[0], kernel[:, labels[1]] = 0.0, 0.0
-    labels[2] = (labels[1] + 1) % CLASSES
+    labels[:] = 3, 5, 7
+    features[0], kernel[:, 5] = 0.0, 0.0
     value, (dfeatures, dkernel, _) = loss_and_gradients(
         case, jnp.asarray(features), jnp.asarray(kernel), jnp.asarray(labels), jnp.ones(3), 0.0
     )
@@ -331,9 +331,14 @@ def test_without_a_direction_the_cosine_counts_as_zero(x64, case):
     length = 0.0 if case.scale is None else case.scale
     score = np.array([length * target] + [0.0] * (CLASSES - 1))
     np.testing.assert_allclose(value[0], -oracle.log_probabilities(score[None])[0, 0])
-    assert not np.any(dkernel[:, labels[1]])
+    length = np.linalg.norm(features[1]) if case.scale is None else case.scale
+    kernel[:, 5] = 1.0
+    scores = oracle.angular(features[1:2], kernel, labels[1:2], case.of_theta, case.scale, 0.0)[0]
+    scores[0, 5] = length * target
+    np.testing.assert_allclose(value[1], -oracle.log_probabilities(scores)[0, 5])
+    assert not np.any(dkernel[:, 5])
     assert case.scale is None or not np.any(dfeatures[0])
-    assert np.any(dfeatures[1]) and np.any(dkernel[:, labels[2]])
+    assert np.any(dfeatures[1]) and np.any(dkernel[:, 7])
 
 
 @pytest.mark.parametrize("factors", [(1e-20, 1.0), (1e15, 1.0), (1.0, 1e-20), (1.0, 1e15)])
@@ -596,10 +601,15 @@ def program(margin, scale, **plan):
 
 @pytest.mark.parametrize("margin", [ArcFace(0.5), SphereFace(4)], ids=str)
 def test_the_kernel_is_not_copied_to_be_normalised(margin):
-    for plan in ({"class_block": 1024, "keep_exponentials": False}, {"memory_budget": 2**40}):
+    # In one shot the kernel's gradient exists once more, before what lies along is taken out.
+    for share, plan in (
+        (0.1, {"class_block": 1024, "keep_exponentials": False}),
+        (0.1, {"class_block": 1024, "keep_exponentials": True}),
+        (1.1, {"memory_budget": 2**40}),
+    ):
         plain, ours = program(4, None, **plan), program(margin, SCALE, **plan)
         assert ours.dots == plain.dots and ours.large_moves == {}
-        assert ours.temporary_bytes - plain.temporary_bytes < 0.25 * 4 * 128 * 8192
+        assert ours.temporary_bytes - plain.temporary_bytes <= share * 4 * 128 * 8192
 
 
 # Mistakes.
