@@ -95,7 +95,7 @@ def margins_and_slopes() -> Figure:
     left, right = figure.subplots(1, 2)
     degrees = np.linspace(0, 180, 721)[1:]
     cosine = jnp.cos(jnp.radians(degrees))
-    named = {
+    named: dict[str, lsm.margins.Margin] = {
         "cos θ (softmax)": lsm.margins.CosFace(0.0),
         "L-Softmax, SphereFace, m = 2": lsm.margins.SphereFace(2),
         "CosFace, m = 0.35": lsm.margins.CosFace(0.35),

@@ -356,7 +356,10 @@ OTHERS = [
     ("weight must have shape", lambda: interop.kernel_from_rows(K, in_features=7)),
     ("weight must have shape", lambda: interop.kernel_from_columns(K, classes=7)),
     ("kernel must be", lambda: interop.kernel_to_rows(None)),
-    ("weight must be", lambda: interop.from_metric_learning("CosFaceLoss", None, margin=0, scale=1)),
+    (
+        "weight must be",
+        lambda: interop.from_metric_learning("CosFaceLoss", None, margin=0, scale=1),
+    ),
     ("scale must be", lambda: interop.from_metric_learning("CosFaceLoss", K, margin=0, scale=0)),
     ("margin must be", lambda: interop.from_metric_learning("CosFaceLoss", K, margin="", scale=1)),
     ("m1 must be", lambda: interop.from_insightface(K, s=64, m1="1", m2=0.5, m3=0.0)),

@@ -567,7 +567,7 @@ def test_a_margin_of_ones_own(x64, scale):
 
     def literal(features, kernel):
         cosine = oracle_unit(features, 1) @ oracle_unit(kernel, 0)
-        lengths = jnp.linalg.norm(features, axis=1)[:, None] * jnp.linalg.norm(kernel, axis=0)
+        lengths = jnp.outer(jnp.linalg.norm(features, axis=1), jnp.linalg.norm(kernel, axis=0))
         value = cosine.at[rows].add(-0.2 * (1 - cosine[rows]) ** 2)
         z = (lengths if scale is None else scale) * value
         return optax.softmax_cross_entropy_with_integer_labels(z, arguments[2])
