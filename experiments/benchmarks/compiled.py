@@ -3,7 +3,6 @@
 Nothing runs and no accelerator is needed. A table for people, a JSON with everything.
 """
 
-import re
 import sys
 import time
 from collections import Counter
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,7 +27,7 @@ import lsoftmax_jax as lsm
 from experiments.benchmarks import arms as every
 from experiments.benchmarks import hlo, scale
 from experiments.benchmarks.arms import Shape
-from experiments.benchmarks.targets import Target, target
+from experiments.benchmarks.targets import Target, TooLarge, target
 from experiments.paper import networks as models
 from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
@@ -59,7 +57,6 @@ MARGIN, BLOCK, NEGATIVES = 4, 4096, 16_384
 SHARDED_CLASSES, SHARDED_BATCH = (1_000_000, 10_000_000, 100_000_000), 8192
 NETWORKS = ("mnist", "cifar10plus", "cifar100")
 UPDATES = 100
-TOO_LARGE = "RESOURCE_EXHAUSTED"
 
 
 class Case(NamedTuple):
@@ -88,8 +85,6 @@ def compile_(
       only: a part of a name; only such cases are compiled.
       out: folder of the results, two files a target.
     """
-    # Or JAX would look for a TPU as soon as libtpu is installed.
-    jax.config.update("jax_platforms", "cpu")
     for each in [target(name) for name in targets]:
         if heads:
             compile_part(each, "heads", [*head_cases(each)], only, out)
@@ -139,20 +134,16 @@ def compiled_row(on: Target, case: Case) -> dict[str, Any]:
     """A program's row: what it takes, or by how much it does not fit."""
     begun = time.perf_counter()
     row = {"name": case.name, "size": case.size, "devices": case.devices}
-    lowered = case.lower()
     try:
-        compiled = lowered.compile(compiler_options=on.options)
-    except jax.errors.JaxRuntimeError as error:
-        if TOO_LARGE not in str(error):
-            raise
-        return row | {"fits": False, "refused": refusal(str(error))}
+        compiled = on.compile(case.lower())
+    except TooLarge as error:
+        return row | {"fits": False, "refused": str(error)}
     facts = hlo.facts(compiled, case.elements or sys.maxsize)
-    needed = facts.argument_bytes + facts.output_bytes - facts.reused_bytes + facts.temporary_bytes
     text = compiled.as_text() or ""
     found = hlo.collectives(compiled, case.devices)
     return row | {
         # A TPU's compiler has refused what does not fit; a GPU's only counts.
-        "fits": needed <= on.chip.memory,
+        "fits": facts.needed_bytes <= on.chip.memory,
         **facts._asdict(),
         "kernels": hlo.kernels(text),
         "float64": "f64[" in text,
@@ -161,14 +152,6 @@ def compiled_row(on: Target, case: Case) -> dict[str, Any]:
         "flops": flops(compiled),
         "compile_seconds": round(time.perf_counter() - begun, 1),
     }
-
-
-def refusal(message: str) -> str:
-    """Of the compiler's complaint, how much of how much."""
-    found = re.search(r"Used (\S+) of (\S+) hbm", message) or re.search(
-        r"\((\S+)\) exceeds available \D*\(?([\d.]+\w)", message
-    )
-    return f"{found[1]} of {found[2]}" if found else message[:60]
 
 
 def flops(compiled: Compiled) -> float | None:
@@ -269,57 +252,22 @@ def lower_gradients(on: Target, job: scale.Job) -> Lowered:
             features, kernel, labels, margin=job.margin, lam=job.lam, layout=layout, plan=plan
         )
 
-    features, kernel, _, labels = job_operands(on, job)
-    return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(features, kernel, labels)
+    mesh, dtype = job_mesh(on, job), scale.DTYPES[job.dtype]
+    rows, columns = (NamedSharding(mesh, spec) for spec in (scale.ROWS, scale.COLUMNS))
+    return jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=(rows, columns, rows)).lower(
+        jax.ShapeDtypeStruct((job.batch, job.dim), dtype),
+        jax.ShapeDtypeStruct(job.kernel_shape, dtype),
+        jax.ShapeDtypeStruct((job.batch,), jnp.int32),
+    )
 
 
 def job_mesh(on: Target, job: scale.Job) -> Mesh:
     return on.mesh((job.data, job.model), scale.AXES)
 
 
-def job_operands(on: Target, job: scale.Job) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Features, kernel, momentum and labels where they lie on the chips."""
-    mesh, dtype = job_mesh(on, job), scale.DTYPES[job.dtype]
-    rows, columns = (NamedSharding(mesh, spec) for spec in (scale.ROWS, scale.COLUMNS))
-    return (
-        placed(jax.ShapeDtypeStruct((job.batch, job.dim), dtype), rows),
-        placed(jax.ShapeDtypeStruct(job.kernel_shape, dtype), columns),
-        placed(jax.ShapeDtypeStruct(job.kernel_shape, jnp.float32), columns),
-        placed(jax.ShapeDtypeStruct((job.batch,), jnp.int32), rows),
-    )
-
-
-def lower_job(on: Target, job: scale.Job, step: Callable[..., Any] | None = None) -> Lowered:
-    """A step of a job on one chip or on a slice, by default that of `scale`."""
-    if step is None:
-        sharded = job.devices > 1
-        step = (
-            scale.class_parallel_step(job, job_mesh(on, job))
-            if sharded
-            else scale.one_device_step(job)
-        )
-    given = job_operands(on, job)
-    placements = tuple(operand.sharding for operand in given[:3])
-    whole = NamedSharding(job_mesh(on, job), P())
-    jitted = jax.jit(step, out_shardings=(whole, *placements), donate_argnums=(1, 2))
-    return jitted.lower(*given)
-
-
-def plain_step(job: scale.Job) -> Callable[..., Any]:
-    """What one would write without this library; on a slice the compiler places it."""
-
-    def step(features: Any, kernel: Any, momentum: Any, labels: Any) -> Any:
-        def mean(features: jax.Array, kernel: jax.Array) -> jax.Array:
-            logits = (features @ kernel).astype(jnp.float32)
-            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-        loss, (dfeatures, dkernel) = jax.value_and_grad(mean, (0, 1))(features, kernel)
-        gradient = dkernel.astype(jnp.float32) + scale.DECAY * kernel.astype(jnp.float32)
-        momentum = scale.MOMENTUM * momentum + gradient
-        kernel = (kernel.astype(jnp.float32) - job.learning_rate * momentum).astype(kernel.dtype)
-        return loss, dfeatures, kernel, momentum
-
-    return step
+def lower_job(on: Target, job: scale.Job) -> Lowered:
+    """The step of `scale`, on one chip or on a slice."""
+    return scale.lower_step(job, scale.programs(job, job_mesh(on, job)).step)
 
 
 # Whole steps.

@@ -57,6 +57,12 @@ class Facts(NamedTuple):
     dots: int  # matrix products in the program's text; a loop's count once
     large_moves: dict[str, int]  # copies and the like, of at least as many elements as asked
 
+    @property
+    def needed_bytes(self) -> int:
+        """Of a device, all together."""
+        held = self.argument_bytes + self.output_bytes - self.reused_bytes
+        return held + self.temporary_bytes
+
 
 def facts(compiled: Compiled, elements: int) -> Facts:
     """Facts of a program; a move is large from so many elements on."""

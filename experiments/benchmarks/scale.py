@@ -20,14 +20,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 from rich.console import Console
 from rich.table import Table
 
 import lsoftmax_jax as lsm
-from experiments.benchmarks import hlo
+from experiments.benchmarks import hlo, targets
 from experiments.benchmarks.hlo import Collective
 from experiments.run import loop
 from experiments.run.session import Clock, Shared, Task, result_file
@@ -190,10 +191,11 @@ class Programs(NamedTuple):
     accuracy: Any
 
 
-def programs(job: Job, mesh: Mesh) -> Programs:
+def programs(job: Job, mesh: Mesh, *, plain: bool = False) -> Programs:
     rows, columns, whole = (NamedSharding(mesh, spec) for spec in (ROWS, COLUMNS, P()))
     sharded = job.devices > 1
     step = class_parallel_step(job, mesh) if sharded else one_device_step(job)
+    step = plain_step(job) if plain else step
     return Programs(
         create=jax.jit(functools.partial(create, job), out_shardings=(columns, columns)),
         batch=jax.jit(functools.partial(batch, job), out_shardings=(rows, rows)),
@@ -301,7 +303,7 @@ def accuracy(
     return jnp.mean(seen.plain_logit > seen.max_logit, dtype=jnp.float32)
 
 
-def compile_step(job: Job, step: Any) -> Compiled:
+def lower_step(job: Job, step: Any) -> Lowered:
     """The step, ahead of time and without any array."""
     dtype = DTYPES[job.dtype]
     return step.lower(
@@ -309,7 +311,52 @@ def compile_step(job: Job, step: Any) -> Compiled:
         jax.ShapeDtypeStruct(job.kernel_shape, dtype),
         jax.ShapeDtypeStruct(job.kernel_shape, jnp.float32),
         jax.ShapeDtypeStruct((job.batch,), jnp.int32),
-    ).compile()
+    )
+
+
+def compile_step(job: Job, step: Any) -> Compiled:
+    return lower_step(job, step).compile()
+
+
+def compiled_for(on: targets.Target, job: Job, step: Any) -> Compiled | str:
+    """The step for chips that are not here, or how much of their memory it would have needed."""
+    try:
+        compiled = on.compile(lower_step(job, step))
+    except targets.TooLarge as error:
+        return str(error)
+    needed = hlo.facts(compiled, sys.maxsize).needed_bytes
+    if needed > on.chip.memory:
+        return f"{amount(needed, 'B')} of {amount(on.chip.memory, 'B')}"
+    return compiled
+
+
+def plain_step(job: Job) -> Callable[..., Any]:
+    """What one would write without this library; on several devices the compiler places it."""
+
+    def step(features: Any, kernel: Any, momentum: Any, labels: Any) -> Any:
+        def mean(features: jax.Array, kernel: jax.Array) -> jax.Array:
+            logits = (features @ kernel).astype(jnp.float32)
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+        loss, (dfeatures, dkernel) = jax.value_and_grad(mean, (0, 1))(features, kernel)
+        gradient = dkernel.astype(jnp.float32) + DECAY * kernel.astype(jnp.float32)
+        momentum = MOMENTUM * momentum + gradient
+        kernel = (kernel.astype(jnp.float32) - job.learning_rate * momentum).astype(kernel.dtype)
+        return loss, dfeatures, kernel, momentum
+
+    return step
+
+
+def largest_head(fits: Callable[[int], bool], bound: int) -> int:
+    """The most classes that fit, in hundredths of a bound; 0 if not one hundredth does."""
+    low, high = 0, 101
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(bound * middle // 100):
+            low = middle
+        else:
+            high = middle
+    return bound * low // 100
 
 
 # The command.
@@ -330,9 +377,11 @@ def scale(
     class_block: int = 4096,
     keep_exponentials: bool = False,
     plan: bool = False,
-    tflops: float = 790.0,
-    bandwidth: float = 4300.0,
-    link: float = 450.0,
+    target: str | None = None,
+    largest: bool = False,
+    tflops: float | None = None,
+    bandwidth: float | None = None,
+    link: float | None = None,
     out: Path = loop.RUNS,
     checkpoint_seconds: float = math.inf,
 ) -> int:
@@ -353,15 +402,23 @@ def scale(
       class_block: classes at a time.
       keep_exponentials: three matrix products and their memory rather than four; several devices.
       plan: only say what a step takes on data x model devices, which need not exist.
-      tflops: for the plan, 1e12 operations a second of a device; an H200 by default.
-      bandwidth: for the plan, 1e9 bytes a second of its memory.
-      link: for the plan, 1e9 bytes a second to the other devices.
+      target: for the plan, chips to compile for, such as v5e:16x16 or h100, which need not exist;
+        by default the rates are an H200's and nothing is compiled for it.
+      largest: with a target, only find the largest head of one chip and of all, in hundredths of
+        what kernel and momentum alone would allow; half an hour.
+      tflops: for the plan, 1e12 operations a second of a device; by default its maker's figure.
+      bandwidth: for the plan, 1e9 bytes a second of its memory; by default its maker's figure.
+      link: for the plan, 1e9 bytes a second to the other devices; by default its maker's figure.
       out: folder of the result, and of the run that a stop leaves there; it continues.
       checkpoint_seconds: time between two checkpoints; by default only a stop writes one.
     """
     if data < 1 or steps < 1:
         raise ValueError(f"data and steps must be >= 1, got {data} and {steps}")
-    model = max(jax.device_count() // data, 1) if model is None else model
+    if (target or largest) and not (target and plan):
+        raise ValueError("target and largest must come with plan, and largest with a target")
+    on = targets.target(target) if target else None
+    devices = len(on.devices) if on else jax.device_count()
+    model = max(devices // data, 1) if model is None else model
     job = Job(
         classes,
         dim,
@@ -376,14 +433,24 @@ def scale(
         keep_exponentials,
         identities,
     ).checked()
-    rates = Rates(tflops, bandwidth, link)
+    chip = on.chip if on else targets.CHIPS["h200"]
+    given = ((tflops, chip.tflops), (bandwidth, chip.bandwidth), (link, chip.link))
+    rates = Rates(*(default if rate is None else rate for rate, default in given))
     if min(rates) <= 0:
         raise ValueError(f"tflops, bandwidth and link must be > 0, got {tuple(rates)}")
-    if plan:
-        compiled = None
-        if job.devices <= jax.device_count():
+    if on and job.devices > devices:
+        raise ValueError(f"data x model must be at most the {devices} chips of {on.name}")
+    if on and largest:
+        console().print(largest_table(on, job))
+    elif plan:
+        compiled: Compiled | str | None = None
+        if on:
+            compiled = compiled_for(on, job, programs(job, on.mesh((data, model), AXES)).step)
+        elif job.devices <= jax.device_count():
             compiled = compile_step(job, programs(job, make_mesh(job)).step)
-        console().print(plan_table(job, rates, compiled))
+        source = f"{on.name if on else 'h200'}, {chip.source}"
+        console().print(plan_table(job, rates, source, compiled))
+    if plan:
         return 0
     return train(job, steps, out, checkpoint_seconds)
 
@@ -536,8 +603,9 @@ def result_table(job: Job, result: dict[str, Any]) -> Table:
     return view
 
 
-def plan_table(job: Job, rates: Rates, compiled: Compiled | None) -> Table:
+def plan_table(job: Job, rates: Rates, source: str, step: Compiled | str | None) -> Table:
     """The forecast, and beside it what the compiled step says where it could be compiled."""
+    compiled = None if isinstance(step, str) else step
     expected = forecast(job)
     view = Table("of each device", title=described(job))
     view.add_column("by formula", justify="right")
@@ -559,7 +627,32 @@ def plan_table(job: Job, rates: Rates, compiled: Compiled | None) -> Table:
     row("step, predicted", f"{1e3 * expected.seconds(rates):.4g} ms")
     view.caption = (
         f"{rates.tflops:g} TFLOP/s, {rates.bandwidth:g} GB/s of memory, {rates.link:g} GB/s between"
+        f"\n{source}"
     )
+    if isinstance(step, str):
+        view.caption += f"\ndoes not fit when compiled: {step}"
+    return view
+
+
+def largest_table(on: targets.Target, job: Job) -> Table:
+    """The largest heads of plain softmax and of this library, on one chip and on all."""
+    view = Table("chips", title=f"largest head, {described(job)}; compiled, not run")
+    for header in ("state alone", "plain softmax", "ours", "ours, share"):
+        view.add_column(header, justify="right", no_wrap=True)
+    for data, model in dict.fromkeys([(1, 1), (job.data, job.model)]):
+        bound = on.chip.memory * model // (job.dim * (job.itemsize + 4))
+
+        def fits(classes: int, data: int, model: int, plain: bool) -> bool:
+            tried = job._replace(classes=classes, data=data, model=model)
+            step = programs(tried, on.mesh((data, model), AXES), plain=plain).step
+            return not isinstance(compiled_for(on, tried, step), str)
+
+        plain, ours = (
+            largest_head(functools.partial(fits, data=data, model=model, plain=way), bound)
+            for way in (True, False)
+        )
+        sizes = (f"{classes:,}" for classes in (bound, plain, ours))
+        view.add_row(f"{data} x {model}", *sizes, f"{100 * ours / bound:.0f} %")
     return view
 
 

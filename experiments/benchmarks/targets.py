@@ -6,12 +6,14 @@ collectives, kernels, is the program that would run; how fast it would run they 
 
 import importlib.util
 import os
+import re
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from jax.stages import Compiled, Lowered
 
 # libtpu looks for the host it is on; with these it does not.
 _NO_HOST = {
@@ -96,6 +98,18 @@ _NEEDED = {
 }
 
 
+class TooLarge(Exception):
+    """A program needs more memory than a chip has; the message says how much of how much."""
+
+
+def how_much(message: str) -> str:
+    """Of a compiler's complaint, how much of how much."""
+    found = re.search(r"Used (\S+) of (\S+) hbm", message) or re.search(
+        r"\((\S+)\) exceeds available \D*\(?([\d.]+\w)", message
+    )
+    return f"{found[1]} of {found[2]}" if found else message[:60]
+
+
 class Target(NamedTuple):
     """Chips to compile for."""
 
@@ -112,6 +126,19 @@ class Target(NamedTuple):
     def one(self) -> SingleDeviceSharding:
         """On its first chip."""
         return SingleDeviceSharding(self.devices[0])
+
+    def compile(self, lowered: Lowered) -> Compiled:
+        """A program for this target.
+
+        Raises:
+          TooLarge: a TPU's compiler says that it does not fit; a GPU's only counts.
+        """
+        try:
+            return lowered.compile(compiler_options=self.options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise TooLarge(how_much(str(error))) from error
 
     def mesh(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
         """Chips in the order that they are listed."""
@@ -138,6 +165,8 @@ def target(name: str) -> Target:
         known = ", ".join(f"{k}:{_SMALLEST[k]}" if k in _SMALLEST else k for k in CHIPS)
         raise ValueError(f"targets must be such as {known}, got {name!r}")
     chip = CHIPS[kind]
+    # Or JAX would look for a TPU as soon as libtpu is installed.
+    jax.config.update("jax_platforms", "cpu")
     if not installed(chip.platform):
         raise ValueError(f"{name} needs its compiler: {_NEEDED[chip.platform][1]}")
     if chip.platform == "cuda":

@@ -78,7 +78,7 @@ ENTRY %main (x: f32[4]) -> (f32[4], f32[4]) {
     ],
 )
 def test_a_refusal_says_how_much_of_how_much(message, said):
-    assert compiled.refusal(message) == said
+    assert targets.how_much(message) == said
 
 
 # By rows a TPU stores a kernel whose classes are a multiple of 128, by columns most others.
@@ -143,3 +143,28 @@ def test_a_result_has_its_versions(tmp_path, monkeypatch):
     assert saved["programs"] == [row] and saved["versions"]["jax"] and saved["chip"]["source"]
     with pytest.raises(ValueError, match="nothing"):
         compiled.compile_part(on, "heads", [case], "nothing", tmp_path)
+
+
+@pytest.mark.parametrize("most", [0, 1, 37, 100])
+def test_the_largest_head_is_bisected(most):
+    tried = []
+
+    def fits(classes):
+        tried.append(classes)
+        return classes <= most * 1000
+
+    assert scale.largest_head(fits, 100_000) == most * 1000
+    assert len(tried) <= 7
+
+
+@aot
+def test_a_plan_for_a_slice_stands_beside_what_its_compiler_says(capsys):
+    plan = ["scale", "--plan", "--target", "v5e:2x4", "--dtype", "bf16", "--batch", "1024"]
+    assert main([*plan, "--classes", "100000"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 x 8 devices" in printed and "compiled" in printed and "tpu/docs/v5e" in printed
+
+
+def test_largest_needs_a_target(capsys):
+    assert main(["scale", "--plan", "--largest"]) == 2
+    assert "target" in capsys.readouterr().err
