@@ -93,7 +93,8 @@ def _plain_logits(head: "Head", features: jax.Array, kernel: jax.Array) -> jax.A
     if not head.unit_columns:
         return features @ kernel
     dtype = _checks.at_least_f32(features.dtype)
-    logits = (features @ kernel).astype(dtype) * inverse_norms(kernel, 0)
+    logits = (features @ kernel).astype(dtype)
+    logits = logits * inverse_norms(kernel, 0).reshape((1,) * (logits.ndim - 1) + (-1,))
     if head.scale is not None:
         logits = logits * (head.scale * inverse_norms(features, -1)[..., None])
     return logits.astype(features.dtype)

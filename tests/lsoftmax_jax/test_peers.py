@@ -87,7 +87,8 @@ def ours(problem, margin, scale=1.0, lam=0.0, dtype=jnp.float64) -> Answer:
 
 def errors(got: Answer, wanted: Answer) -> Answer:
     """By how much each part is off at most, relative to the largest entry."""
-    pairs = zip(got, wanted, strict=True)
+    wide = ([np.asarray(part, np.float64) for part in answer] for answer in (got, wanted))
+    pairs = zip(*wide, strict=True)
     return Answer(*(float(np.max(np.abs(g - w)) / np.max(np.abs(w))) for g, w in pairs))
 
 
