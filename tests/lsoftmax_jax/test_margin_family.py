@@ -161,9 +161,13 @@ def assert_all_close(actual, wanted, tolerance):
         oracle.assert_close(one, other, tolerance)
 
 
+def at_least_f32(dtype):
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def given(problem, dtype=jnp.float64):
     cotangent = np.random.default_rng(9).standard_normal(len(problem.labels))
-    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    wide = at_least_f32(dtype)
     return *oracle.as_arrays(problem, dtype), jnp.asarray(cotangent, wide), cotangent
 
 
@@ -307,7 +311,7 @@ def test_detached_is_a_margin_that_is_added_without_gradient(x64, margin):
 @every_case
 def test_degenerate_inputs_give_finite_losses_and_gradients(x64, case, dtype):
     features, kernel, labels = oracle.as_arrays(oracle.extreme_problems(3), dtype)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = at_least_f32(dtype)
 
     @jax.jit
     @jax.vmap
