@@ -1,6 +1,8 @@
 """``python -m experiments COMMAND``; ``--help`` after any part of it says more."""
 
+import difflib
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from experiments.faces.pairs import pairs
 from experiments.faces.train import train_faces
 from experiments.faces.verify import verify_faces
 from experiments.paper import measures as measure
-from experiments.paper.cells import Named, run_name
+from experiments.paper.cells import CONFIGS, Named, run_name
 from experiments.report.figures import figures
 from experiments.report.report import report
 from experiments.report.scoreboard import scoreboard
@@ -164,8 +166,23 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def check_name(arguments: list[str]) -> None:
+    """Raises ValueError, with names alike, if a command is given a configuration there is not."""
+    match arguments:
+        case ["train" | "tune" as command, name, *_] if not name.startswith("-"):
+            if name not in CONFIGS:
+                alike = difflib.get_close_matches(name, CONFIGS, 3, 0.5)
+                meant = f"; did you mean {', '.join(alike)}?" if alike else ""
+                raise ValueError(f"{command}: no configuration {name!r}{meant} list prints all")
+
+
 def main(arguments: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no locale makes λ an error
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        check_name(arguments)
         code = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="python -m experiments",
@@ -173,15 +190,20 @@ def main(arguments: list[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes),
         )
-    except (ValueError, FileNotFoundError) as error:
-        if TRACEBACK in os.environ:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # Whoever reads, `head` say, has seen enough. Python would flush once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (ValueError, OSError) as error:
+        if TRACEBACK in os.environ:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if TRACEBACK in os.environ:
+            raise
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return loop.INTERRUPTED
     return code or 0
 
 

@@ -92,6 +92,9 @@ class Job(NamedTuple):
         for name in ("classes", "dim", "batch", "data", "model", "margin", "class_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("lam", "learning_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
         if self.batch % self.devices:
             raise ValueError(f"batch must divide over the {self.devices} devices, got {self.batch}")
         if not 1 <= (self.identities or self.classes) <= self.classes:

@@ -17,7 +17,7 @@ from skimage.transform import SimilarityTransform, warp
 from tqdm import tqdm
 
 from experiments.faces.images import BROKEN, list_faces, open_face
-from experiments.store.files import replacing
+from experiments.store.files import read_text, replacing
 
 # (x, y) in 112 x 96 pixels of the left and right eye, the nose, the left and right corner of the
 # mouth, left and right as seen in the picture: the template of the authors' SphereFace.
@@ -67,7 +67,7 @@ def read_landmarks(path: Path) -> dict[str, NDArray[np.float64]]:
       ValueError: naming the line that is not a name and ten finite numbers.
     """
     landmarks = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if line.strip():
             name, *numbers = line.strip().rsplit(maxsplit=10)
             points = _points(numbers)

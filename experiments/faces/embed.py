@@ -7,7 +7,6 @@ A file of embeddings is an `.npz` of `names` (images,), `person/image.jpg` each,
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +18,9 @@ from numpy.typing import NDArray
 
 from experiments.faces.images import FaceImages, list_faces, ordered_batches
 from experiments.faces.train import TrainedRun, load_run
-from experiments.store.files import replacing
+from experiments.store.files import read_npz, replacing
 from experiments.store.progress import Progress
 from lsoftmax_jax.devices import DATA_AXIS, data_mesh
-
-# what NumPy raises for a file that is no .npz, a broken one, or one without these arrays
-UNREADABLE = (OSError, EOFError, BadZipFile, ValueError, TypeError, KeyError)
 
 Floats = NDArray[np.float32]
 # normalised images (images, height, width, 3) -> features (images, D)
@@ -103,11 +99,7 @@ def load_embeddings(path: Path) -> Embeddings:
     Raises:
       ValueError: if path is no such file, or the shapes of its arrays disagree.
     """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            embeddings = Embeddings(arrays["names"], arrays["embeddings"])
-    except UNREADABLE as error:
-        raise ValueError(f"{path}: expected an .npz of names and embeddings; {error}") from error
+    embeddings = Embeddings(**read_npz(path, ("names", "embeddings")))
     names, rows = embeddings
     if names.ndim != 1 or rows.ndim != 2 or len(names) != len(rows):
         raise ValueError(

@@ -8,6 +8,7 @@ resumes in the middle of an epoch.
 
 import logging
 import os
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
@@ -20,7 +21,15 @@ from PIL import Image, ImageOps
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 # what Pillow raises for a file it cannot decode
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+# A face of more than 89 million pixels is none, and takes a gigabyte to decode.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 # more threads than cores only wait for each other to decode
 _READ = grain.ReadOptions(num_threads=min(16, os.cpu_count() or 1), prefetch_buffer_size=512)
@@ -50,12 +59,12 @@ def list_faces(
     if not root.is_dir():
         raise ValueError(f"faces: expected a folder of person/image.jpg; {root} is no folder")
     images = {
-        person.name: sorted(filter(_is_image, os.listdir(person)))
+        person.name: sorted(entry.name for entry in os.scandir(person) if _is_image(entry))
         for person in sorted(root.iterdir())
         if person.is_dir()
     }
     if not any(images.values()):
-        flat = sum(map(_is_image, os.listdir(root)))
+        flat = sum(map(_is_image, os.scandir(root)))
         found = f"{flat} images directly in it, of no person" if flat else "no images"
         raise ValueError(f"faces: expected person/image.jpg in {root}; found {found}")
     kept = {
@@ -151,5 +160,7 @@ def _mirror(element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]
     return element | {"image": element["image"][:, ::-1]} if rng.random() < 0.5 else element
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """Whether a file is called as an image; a named pipe, which never ends, is no file."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    return suffix in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()

@@ -29,6 +29,8 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.preprocessing import StandardScaler, normalize
 from threadpoolctl import threadpool_limits
 
+from experiments.store.files import read_text
+
 FALSE_ACCEPT_RATES = (1e-3, 1e-2)
 
 
@@ -64,7 +66,7 @@ def read_pairs(path: str | Path) -> Pairs:
     Raises:
       ValueError: naming the line that does not fit, or the number of pairs expected and got.
     """
-    lines = Path(path).read_text().splitlines()
+    lines = read_text(Path(path)).splitlines()
     rows = [line.split("\t" if "\t" in line else None) for line in lines if line.strip()]
     if not rows or len(rows[0]) != 2 or not all(field.strip().isdigit() for field in rows[0]):
         raise ValueError(f"{path}: the first line must be `folds pairs`, two numbers, as in LFW")

@@ -5,6 +5,8 @@ continues in the middle of an epoch.
 """
 
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -126,7 +128,7 @@ def train_faces(
     """
     with processes.joined(meeting), loop.interruptible() as stop:
         listed, mesh = training_faces(faces, recipe, pairs), data_mesh(devices)
-        check_batch(recipe.batch, mesh)
+        check_batch(recipe.batch, mesh, len(listed.names))
         images = FaceImages(listed, recipe.size)
         task, shared = prepare(recipe, images, out, init_from, mesh)
         claim(out, task.settings, mesh.size, writes=processes.is_first())
@@ -201,10 +203,15 @@ def prepare(
 
 
 def fingerprint(faces: Faces) -> str:
-    """Of the images' names and sizes."""
+    """Of the images' names and every byte of them."""
+
+    def of_image(name: str) -> bytes:
+        return hashlib.sha256((faces.root / name).read_bytes()).digest()
+
     digest = hashlib.sha256()
-    for name in faces.names:
-        digest.update(f"{name} {(faces.root / name).stat().st_size}\n".encode())
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for name, of_one in zip(faces.names, threads.map(of_image, faces.names), strict=True):
+            digest.update(name.encode() + b"\n" + of_one)
     return digest.hexdigest()[:16]
 
 
@@ -215,7 +222,10 @@ def training_faces(folder: Path, recipe: FaceRecipe, pairs: Path | None) -> Face
         if pairs is None:
             raise ValueError("left_out_fold counts the folds of pairs; got no file of pairs")
         left_out = people_of_fold(read_pairs(pairs), recipe.left_out_fold)
-    return list_faces(folder, minimum_images=recipe.minimum_images, without=left_out)
+    faces = list_faces(folder, minimum_images=recipe.minimum_images, without=left_out)
+    if len(faces.people) < 2:
+        raise ValueError(f"faces: expected at least two people to tell apart, {folder} has one")
+    return faces
 
 
 def warm_start(fresh: training.State, run: Path, mesh: Mesh) -> training.State:
@@ -264,7 +274,7 @@ def _latest(run: Path, mesh: Mesh) -> tuple[dict[str, Any], FaceRecipe, training
     recipe = FaceRecipe.from_json(there["settings"]["recipe"])
     people = len(there["settings"]["people"])
     _, create = network_state(recipe, recipe.built_network, people)
-    with Checkpoints(run / "checkpoints") as checkpoints:
+    with Checkpoints(run / "checkpoints", writes=False) as checkpoints:
         state = checkpoints.latest(replicated(jax.eval_shape(create, 0), mesh))
     if state is None:
         raise FileNotFoundError(f"{run} holds no checkpoint yet; train-faces writes them")

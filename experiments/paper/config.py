@@ -63,6 +63,16 @@ class Recipe:
         for name in ("steps", "batch", "margin"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be in 0..{2**31 - 1}, got {self.seed}")
+        for name in ("learning_rate", "weight_decay", "bias_rate"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.momentum <= 1:
+            raise ValueError(f"momentum must be in [0, 1], got {self.momentum}")
+        for name, value in self.lam._asdict().items():
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"lam.{name} must be >= 0 and finite, got {value}")
         if not 0 < self.width < float("inf"):
             raise ValueError(f"width must be > 0 and finite, got {self.width}")
         if any(drop < 0 for drop in self.drops):
@@ -167,6 +177,10 @@ class Config(Recipe):
         super().__post_init__()
         if self.examples is not None and self.examples < 1:
             raise ValueError(f"examples must be >= 1, got {self.examples}")
+        if self.crop < 0:
+            raise ValueError(f"crop must be >= 0, got {self.crop}")
+        if self.mean is not None and not abs(self.mean) < float("inf"):
+            raise ValueError(f"mean must be finite, got {self.mean}")
 
     @property
     def classes(self) -> int:

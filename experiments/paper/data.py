@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from experiments.store.files import replacing
+from experiments.store.files import read_npz, replacing
 
 CLASSES = {"mnist": 10, "cifar10": 10, "cifar100": 100, "digits": 10}
 VALIDATION = 5000
@@ -98,13 +98,22 @@ def load(name: str, folder: Path | None = None) -> Dataset:
     folder = (folder or Path(default)).expanduser()
     files = [folder / f"{name}.npz"]
     if not files[0].exists():
-        files = sorted(folder.glob(f"{name}.[0-9][0-9].npz"))
+        files = _pieces(folder, name)
     if files:
         return _dataset(_checked(name, _from_npz(files)))
     prepared = sorted(folder.glob(f"{name}/*/dataset_info.json"))
     if prepared:
         return _dataset(_checked(name, _from_tfds(prepared[-1].parent)))
     raise FileNotFoundError(MISSING.format(name=name, folder=folder.absolute()))
+
+
+def _pieces(folder: Path, name: str) -> list[Path]:
+    """NAME.00.npz, NAME.01.npz, ...; none may be missing between."""
+    there = sorted(folder.glob(f"{name}.[0-9][0-9].npz"))
+    wanted = [folder / f"{name}.{number:02d}.npz" for number in range(len(there))]
+    if missing := [file.name for file in wanted if file not in there]:
+        raise ValueError(f"{folder} lacks {missing[0]}, though it has {there[-1].name}")
+    return there
 
 
 Arrays = dict[str, NDArray]
@@ -135,6 +144,11 @@ def _checked(name: str, arrays: Arrays) -> Arrays:
             )
         if len(labels) == 0 or not 0 <= labels.min() <= labels.max() < CLASSES[name]:
             raise ValueError(f"{name}: {split}_labels must be in 0..{CLASSES[name] - 1}")
+    shapes = [arrays[f"{split}_images"].shape[1:] for split in _SPLITS]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{name}: test_images must be of the size of train_images, {shapes[0]}, got {shapes[1]}"
+        )
     return arrays
 
 
@@ -155,12 +169,11 @@ def _digits() -> Arrays:
 def _from_npz(files: list[Path]) -> Arrays:
     pieces: dict[str, list[NDArray]] = {key: [] for key in _KEYS}
     for file in files:
-        with np.load(file, allow_pickle=False) as arrays:
-            missing = sorted(set(_KEYS) - set(arrays))
-            if missing:
-                raise ValueError(f"{file} lacks {', '.join(missing)}; it must hold {_KEYS}")
-            for key in _KEYS:
-                pieces[key].append(arrays[key])
+        for key, array in read_npz(file, _KEYS).items():
+            shapes = {a.shape[1:] for a in [*pieces[key], array]}
+            if array.ndim == 0 or len(shapes) > 1:
+                raise ValueError(f"{file}: {key} must have the shape of the other pieces, {shapes}")
+            pieces[key].append(array)
     return {key: np.concatenate(arrays) for key, arrays in pieces.items()}
 
 
@@ -175,7 +188,15 @@ def _from_tfds(folder: Path) -> Arrays:
         return _from_npz([kept])
     arrays = {}
     for split in _SPLITS:
-        arrays[f"{split}_images"], arrays[f"{split}_labels"] = _decoded(folder, split)
+        try:
+            arrays[f"{split}_images"], arrays[f"{split}_labels"] = _decoded(folder, split)
+        except (ImportError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # TFDS and array_record raise whatever they like
+            if str(error).startswith(str(folder)):
+                raise
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise ValueError(f"{folder} cannot be read as TFDS data: {reason:.300}") from error
     with replacing(kept) as unfinished:
         np.savez(unfinished, allow_pickle=False, **arrays)
     return arrays

@@ -31,6 +31,9 @@ Stop = Callable[[], bool]
 INTERRUPTED = 130
 RUNS = Path("runs")
 
+# The last of so many updates without a finite loss and gradient ends a run.
+SKIPPED_LIMIT = 3
+
 # No start of these networks comes near this mean loss, so it means that they blew up.
 BLOWN_UP = 1e4
 
@@ -38,6 +41,11 @@ ADVICE = """\
 What to try, in this order: a larger or slower falling λ (--lam.base, --lam.gamma), or a floor
 under it (--lam.minimum 5); a start from the softmax run of the same data (--init RUN); a smaller
 --learning-rate."""
+
+
+CURE = """\
+The margin shrinks the features to nothing, all classes alike. A higher λ is the cure: --pace
+self-paced, which finds it, or a floor under it (--lam.minimum 5)."""
 
 
 class Pace(NamedTuple):
@@ -67,6 +75,8 @@ def train(tasks: Sequence[Task], shared: Shared, pace: Pace, stop: Stop) -> list
       pace: of the whole.
       stop: asked before every dispatch; when true, each run saves a checkpoint and ends.
     """
+    if not pace.checkpoint_seconds >= 0:
+        raise ValueError(f"checkpoint-seconds must be >= 0, got {pace.checkpoint_seconds}")
     processes.check_same(str([task.settings for task in tasks]), "settings")
     # With two checkpoints each, a kill amid the runs' saves leaves a step that all have.
     alone = len(tasks) == 1
@@ -146,34 +156,63 @@ class Group:
         progress.advance(length, shown(seen[0], len(seen) * shared.batch * progress.rate))
         seeds = self.seeds
         for session, state, values in zip(tuple(self.sessions), states, seen, strict=True):
+            skipped = session.skipped
             session.advanced(state, values)
-            self._look(session, values, first, seeds, progress)
+            self._look(session, values, first, skipped, seeds, progress)
 
     def _look(
-        self, session: Session, values: Values, first: int, seeds: list[int], progress: Progress
+        self,
+        session: Session,
+        values: Values,
+        first: int,
+        skipped: int,
+        seeds: list[int],
+        progress: Progress,
     ) -> None:
         """The one place that judges what updates saw: a run that diverged ends with that result."""
-        if diverged := divergence(values, first):
-            progress.say(f"{session.task.name} {described(diverged)}")
+        name = session.task.name
+        for i in np.flatnonzero(values.get("skipped", np.zeros(0))).tolist():
+            seen = numbers(of_update(values, first, i))
+            progress.say(f"{name} skipped update {first + i}, which was not finite: {seen}")
+        if not session.collapsed and np.any(values.get("collapsing", 0)):
+            session.collapsed = True
+            i = int(np.argmax(values["collapsing"]))
+            seen = numbers(of_update(values, first, i))
+            progress.say(f"warning: {name} is collapsing at step {first + i}: {seen}\n{CURE}")
+        if diverged := divergence(values, first, skipped):
+            progress.say(f"{name} {described(diverged)}")
             self._outcomes[session.task.name] = session.finish(diverged, seeds)
             self.sessions.remove(session)
 
 
-def divergence(values: Values, first: int) -> dict[str, float] | None:
-    """The first update, from number ``first`` on, whose loss or gradient went wrong."""
+def divergence(values: Values, first: int, skipped: int = 0) -> dict[str, float] | None:
+    """The update, from number ``first`` on, that ends the run; ``skipped`` ones came before.
+
+    It is one with a huge loss, or the last of `SKIPPED_LIMIT` without a finite loss and gradient;
+    where a source skips none, the first of them.
+    """
     loss = values["loss"]
-    good = np.isfinite(loss) & (loss < BLOWN_UP) & np.isfinite(values.get("grad_norm", loss))
-    if good.all():
-        return None
-    i = int(np.argmin(good))
+    wrong = ~(np.isfinite(loss) & np.isfinite(values.get("grad_norm", loss)))
+    if "skipped" in values:
+        wrong &= skipped + np.cumsum(values["skipped"] > 0) >= SKIPPED_LIMIT
+    wrong |= np.isfinite(loss) & (loss >= BLOWN_UP)
+    return of_update(values, first, int(np.argmax(wrong))) if wrong.any() else None
+
+
+def of_update(values: Values, first: int, i: int) -> dict[str, float]:
+    """What update number i after ``first`` saw."""
     return {"step": first + i} | {name: float(value[i]) for name, value in values.items()}
+
+
+def numbers(seen: dict[str, float]) -> str:
+    """What an update saw, for people."""
+    titles = {"loss": "loss", "lam": "λ", "feature_norm": "|features|", "kernel_norm": "|kernel|"}
+    return ", ".join(f"{title} {seen[name]:.4g}" for name, title in titles.items() if name in seen)
 
 
 def described(diverged: dict[str, float]) -> str:
     """A divergence, with what to try against it."""
-    titles = {"loss": "loss", "lam": "λ", "feature_norm": "|features|", "kernel_norm": "|kernel|"}
-    numbers = [f"{title} {diverged[n]:.4g}" for n, title in titles.items() if n in diverged]
-    return f"diverged at step {diverged['step']}: {', '.join(numbers)}\n{ADVICE}"
+    return f"diverged at step {diverged['step']}: {numbers(diverged)}\n{ADVICE}"
 
 
 def shown(values: Values, speed: float) -> str:
@@ -192,7 +231,10 @@ def finished(folder: Path, name: str) -> Outcome | None:
     if not file.exists():
         return None
     print(f"{name} is finished; delete {file} to train it again")
-    return results.load(file)
+    outcome = results.load(file, ("status", "seconds", "curves"))
+    if outcome["status"] not in ("finished", "diverged"):
+        raise ValueError(f"{file} must hold a result, its status is {outcome['status']!r}")
+    return outcome
 
 
 def checkpointed_steps(folder: Path) -> set[int]:

@@ -57,8 +57,10 @@ def network_state(
     return graphdef, lambda seed: training.create(model(seed), recipe.optimizer)[1]
 
 
-def check_batch(batch: int, mesh: Mesh) -> None:
-    """Raises ValueError if a batch does not divide over the devices."""
+def check_batch(batch: int, mesh: Mesh, examples: int) -> None:
+    """Raises ValueError if a batch does not divide over the devices, or the data are fewer."""
+    if batch > examples:
+        raise ValueError(f"batch must be at most the {examples} training images, got {batch}")
     if batch % mesh.size:
         raise ValueError(
             f"batch must divide over the {mesh.size} devices, got {batch}; see --devices"
@@ -72,7 +74,7 @@ def build(config: Config, train: data.Split, mesh: Mesh) -> Program:
         raise ValueError(
             f"{config.dataset}: images must be {network.image}, got {train.images.shape[1:]}"
         )
-    check_batch(config.batch, mesh)
+    check_batch(config.batch, mesh, len(train.labels))
     mean = np.asarray(
         train.images.mean(axis=0, dtype=np.float64) if config.mean is None else config.mean,
         np.float32,
@@ -183,4 +185,6 @@ def per_update(metrics: training.StepMetrics) -> dict[str, NDArray[np.float32]]:
         "lam": metrics.lam,
         "kernel_norm": metrics.kernel_norm,
         "grad_norm": metrics.grad_norm,
+        "skipped": np.asarray(metrics.skipped, np.float32),
+        "collapsing": np.asarray(metrics.collapsing, np.float32),
     }

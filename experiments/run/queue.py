@@ -101,6 +101,8 @@ class Budget:
     """
 
     def __init__(self, seconds: float, asked: Callable[[], bool] = lambda: False) -> None:
+        if not seconds >= 0:
+            raise ValueError(f"budget-minutes must be >= 0, got {seconds / 60}")
         self._deadline = time.perf_counter() + seconds
         self._asked = asked
         self._questions, self._last = 0, 0.0
@@ -205,7 +207,7 @@ def finished_here(out: Path) -> list[dict[str, Any]]:
     """Results of finished runs on a device as this process has."""
     device = result.provenance(1)["device"]
     outcomes = result.load_all(out)
-    return [o for o in outcomes if o.get("status") == "finished" and o["device"] == device]
+    return [o for o in outcomes if o.get("status") == "finished" and o.get("device") == device]
 
 
 def startup(outcome: dict[str, Any]) -> float:

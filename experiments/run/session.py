@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from experiments.store import processes, results
+from experiments.store import ledger, logs, processes, results
 from experiments.store.checkpoints import Checkpoints, steps_in
 from experiments.store.claims import claim
-from experiments.store.files import replacing
+from experiments.store.files import locked, read_text, replacing
 from experiments.store.logs import Log, Seconds, finite
 from lsoftmax_jax.training import State
 
@@ -124,10 +124,23 @@ class Session:
 
     def __init__(self, task: Task, shared: Shared, kept: int = 1, step: int | None = None) -> None:
         self.task, self._shared = task, shared
+        self._lock = locked(task.folder) if processes.is_first() else None
+        try:
+            self._begin(kept, step)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _begin(self, kept: int, step: int | None) -> None:
+        task, shared = self.task, self._shared
         with shared.clock.spent("setup"):
             claim(task.folder, task.settings, shared.mesh.size, writes=processes.is_first())
             self._checkpoints = Checkpoints(task.folder / "checkpoints", kept)
+            lines = logs.read(task.folder)
+            ledger.check(task.folder, self._checkpoints.latest_step, lines)
             if step is not None:
+                if processes.is_first():
+                    ledger.rewound(task.folder, step, lines)
                 self._checkpoints.rewind(step)
             restored = self._checkpoints.latest(task.like)
             self.state = task.create() if restored is None else restored
@@ -135,6 +148,9 @@ class Session:
             if restored is not None:
                 self._restore_position()
             self.log = Log(task.folder, self.step, writes=processes.is_first())
+        lines = self.log.lines
+        self.skipped = int(sum(line.get("skipped") or 0 for line in lines))
+        self.collapsed = any(line.get("collapsing") for line in lines)
 
     def __enter__(self) -> "Session":
         return self
@@ -142,12 +158,28 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.log.close()
         self._checkpoints.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def advanced(self, state: State, values: Values) -> None:
-        """Takes in the updates of one dispatch: a line of their means, λ of the last one."""
+        """Takes in the updates of one dispatch: a line of their means, λ of the last one.
+
+        Of updates that were skipped the line has the number, of a collapse whether it was seen.
+        """
         self.state, self.step = state, self.step + len(values["loss"])
         self.task.watch(self.step, values)
-        self._write("train", **{n: v[-1] if n == "lam" else v.mean() for n, v in values.items()})
+        means = {name: float(value.mean()) for name, value in values.items()}
+        if "lam" in values:
+            means["lam"] = values["lam"][-1]
+        if "skipped" in values:
+            means["skipped"] = float(values["skipped"].sum())
+        if "collapsing" in values:
+            means["collapsing"] = float(values["collapsing"].max())
+        self._write("train", **means)
+        self.skipped += int(np.sum(values.get("skipped", 0)))
 
     def test(self) -> None:
         """Adds a point to the test curve."""
@@ -162,6 +194,8 @@ class Session:
             with replacing(self._position(self.step)) as file:
                 file.write(json.dumps(position).encode())
         self._checkpoints.save(self.state)
+        if processes.is_first():
+            ledger.note(self.task.folder, self.step, len(self.log.lines))
         if position is not None:
             kept = {self._position(step) for step in steps_in(self.task.folder / "checkpoints")}
             for old in set(self._position(0).parent.glob(self._position("*").name)) - kept:
@@ -183,6 +217,7 @@ class Session:
             **self.task.facts,
             "status": "diverged" if diverged else "finished",
             "diverged": diverged and finite(diverged),
+            "skipped": self.skipped,
             **results.provenance(self._shared.mesh.size),
             "together": list(together),
             "seconds": asdict(seconds),
@@ -205,7 +240,10 @@ class Session:
     def _restore_position(self) -> None:
         file = self._position(self.step)
         if file.exists():
-            self.task.source.restore(json.loads(file.read_text()))
+            try:
+                self.task.source.restore(json.loads(read_text(file)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file} must say where the batches stood: {error}") from error
         elif self.task.source.position() is not None:
             raise ValueError(f"{file} is missing: continue on as many processes as before")
 

@@ -150,7 +150,7 @@ def first_state(config: Config, program: Program, out: Path, mesh: Mesh) -> trai
     if config.init is None:
         return fresh
     folder = out / config.init
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(folder / "checkpoints", writes=False) as checkpoints:
         source = checkpoints.latest(fresh)
     if source is None:
         raise FileNotFoundError(f"--init: {folder} has no checkpoint; train that run first")
@@ -169,7 +169,7 @@ def evaluate_run(run: Path, folder: Path | None, devices: int | None) -> tuple[i
     mesh = data_mesh(devices)
     dataset = load(config, folder)
     program = build(config, dataset.train, mesh)
-    with Checkpoints(run / "checkpoints") as checkpoints:
+    with Checkpoints(run / "checkpoints", writes=False) as checkpoints:
         state = checkpoints.latest(replicated(jax.eval_shape(program.create, 0), mesh))
     if state is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet")

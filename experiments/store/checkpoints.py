@@ -1,5 +1,7 @@
 """A run's latest states on disk, by Orbax: whole or not there, restorable on other devices."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -16,11 +18,17 @@ class Checkpoints:
     Args:
       folder: made if it is not there.
       kept: how many of the latest to keep.
+      writes: whether the folder is this process's own; if not, it is left as it is.
     """
 
-    def __init__(self, folder: Path, kept: int = 1) -> None:
+    def __init__(self, folder: Path, kept: int = 1, writes: bool = True) -> None:
+        self._folder = folder
         # Not asynchronous: the next dispatch reuses the memory that is being written.
-        options = ocp.CheckpointManagerOptions(max_to_keep=kept, enable_async_checkpointing=False)
+        options = (
+            ocp.CheckpointManagerOptions(max_to_keep=kept, enable_async_checkpointing=False)
+            if writes
+            else ocp.CheckpointManagerOptions(read_only=True)
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -35,7 +43,12 @@ class Checkpoints:
     def save(self, state: State) -> None:
         step = int(state.step)
         if step != self._manager.latest_step():
-            self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+            with _named(self._folder, "no checkpoint could be written"):
+                self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
 
     def rewind(self, step: int) -> None:
         """Deletes the checkpoints of later steps."""
@@ -57,7 +70,20 @@ class Checkpoints:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             like._asdict(),
         )
-        return State(**self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
+        with _named(self._folder, f"the checkpoint of step {step} cannot be read"):
+            return State(**self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
+
+
+@contextmanager
+def _named(folder: Path, what: str) -> Iterator[None]:
+    """Makes an error of Orbax's, of whatever kind, one that names the folder in a line."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        raise  # another process is lost
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ValueError(f"{folder}: {what}: {reason:.300}") from error
 
 
 def replicated(state: State, mesh: Mesh) -> State:

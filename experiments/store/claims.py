@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.store import results
+from experiments.store.checkpoints import steps_in
 
 NAME = "claim"  # no .json: it is no result
 
@@ -21,10 +22,16 @@ def claim(folder: Path, settings: dict[str, Any], devices: int, writes: bool) ->
       writes: whether this process may write.
 
     Raises:
-      ValueError: naming the folder and what differs, if something else is trained there.
+      ValueError: naming the folder and what differs, if something else is trained there; or if
+        it holds checkpoints of nobody knows what.
     """
     wanted = json.loads(json.dumps(settings))
     if not (folder / NAME).exists():
+        if steps_in(folder / "checkpoints"):
+            raise ValueError(
+                f"{folder} holds checkpoints, and its {NAME}, which says of what, is lost; put it "
+                "back, or remove the folder"
+            )
         if writes:
             begun = {"command": command_line(), **results.provenance(devices)}
             results.save(folder / NAME, {"settings": wanted, "begun": begun})
@@ -45,7 +52,7 @@ def claimed(folder: Path) -> dict[str, Any]:
     """
     if not (folder / NAME).exists():
         raise FileNotFoundError(f"no run in {folder}")
-    return results.load(folder / NAME)
+    return results.load(folder / NAME, ("settings", "begun"))
 
 
 def differing(there: Any, wanted: Any, name: str = "") -> list[str]:

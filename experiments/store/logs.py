@@ -38,7 +38,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, step: int, writes: bool = True) -> None:
-        self.lines = [line for line in _read(folder / "metrics.jsonl") if line["step"] <= step]
+        self.lines = [line for line in read(folder) if line["step"] <= step]
         self._writes = writes
         if not writes:
             return
@@ -65,8 +65,11 @@ class Log:
         self.lines.append(line)
         if not self._writes:
             return
-        self._file.write(_encode(line))
-        self._file.flush()
+        try:
+            self._file.write(_encode(line))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         for name, value in values.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
@@ -89,8 +92,24 @@ def _encode(line: dict[str, Any]) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's log; none if there is no log.
+
+    Raises:
+      ValueError: naming the line that is none of a log.
+    """
+    file = folder / "metrics.jsonl"
     if not file.exists():
         return []
     *lines, _ = file.read_bytes().split(b"\n")  # after the last newline, at most a torn line
-    return [json.loads(line) for line in lines]
+    return [_decode(file, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _decode(file: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        decoded = json.loads(line)
+        if {"kind", "step", "seconds"} <= decoded.keys():
+            return dict(decoded)
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{file}, line {number}: expected a line of a run's log, got {line[:40]!r}")

@@ -26,7 +26,8 @@ class Meeting(NamedTuple):
       processes: how many train together.
       process: the number of this one, from 0 on.
       cluster: ask SLURM, Cloud TPU or Open MPI for the other three.
-      heartbeat_seconds: how long a process may be silent before the others give it up.
+      heartbeat_seconds: how long a process may be silent, or late to the start, before the others
+        give it up.
     """
 
     coordinator: str | None = None
@@ -44,7 +45,7 @@ def joined(meeting: Meeting) -> Iterator[None]:
     """Joins the others before this process has used a device; ends it if it loses them.
 
     Raises:
-      ValueError: if the meeting is not fully described, or no cluster is found.
+      ValueError: if the meeting is not fully described, no cluster is found, or not all come.
     """
     if not _wanted(meeting):
         yield
@@ -54,9 +55,16 @@ def joined(meeting: Meeting) -> Iterator[None]:
             meeting.coordinator,
             meeting.processes,
             meeting.process,
+            initialization_timeout=meeting.heartbeat_seconds,
             heartbeat_timeout_seconds=meeting.heartbeat_seconds,
             shutdown_timeout_seconds=meeting.heartbeat_seconds,
         )
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"not all {meeting.processes or ''} processes came to "
+            f"{meeting.coordinator or 'the cluster'} within {meeting.heartbeat_seconds} seconds "
+            f"(--heartbeat-seconds): {str(error).splitlines()[0]}"
+        ) from error
     except ValueError as error:
         if not meeting.cluster:
             raise
@@ -96,8 +104,8 @@ def _wanted(meeting: Meeting) -> bool:
             f"coordinator {coordinator}, processes {processes}, process {process}"
         )
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"coordinator must be HOST:PORT, port 1 to 65535, got {coordinator!r}")
     if not 0 <= process < processes:
         raise ValueError(f"process must be in 0..{processes - 1}, got {process}")
     return True

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 
 import lsoftmax_jax
-from experiments.store.files import replacing
+from experiments.store.files import read_text, replacing
 
 
 def save(file: Path, result: dict[str, Any]) -> None:
@@ -23,18 +24,24 @@ def save(file: Path, result: dict[str, Any]) -> None:
         unfinished.write(f"{{\n{lines}\n}}\n".encode())
 
 
-def load(file: Path) -> dict[str, Any]:
+def load(file: Path, keys: Collection[str] = ()) -> dict[str, Any]:
     """The result in a file.
 
+    Args:
+      file: of a result.
+      keys: that it must have, not null.
+
     Raises:
-      ValueError: naming the file, if it holds no JSON object.
+      ValueError: naming the file, if it holds no JSON object, or one without the keys.
     """
     try:
-        saved = json.loads(file.read_text())
+        saved = json.loads(read_text(file))
     except ValueError as error:
         raise ValueError(f"{file} must hold a result as JSON: {error}") from error
     if not isinstance(saved, dict):
         raise ValueError(f"{file} must hold a result, a JSON object, got {saved!r:.40}")
+    if missing := [key for key in keys if saved.get(key) is None]:
+        raise ValueError(f"{file} must hold a result with {', '.join(missing)}")
     return saved
 
 

@@ -17,6 +17,7 @@ from experiments.__main__ import main
 from experiments.paper.cells import CONFIGS, run_name, toy
 from experiments.run import loop, queue, train
 from experiments.run.queue import Budget, Queue
+from experiments.store import ledger, logs
 from experiments.store import results as result
 from experiments.store.checkpoints import Checkpoints, steps_in
 
@@ -59,6 +60,7 @@ def test_together_continues_to_the_same_bits(pair, tmp_path):
     # A kill amid the saves leaves the runs with different newest checkpoints.
     folders = [tmp_path / run_name(config) / "checkpoints" for config in SEEDS[:2]]
     assert [steps_in(folder) for folder in folders] == [{4, 5}] * 2
+    ledger.rewound(folders[1].parent, 4, logs.read(folders[1].parent))
     with Checkpoints(folders[1], kept=2) as checkpoints:
         checkpoints.rewind(4)
     assert loop.common_step([folder.parent for folder in folders]) == 4

@@ -1,0 +1,161 @@
+"""Kills runs and continues them; each must end in the bits of an unbroken one.
+
+    python scripts/crash.py [KILLS] [SEED] [RESULT.json]
+
+Half of the kills come at a random time, half at an exact event of the file system under the run's
+folder (an open, rename, removal or new folder, as Python's audit hooks see it). Every source of
+the training loop takes its share. A run is killed several times before it is let through.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from experiments.__main__ import main
+from experiments.faces.stand_in import write_digits
+from experiments.store.results import save
+
+COMMON = ["--steps", "12", "--checkpoint-seconds", "0"]
+SOURCES = {
+    "images in memory": ["train", "digits-m4", "--batch", "16", "--width", "0.125"],
+    "streamed faces": ["train-faces", "--batch", "16", "--width", "0.02", "--size", "32", "32"],
+    "synthetic classes": ["scale", "--classes", "1003", "--dim", "32", "--batch", "64"],
+}
+EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+KILLS_A_RUN = 5
+
+
+def started(words: list[str], out: Path, cache: Path, event: int | None = None) -> int:
+    """A process that trains; it kills itself at the numbered event of the file system."""
+    if (child := os.fork()) != 0:
+        return child
+    seen = 0
+
+    def hook(name: str, arguments: tuple) -> None:
+        nonlocal seen
+        if name in EVENTS and str(arguments[0]).startswith(str(out)):
+            seen += 1
+            (out.parent / "last").write_text(f"{seen} {name} {Path(str(arguments[0])).name}")
+            if seen == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    silent = os.open(out.parent / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(silent, 1), os.dup2(silent, 2)
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    sys.addaudithook(hook)
+    os._exit(main([*words, *COMMON, "--out", str(out)]))
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def outcome(out: Path) -> tuple:
+    """What must not depend on kills: the curves, the measures, the bits of the last checkpoint."""
+    (log,) = [*out.glob("metrics.jsonl"), *out.glob("*/metrics.jsonl"),
+              *out.glob("*/*/metrics.jsonl")]  # fmt: skip
+    folder = log.parent
+    result = json.loads(folder.with_name(f"{folder.name}.json").read_text())
+    numbers = result["status"], result["curves"], result.get("test"), result.get("accuracy")
+    with ocp.CheckpointManager(folder / "checkpoints") as manager:
+        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+    leaves, tree = jax.tree.flatten(state)
+    return numbers, str(tree), [np.asarray(leaf).tobytes() for leaf in leaves]
+
+
+def attack(words: list[str], kills: int, rng: random.Random, folder: Path) -> tuple[Counter, int]:
+    """Where the kills hit, and how many runs ended differently."""
+    if words[0] == "train-faces":
+        write_digits(folder / "faces", images=8)
+        words = [*words, "--faces", str(folder / "faces")]
+    hit, wrong, events, seconds = Counter(), 0, 0, 0.0
+    for attempt in ("compiled", "whole"):
+        whole = folder / attempt / "run"
+        whole.mkdir(parents=True)
+        begun = time.monotonic()
+        code = ended(started(words, whole, folder / "cache"))
+        assert code == 0, (folder / attempt / "said").read_text()[-2000:]
+        seconds = time.monotonic() - begun
+        events = int((folder / attempt / "last").read_text().split()[0])
+    expected = run_in_child(outcome, whole)
+    while (done := sum(hit.values())) < kills:
+        place = folder / "broken" / "run"
+        place.mkdir(parents=True)
+        for number in range(min(KILLS_A_RUN, kills - done)):
+            # Later kills find less of the run left.
+            left = 1 - number / KILLS_A_RUN
+            if rng.random() < 0.5:
+                child = started(
+                    words, place, folder / "cache", 1 + int(rng.random() * events * left)
+                )
+                where = "event"
+            else:
+                child = started(words, place, folder / "cache")
+                time.sleep(rng.random() * seconds * left)
+                os.kill(child, signal.SIGKILL)
+                where = "time"
+            if ended(child) == -signal.SIGKILL:
+                last = folder / "broken" / "last"
+                at = last.read_text().split()[1:] if last.exists() else ["before any"]
+                hit[" ".join(at) if where == "event" else "random time"] += 1
+        code = ended(started(words, place, folder / "cache"))
+        if code != 0 or run_in_child(outcome, place) != expected:
+            wrong += 1
+            print(f"exit {code}:", (folder / "broken" / "said").read_text()[-2000:])
+        shutil.rmtree(folder / "broken")
+    return hit, wrong
+
+
+def run_in_child(function, argument):
+    """A value from a process of its own: this one must not start JAX, or it could not fork."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        import hashlib
+
+        os.write(write, hashlib.sha256(repr(function(argument)).encode()).digest())
+        os._exit(0)
+    os.close(write)
+    value = os.read(read, 64)
+    os.close(read)
+    assert ended(child) == 0
+    return value
+
+
+def crash(kills: int = 30, seed: int = 0, result: Path | None = None) -> int:
+    rng, found = random.Random(seed), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, words) in enumerate(SOURCES.items()):
+            share = (kills + number) // len(SOURCES)
+            place = Path(folder).resolve() / str(number)
+            place.mkdir()
+            hit, wrong = attack(words, share, rng, place)
+            found[name] = {"kills": sum(hit.values()), "different": wrong, "at": dict(hit)}
+            print(f"{name}: {sum(hit.values())} kills, {wrong} runs ended differently", flush=True)
+    if result is not None:
+        load = os.getloadavg()[0]
+        save(result, {"kind": "crash", "seed": seed, "load": load, "sources": found})
+    return any(of_one["different"] for of_one in found.values())
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    sys.exit(
+        crash(
+            int(given[0]) if given else 30,
+            int(given[1]) if given[1:] else 0,
+            Path(given[2]) if given[2:] else None,
+        )
+    )

@@ -1,0 +1,185 @@
+"""Other data, lost files and updates that are not finite are noticed, never trained over."""
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.__main__ import main
+from experiments.paper.cells import CONFIGS, run_name
+from experiments.run import loop, train
+from experiments.store import ledger
+from experiments.store.files import locked
+
+CONFIG = replace(CONFIGS["mnist-m4"], steps=8, batch=8, width=1 / 16, examples=16)
+FLAGS = ["--steps", "8", "--batch", "8", "--width", "0.0625", "--examples", "16", "--devices", "1"]
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+def write(folder, seed=0):
+    rng = np.random.default_rng(seed)
+    arrays = {
+        f"{split}_{what}": array
+        for split in ("train", "test")
+        for what, array in (
+            ("images", rng.integers(0, 256, (16, 28, 28, 1), dtype=np.uint8)),
+            ("labels", rng.integers(0, 10, 16)),
+        )
+    }
+    np.savez(folder / "mnist.npz", **arrays)
+
+
+@pytest.fixture(scope="module")
+def stopped_once(compiled_once, tmp_path_factory):
+    """A run stopped at step 4."""
+    out = tmp_path_factory.mktemp("stopped")
+    write(out)
+    asked = itertools.count()
+    options = {"devices": 1, "dispatch": 1, "evaluations": 0, "checkpoint_seconds": 0.0}
+    stop = lambda: next(asked) == 4  # noqa: E731
+    assert train.run(CONFIG, folder=out, out=out, stop=stop, **options) is None
+    return out
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    shutil.copytree(stopped_once, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def go_on(out, capsys):
+    code = main(["train", "mnist-m4", *FLAGS, "--data", str(out), "--out", str(out)])
+    return code, capsys.readouterr().err
+
+
+def refused(out, capsys, message):
+    before = {f: f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()}
+    code, said = go_on(out, capsys)
+    assert code == 2 and message in said
+    after = {f: f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()}
+    assert {f for f in before if f.name != "lock"} <= set(after)
+    assert all(after[f] == content for f, content in before.items() if f in after)
+
+
+def test_other_data_is_no_continuation(stopped, capsys):
+    write(stopped, seed=1)
+    refused(stopped, capsys, "holds another run (data ")
+
+
+def test_a_lost_checkpoint_is_no_start_from_zero(stopped, capsys):
+    shutil.rmtree(stopped / run_name(CONFIG) / "checkpoints")
+    refused(stopped, capsys, "has lost its checkpoint of step 4")
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_cut_log_is_noticed(stopped, capsys, kept):
+    log = stopped / run_name(CONFIG) / "metrics.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:kept]))
+    refused(stopped, capsys, "metrics.jsonl has lost")
+
+
+def test_a_lost_claim_is_noticed(stopped, capsys):
+    (stopped / run_name(CONFIG) / "claim").unlink()
+    refused(stopped, capsys, "its claim, which says of what, is lost")
+
+
+def test_a_run_has_one_process(stopped, capsys):
+    lock = locked(stopped / run_name(CONFIG))
+    refused(stopped, capsys, "is in use by another process")
+    lock.release()
+    assert go_on(stopped, capsys)[0] == 0
+    assert json.loads((stopped / f"{run_name(CONFIG)}.json").read_text())["skipped"] == 0
+
+
+def test_the_note_follows_the_checkpoint(stopped):
+    noted = json.loads((stopped / run_name(CONFIG) / ledger.NAME).read_text())
+    log = stopped / run_name(CONFIG) / "metrics.jsonl"
+    assert noted == {"step": 4, "lines": log.read_bytes().count(b"\n")}
+
+
+class Spoiled:
+    """Batches whose images at some steps are not finite."""
+
+    def __init__(self, source, steps):
+        self._source, self._steps = source, steps
+        self.position, self.restore = source.position, source.restore
+
+    def feed(self, step):
+        fed = self._source.feed(step)
+        spoiled = jnp.full_like(fed.mean, jnp.nan)
+        return fed._replace(mean=spoiled) if step in self._steps else fed
+
+
+def spoil(monkeypatch, steps):
+    prepare = train.prepare
+
+    def spoiled(*arguments):
+        (task,), shared = prepare(*arguments)
+        return [task._replace(source=Spoiled(task.source, steps))], shared
+
+    monkeypatch.setattr(train, "prepare", spoiled)
+
+
+def run(out):
+    return train.run(CONFIG, folder=out, out=out, devices=1, dispatch=1, evaluations=0)
+
+
+def test_updates_that_are_not_finite_are_skipped_and_named(tmp_path, monkeypatch, capsys):
+    write(tmp_path)
+    spoil(monkeypatch, {2, 5})
+    outcome = run(tmp_path)
+    assert outcome["status"] == "finished" and outcome["skipped"] == 2
+    assert outcome["curves"]["train"]["skipped"] == [0, 0, 1, 0, 0, 1, 0, 0]
+    assert outcome["curves"]["train"]["loss"][2] is None
+    assert np.isfinite(outcome["test"]["loss"])
+    said = capsys.readouterr().out
+    for part in ("skipped update 2,", "skipped update 5,", "loss nan", "λ ", "|kernel| "):
+        assert part in said
+
+
+def test_the_last_of_so_many_ends_the_run(tmp_path, monkeypatch, capsys):
+    write(tmp_path)
+    spoil(monkeypatch, {1, 3, 6})
+    outcome = run(tmp_path)
+    assert outcome["status"] == "diverged" and outcome["diverged"]["step"] == 6
+    assert outcome["skipped"] == loop.SKIPPED_LIMIT == 3
+    assert "diverged at step 6" in capsys.readouterr().out
+
+
+def test_skipped_updates_of_earlier_sessions_count(stopped, monkeypatch):
+    log = stopped / run_name(CONFIG) / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines[:2]:
+        line["skipped"] = 1.0
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    spoil(monkeypatch, {5})
+    outcome = run(stopped)
+    assert outcome["status"] == "diverged" and outcome["diverged"]["step"] == 5
+
+
+def test_a_collapse_is_said_once(tmp_path, monkeypatch, capsys):
+    write(tmp_path)
+    prepare = train.prepare
+
+    def collapsing(*arguments):
+        tasks, shared = prepare(*arguments)
+        steps = itertools.count()
+
+        def values(metrics):
+            seen = shared.values(metrics)
+            return seen | {"collapsing": np.float32([next(steps) >= 3])}
+
+        return tasks, shared._replace(values=values)
+
+    monkeypatch.setattr(train, "prepare", collapsing)
+    outcome = run(tmp_path)
+    assert outcome["curves"]["train"]["collapsing"] == [0, 0, 0, 1, 1, 1, 1, 1]
+    said = capsys.readouterr().out
+    assert said.count("is collapsing at step") == 1
+    for part in ("is collapsing at step 3: loss", "A higher λ is the cure", "--lam.minimum"):
+        assert part in said
