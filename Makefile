@@ -1,6 +1,8 @@
 # make quickstart   install into .venv, then train and compare both heads on embedded real digits
 # make test         install into .venv, then lint, type check and test
 # make docs         install into .venv, then build the documentation into site/
+# make crash-test   kill runs of every source and continue them; KILLS=30 SEED=0
+# make fuzz         losses and gradients beside an 80-bit reference; SECONDS=60 SEED=0
 # Other targets: lint, pytest, test-slow, test-lowest, test-newest, test-stacks, parity,
 # compile-gpu, format, notebooks, constraints.
 
@@ -85,3 +87,15 @@ constraints:
 	$(PYTHON) -m venv --clear .venv-constraints
 	.venv-constraints/bin/pip install -qq --editable ".[test]"
 	.venv-constraints/bin/pip freeze --exclude-editable > constraints.txt
+
+KILLS ?= 30
+SECONDS ?= 60
+SEED ?= 0
+.PHONY: crash-test fuzz
+# Then two processes, one of which is killed.
+crash-test: $(VENV)/test.stamp
+	PYTHONPATH=. JAX_PLATFORMS=cpu $(VENV)/bin/python scripts/crash.py $(KILLS) $(SEED)
+	$(VENV)/bin/pytest -m slow -k lost_process tests/experiments/store/test_processes.py
+
+fuzz: $(VENV)/test.stamp
+	PYTHONPATH=. JAX_PLATFORMS=cpu $(VENV)/bin/python scripts/fuzz.py $(SECONDS) $(SEED)

@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,7 +83,8 @@ def attack(words: list[str], kills: int, rng: random.Random, folder: Path) -> tu
     if words[0] == "train-faces":
         write_digits(folder / "faces", images=8)
         words = [*words, "--faces", str(folder / "faces")]
-    hit, wrong, events, seconds = Counter(), 0, 0, 0.0
+    hit: Counter[str] = Counter()
+    wrong, events, seconds = 0, 0, 0.0
     for attempt in ("compiled", "whole"):
         whole = folder / attempt / "run"
         whole.mkdir(parents=True)
@@ -119,7 +122,7 @@ def attack(words: list[str], kills: int, rng: random.Random, folder: Path) -> tu
     return hit, wrong
 
 
-def run_in_child(function, argument):
+def run_in_child(function: Callable[[Path], Any], argument: Path) -> bytes:
     """A value from a process of its own: this one must not start JAX, or it could not fork."""
     read, write = os.pipe()
     if (child := os.fork()) == 0:

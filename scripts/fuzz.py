@@ -103,7 +103,9 @@ def drawn(rng: np.random.Generator, shape: tuple[int, int, int], margin: int, dt
 
 def fuzz(seconds: float = 60.0, seed: int = 0, result: Path | None = None) -> int:
     rng, choose = np.random.default_rng(seed), random.Random(seed)
-    end, worst, count, odd = time.monotonic() + seconds, Counter(), Counter(), Counter()
+    end, worst = time.monotonic() + seconds, dict.fromkeys(EPS, 0.0)
+    count: Counter[tuple[str, bool]] = Counter()
+    odd: Counter[tuple[str, bool]] = Counter()
     failed = 0
     while time.monotonic() < end:
         shape, margin = choose.choice(SHAPES), choose.choice(MARGINS)
