@@ -50,6 +50,14 @@ def joined(meeting: Meeting) -> Iterator[None]:
     if not _wanted(meeting):
         yield
         return
+    # XLA ends a process whose partners do not come by abort, so the reason is said before.
+    where = meeting.coordinator or "the cluster's own place"
+    print(
+        f"waiting for {meeting.processes or 'all'} processes at {where}, at most "
+        f"{meeting.heartbeat_seconds} seconds (--heartbeat-seconds)",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         jax.distributed.initialize(
             meeting.coordinator,

@@ -1,0 +1,35 @@
+"""A process whose partner never comes gives up in time, in words."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_partner_that_never_comes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = ["train", "digits-m4", "--out", str(tmp_path), "--coordinator", f"localhost:{port}"]
+    words += ["--processes", "2", "--process", "0", "--heartbeat-seconds", "3"]
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", *words],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert time.monotonic() - begun < 100
+    assert done.returncode != 0  # XLA aborts
+    said = f"waiting for 2 processes at localhost:{port}, at most 3 seconds"
+    assert said in done.stderr.splitlines()[0]

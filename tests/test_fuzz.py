@@ -1,0 +1,15 @@
+"""A slice of `make fuzz`, which runs as long as one likes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import fuzz  # noqa: E402
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_losses_and_gradients_are_those_of_the_reference():
+    assert fuzz.fuzz(seconds=10, seed=7) == 0
