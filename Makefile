@@ -3,7 +3,7 @@
 # make docs         install into .venv, then build the documentation into site/
 # make crash-test   kill runs of every source and continue them; KILLS=30 SEED=0
 # make fuzz         losses and gradients beside an 80-bit reference; SECONDS=60 SEED=0
-# Other targets: lint, pytest, test-slow, test-lowest, test-newest, test-stacks, parity,
+# Other targets: linkcheck, lint, pytest, test-slow, test-lowest, test-newest, test-stacks, parity,
 # compile-gpu, format, notebooks, constraints.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ STACKS_ARGS ?=
 JOBS ?= 2
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test docs lint pytest test-slow test-lowest test-newest test-stacks parity compile-gpu format notebooks constraints
+.PHONY: quickstart test docs linkcheck lint pytest test-slow test-lowest test-newest test-stacks parity compile-gpu format notebooks constraints
 
 quickstart: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments quickstart
@@ -25,6 +25,10 @@ test: lint pytest
 docs: $(VENV)/docs.stamp
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -W --keep-going -q docs site
 	@echo "site/index.html written"
+
+# Asks every link to another site; needs the network.
+linkcheck: $(VENV)/docs.stamp
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -b linkcheck -q docs site/linkcheck
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .

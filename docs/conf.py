@@ -1,6 +1,7 @@
 """The documentation site: `make docs`. Sphinx's own names, hence lower case."""
 
 import sys
+import tomllib
 from pathlib import Path
 
 from docutils import nodes
@@ -10,6 +11,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import figures  # noqa: E402  beside this file
+import measured  # noqa: E402
+import notebook_pages  # noqa: E402
 
 import lsoftmax_jax  # noqa: E402  of this clone
 
@@ -17,16 +20,25 @@ project = "lsoftmax_jax"
 author = "The lsoftmax_jax authors"
 copyright = f"2026, {author}"
 version = release = lsoftmax_jax.__version__
+pyproject = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
+repository = pyproject["project"]["urls"]["Repository"]
 
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",  # the site carries MathJax itself
     "sphinx_copybutton",
 ]
-myst_enable_extensions = ["attrs_inline", "dollarmath"]
+myst_enable_extensions = ["attrs_inline", "dollarmath", "substitution"]
 myst_heading_anchors = 3
+myst_substitutions = {
+    "clone": f"```sh\ngit clone {repository}\ncd {repository.rpartition('/')[2]}\n```",
+    "install": f"```sh\npip install git+{repository}\n```",
+    "many_classes_plans": measured.many_classes_plans(),
+    "million_classes": measured.million_classes(),
+}
 
 # The docstrings' Args say types and shapes; overloads would repeat every signature.
 autodoc_typehints = "none"
@@ -42,7 +54,10 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!lsoftmax_jax\.).*")]
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # Furo's own underlines the names of modules
 html_title = f"lsoftmax_jax {version}"
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -59,3 +74,4 @@ def without_blank_ends(app: Sphinx, page: nodes.document) -> None:
 def setup(app: Sphinx) -> None:
     app.connect("doctree-read", without_blank_ends)
     app.connect("builder-inited", lambda app: figures.write(HERE / "figures"))
+    app.connect("builder-inited", lambda app: notebook_pages.write(HERE / "notebooks"))

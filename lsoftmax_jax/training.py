@@ -176,8 +176,8 @@ def train_step(
     Args:
       graphdef: the model's structure, from `create`.
       optimizer: an Optax transformation.
-      lam: `lsoftmax_jax.self_paced()`, or a schedule step -> λ >= 0 such as
-        `lsoftmax_jax.margin_schedule(steps)`. A λ below 0 is refused where it is known when the
+      lam: what `lsoftmax_jax.self_paced` returns, or a schedule step -> λ >= 0, such as
+        `lsoftmax_jax.margin_schedule` returns. A λ below 0 is refused where it is known when the
         step is traced; where not, it is NaN, so that the update is skipped.
       loss: (plain logits, labels) -> per-example loss, in place of the head's large-margin loss.
       axis_name: the axis to sum over when the step runs under `jax.pmap` or `jax.shard_map`.

@@ -1,0 +1,60 @@
+"""The guide's numbers, read from the committed results when the site is built."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).parents[1] / "experiments" / "results" / "bench"
+MANY_CLASSES = [512, 256, 102400]  # batch, features, classes
+
+# The arms a user chooses among, in the words of `bench head`, and what to write to get each.
+PLANS = {
+    "optax softmax": "Optax's softmax cross-entropy, no margin",
+    "loss_sum, one-shot": "`lsoftmax_loss_sum`, one shot",
+    "loss_sum, row blocks": "`lsoftmax_loss_sum`, `row_block`",
+    "loss_sum, class blocks": "`lsoftmax_loss_sum`, `class_block`",
+    "loss_sum, class blocks, stored": "the same, `keep_exponentials=True`",
+    "lsoftmax_logits, optax": "`lsoftmax_logits` and Optax's cross-entropy",
+    "optax softmax, optax SGD": "Optax's softmax cross-entropy and SGD, no margin",
+    "loss_sum, one-shot, optax SGD": "`lsoftmax_loss_sum` and Optax's SGD",
+    "lsoftmax_sgd": "`lsoftmax_sgd`",
+}
+
+
+def newest(pattern: str, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The latest result among the files of a pattern that is one of the wanted."""
+    results = [json.loads(file.read_text()) for file in BENCH.glob(pattern)]
+    return max(filter(wanted, results), key=lambda result: str(result["date"]))
+
+
+def many_classes_plans() -> str:
+    """A table: time beside Optax and temporary memory of every plan at many classes."""
+
+    def on_cpu(result: dict[str, Any]) -> bool:
+        shapes = [measured["shape"] for measured in result["shapes"]]
+        return result["device"].startswith("cpu") and MANY_CLASSES in shapes
+
+    result = newest("head-cpu-f32-*.json", on_cpu)
+    (measured,) = (one for one in result["shapes"] if one["shape"] == MANY_CLASSES)
+    arms = {arm["arm"]: arm for arm in measured["arms"]}
+    rows = [
+        f"| {words} | {arms[name]['ratio'][0]:.2f} | {arms[name]['temporary_bytes'] / 1e6:.1f} |"
+        for name, words in PLANS.items()
+        if name in arms  # one that did not fit the machine's memory is not there
+    ]
+    return "\n".join(["| loss and update | time | temporary MB |", "|---|--:|--:|", *rows])
+
+
+def million_classes() -> str:
+    """A sentence: memory and time of an update at a million classes."""
+    result = newest("scale-cpu-1000000-*.json", lambda result: True)
+    config = result["config"]
+    state, temporary, peak = (
+        f"{result[f'{name}_bytes'] / 1e9:.3g} GB" for name in ("state", "temporary", "peak")
+    )
+    return (
+        f"at a million classes of {config['dim']} features and a batch of {config['batch']} they "
+        f"take {state}, everything temporary {temporary}, and the process {peak} at its peak. "
+        f"An update took {result['seconds_per_step']:.0f} s on two CPU cores."
+    )
