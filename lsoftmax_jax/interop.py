@@ -188,7 +188,7 @@ def from_insightface(
 
     With m1 = 1 and m3 = 0 it is ArcFace, its margin without a gradient (since 2022). With m3 > 0
     it is CosFace, and m1 and m2 count for nothing. Anything else it refuses itself; the formula
-    in its papers is `lsoftmax_jax.margins.Combined(m1, m2, m3)`.
+    in its papers is `lsoftmax_jax.margins.Combined`.
 
     Args:
       weight: of its `PartialFC_V2`, (classes, in_features) floating point.
