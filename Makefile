@@ -20,6 +20,7 @@ JOBS ?= 2
 quickstart: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments quickstart
 
+test: COVERAGE = --cov=lsoftmax_jax --cov-report=term:skip-covered
 test: lint pytest
 
 docs: $(VENV)/docs.stamp
@@ -36,7 +37,7 @@ lint: $(VENV)/test.stamp
 	$(VENV)/bin/mypy
 
 pytest: $(VENV)/test.stamp
-	$(VENV)/bin/pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n $(JOBS) $(COVERAGE) $(PYTEST_ARGS)
 
 test-slow:
 	$(MAKE) pytest PYTEST_ARGS="-m slow"
