@@ -37,7 +37,7 @@ CONFIG = replace(CONFIGS["digits-m4"], steps=24, batch=16, width=1 / 8, examples
         (["--cluster", "--heartbeat-seconds", "0"], "heartbeat-seconds must be >= 1, got 0"),
         (
             ["--coordinator", "host", "--processes", "2", "--process", "0"],
-            "coordinator must be HOST:PORT, got 'host'",
+            "coordinator must be HOST:PORT, port 1 to 65535, got 'host'",
         ),
         (
             ["--coordinator", "host:1", "--processes", "2", "--process", "2"],
