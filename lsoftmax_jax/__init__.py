@@ -1,8 +1,8 @@
 """The large-margin softmax (Liu et al., ICML 2016) for JAX: exact, fused, at any size.
 
-The functions below are pure. Imported by themselves: `lsoftmax_jax.nnx` and `lsoftmax_jax.linen`,
-Flax heads over them; `lsoftmax_jax.training` and `lsoftmax_jax.devices`, training steps;
-`lsoftmax_jax.interop`, weights from elsewhere. Importing `lsoftmax_jax` imports no Flax.
+The functions below are pure. `lsoftmax_jax.nnx` and `lsoftmax_jax.linen` have Flax heads over them,
+`lsoftmax_jax.training` and `lsoftmax_jax.devices` have training steps, and `lsoftmax_jax.interop`
+reads weights from elsewhere. Import these five by name: `lsoftmax_jax` itself imports no Flax.
 """
 
 from lsoftmax_jax import margins, sampled, schedule, sharded
