@@ -166,3 +166,18 @@ def test_written_commands_exist(command, flags, capsys, monkeypatch):
         main([*command.split(), *configuration, "--help"])
     known = set(re.findall(r"--[a-z.-]+", capsys.readouterr().out))
     assert flags <= known
+
+
+def test_the_readme_quotes_the_guide_and_the_scoreboard():
+    """Lines of its tables stand in pages that tests hold to the results themselves."""
+    readme = (ROOT / "README.md").read_text()
+    guide = (ROOT / "docs/guide/margin-and-lambda.md").read_text()
+    section = readme.split("## Does it train?")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (?:softmax|`|λ =).*$", section, re.MULTILINE)
+    assert len(rows) >= 8
+    assert set(rows) <= set(guide.splitlines())
+    scoreboard = (ROOT / "experiments/README.md").read_text()
+    section = readme.split("## The paper, re-run")[1].split("\n## ")[0]
+    cells = re.findall(r"[\d.]+ (?:_r_ )?/ [\d.]+ ± [\d.]+ \(\d\)", section)
+    assert len(cells) >= 5
+    assert all(cell in scoreboard for cell in cells)
