@@ -15,7 +15,8 @@ STACKS_ARGS ?=
 JOBS ?= 2
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test docs linkcheck lint pytest test-slow test-lowest test-newest test-stacks parity compile-gpu format notebooks constraints
+.PHONY: quickstart test docs linkcheck lint pytest test-slow test-lowest test-newest test-stacks parity compile-gpu crash-test fuzz \
+    format notebooks constraints
 
 quickstart: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments quickstart

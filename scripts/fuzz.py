@@ -75,10 +75,10 @@ def reference(x: Any, w: Any, labels: Any, margin: int, lam: float, smoothing: f
 @functools.partial(jax.jit, static_argnames=("margin", "smoothing", "plan", "total"))
 def computed(x: Any, w: Any, labels: Any, where: Any, lam: Any, **static: Any) -> Any:
     total = static.pop("total")
-    options = {"margin": static["margin"], "lam": lam, "where": where, "plan": static["plan"]}
-    options["label_smoothing"] = static["smoothing"]
+    keywords = {"margin": static["margin"], "lam": lam, "where": where, "plan": static["plan"]}
+    keywords["label_smoothing"] = static["smoothing"]
     rule = lsm.lsoftmax_loss_sum if total else lsm.lsoftmax_loss
-    return jax.value_and_grad(lambda x, w: jnp.sum(rule(x, w, labels, **options)), (0, 1))(x, w)
+    return jax.value_and_grad(lambda x, w: jnp.sum(rule(x, w, labels, **keywords)), (0, 1))(x, w)
 
 
 def drawn(rng: np.random.Generator, shape: tuple[int, int, int], margin: int, dtype: str) -> Any:

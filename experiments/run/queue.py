@@ -157,11 +157,24 @@ class Queue:
                 group, steps = [*group, config], shared
         return group
 
-    def train(self, group: list[Config], **options: Any) -> None:
+    def train(
+        self,
+        group: list[Config],
+        folder: Path | None,
+        devices: int | None,
+        checkpoint_seconds: float,
+    ) -> None:
         """Trains a group and takes it off the queue, unless it was stopped."""
         self._print_progress(group)
         try:
-            outcomes = train.run_seeds(group, out=self._out, stop=self._budget.over, **options)
+            outcomes = train.run_seeds(
+                group,
+                folder=folder,
+                out=self._out,
+                devices=devices,
+                checkpoint_seconds=checkpoint_seconds,
+                stop=self._budget.over,
+            )
         except Exception as error:  # whatever it is, the other runs go on
             message = str(error) or type(error).__name__
             if message not in self.failed.values():

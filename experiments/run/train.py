@@ -33,17 +33,36 @@ from lsoftmax_jax import SelfPaced, training
 from lsoftmax_jax.devices import data_mesh, put
 
 
-def run(config: Config, **options: Any) -> loop.Outcome | None:
+def run(
+    config: Config,
+    *,
+    folder: Path | None = None,
+    out: Path = loop.RUNS,
+    devices: int | None = None,
+    dispatch: int | None = None,
+    evaluations: int | None = None,
+    checkpoint_seconds: float = 60.0,
+    stop: loop.Stop = lambda: False,
+) -> loop.Outcome | None:
     """Trains a configuration, or continues it, and writes its result.
 
     Args:
       config: what to train.
-      options: those of `run_seeds`.
+      folder, out, devices, dispatch, evaluations, checkpoint_seconds, stop: as in `run_seeds`.
 
     Returns:
       What the result's file holds; None if the run was stopped.
     """
-    outcomes = run_seeds([config], **options)
+    outcomes = run_seeds(
+        [config],
+        folder=folder,
+        out=out,
+        devices=devices,
+        dispatch=dispatch,
+        evaluations=evaluations,
+        checkpoint_seconds=checkpoint_seconds,
+        stop=stop,
+    )
     return None if outcomes is None else outcomes[0]
 
 

@@ -31,23 +31,23 @@ def paced(step):
     return SCHEDULE(step)
 
 
-def sampled_loss(features, kernel, labels, **options):
+def sampled_loss(features, kernel, labels, **keywords):
     sample = lsm.sample_classes(jax.random.key(0), L, C, 2)
     columns = sampled.take_columns(jnp.asarray(K), sample)
     return lsm.lsoftmax_sampled_loss(
-        features, columns if kernel is K else kernel, sample, **options
+        features, columns if kernel is K else kernel, sample, **keywords
     )
 
 
-def nnx_head(features, kernel, labels, margin, lam, **options):
+def nnx_head(features, kernel, labels, margin, lam, **keywords):
     head = LSoftmaxDense(D, C, margin=margin, rngs=nnx.Rngs(0))
-    return head.loss(features, labels, lam, **options)
+    return head.loss(features, labels, lam, **keywords)
 
 
-def linen_head(features, kernel, labels, margin, lam, **options):
+def linen_head(features, kernel, labels, margin, lam, **keywords):
     head = LinenHead(C, margin=margin)
     variables = head.init(jax.random.key(0), F)
-    return head.apply(variables, features, labels, lam, method="loss", **options)
+    return head.apply(variables, features, labels, lam, method="loss", **keywords)
 
 
 ZEROS = jnp.zeros_like(jnp.asarray(K))
@@ -126,10 +126,10 @@ def model():
     return model
 
 
-def step(lam=None, made=model, features=F, labels=L, where=None, **options):
+def step(lam=None, made=model, features=F, labels=L, where=None, **keywords):
     graphdef, state = training.create(made(), optax.sgd(0.1))
     lam = lsm.self_paced() if lam is None else lam
-    update = training.train_step(graphdef, optax.sgd(0.1), lam, **options)
+    update = training.train_step(graphdef, optax.sgd(0.1), lam, **keywords)
     return update(state, features, labels, where)
 
 
@@ -146,16 +146,16 @@ def put(columns):
     return sampled.put_columns(jnp.asarray(K), sample, columns)
 
 
-def sgd(**options):
-    return lsm.lsoftmax_sgd(**{**GOOD, "momentum": ZEROS, "learning_rate": 0.1, **options})
+def sgd(**keywords):
+    return lsm.lsoftmax_sgd(**{**GOOD, "momentum": ZEROS, "learning_rate": 0.1, **keywords})
 
 
 def sample(key=None, labels=L, classes=C, negatives=2):
     return lsm.sample_classes(jax.random.key(0) if key is None else key, labels, classes, negatives)
 
 
-def sharded(**options):
-    return lsm.sharded.lsoftmax_loss(**{**GOOD, "layout": LAYOUT, **options})
+def sharded(**keywords):
+    return lsm.sharded.lsoftmax_loss(**{**GOOD, "layout": LAYOUT, **keywords})
 
 
 FOUR = AbstractMesh((4,), ("model",))

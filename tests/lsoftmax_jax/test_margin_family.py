@@ -130,21 +130,21 @@ def test_nan_stays_nan():
 # The losses against the oracle.
 
 
-def loss_and_gradients(case, features, kernel, labels, cotangent, lam, **options):
+def loss_and_gradients(case, features, kernel, labels, cotangent, lam, **keywords):
     def loss(features, kernel, lam):
         return lsm.lsoftmax_loss(
-            features, kernel, labels, margin=case.margin, scale=case.scale, lam=lam, **options
+            features, kernel, labels, margin=case.margin, scale=case.scale, lam=lam, **keywords
         )
 
     value, pull = jax.vjp(loss, features, kernel, lam)
     return value, pull(cotangent)
 
 
-def sum_and_gradients(case, features, kernel, labels, weights, lam, **options):
+def sum_and_gradients(case, features, kernel, labels, weights, lam, **keywords):
     def total(features, kernel, lam):
         return lsm.lsoftmax_loss_sum(
             features, kernel, labels, weights,
-            margin=case.margin, scale=case.scale, lam=lam, **options,
+            margin=case.margin, scale=case.scale, lam=lam, **keywords,
         )  # fmt: skip
 
     return jax.value_and_grad(total, (0, 1, 2))(features, kernel, lam)

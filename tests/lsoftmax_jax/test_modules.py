@@ -26,8 +26,8 @@ def arguments():
     return features, labels, jnp.float32(0.5)
 
 
-def nnx_head(**options):
-    head = NnxHead(D, C, margin=3, rngs=nnx.Rngs(0), **options)
+def nnx_head(**keywords):
+    head = NnxHead(D, C, margin=3, rngs=nnx.Rngs(0), **keywords)
     head.kernel[...] = jnp.asarray(PROBLEM.kernel, head.kernel.dtype)
     return head
 
@@ -63,8 +63,8 @@ def answers():
     def with_linen(features, labels, lam):
         head, variables = LinenHead(C, margin=3), linen_variables()
 
-        def loss(variables, **options):
-            return head.apply(variables, features, labels, lam, method="loss", **options)
+        def loss(variables, **keywords):
+            return head.apply(variables, features, labels, lam, method="loss", **keywords)
 
         gradients = jax.grad(lambda variables: jnp.mean(loss(variables)))(variables)
         logits = head.apply(variables, features, labels, lam), head.apply(variables, features)
@@ -213,10 +213,10 @@ def test_loss_options_reach_the_function():
     wanted = oracle.loss(*PROBLEM, 3, 0.5, np.arange(B) != 2, 0.2)
     plain = PROBLEM.features @ PROBLEM.kernel
     apply = LinenHead(C, margin=3).apply
-    options = {"where": where, "label_smoothing": 0.2}
+    keywords = {"where": where, "label_smoothing": 0.2}
     for loss, seen in (
-        nnx_head().loss_and_statistics(features, labels, lam, **options),
-        apply(linen_variables(), features, labels, lam, method="loss_and_statistics", **options),
+        nnx_head().loss_and_statistics(features, labels, lam, **keywords),
+        apply(linen_variables(), features, labels, lam, method="loss_and_statistics", **keywords),
     ):
         assert_close(loss, wanted, 1e-5)
         kept = np.asarray(where)

@@ -51,7 +51,7 @@ def make_mesh(layout, axis_type=AxisType.Auto):
     return jax.make_mesh(layout.shape, layout.names, (axis_type,) * len(layout.shape))
 
 
-def options(layout, mesh):
+def keywords(layout, mesh):
     parallel = lsm.ClassParallel(layout.class_axis, layout.batch_axes, mesh, CLASSES)
     return {"layout": parallel, "margin": MARGIN}
 
@@ -107,7 +107,7 @@ def test_per_example_losses_and_gradients(x64, layout, axis_type):
     def run(features, kernel, labels, lam, cotangent):
         loss, pull = jax.vjp(
             lambda *arrays: lsm.sharded.lsoftmax_loss(
-                *arrays[:2], labels, lam=arrays[2], label_smoothing=0.1, **options(layout, mesh)
+                *arrays[:2], labels, lam=arrays[2], label_smoothing=0.1, **keywords(layout, mesh)
             ),
             features,
             kernel,
@@ -126,7 +126,7 @@ def test_per_example_losses_and_gradients(x64, layout, axis_type):
 def sum_and_gradients(features, kernel, labels, lam, weights, layout, mesh, plan=None):
     def total(features, kernel, lam):
         return lsm.sharded.lsoftmax_loss_sum(
-            features, kernel, labels, weights, lam=lam, plan=plan, **options(layout, mesh)
+            features, kernel, labels, weights, lam=lam, plan=plan, **keywords(layout, mesh)
         )
 
     return jax.value_and_grad(total, (0, 1, 2))(features, kernel, lam)
@@ -203,7 +203,7 @@ def test_masks_statistics_and_invalid_labels(layout):
     @jax.jit
     def both(features, kernel, labels):
         split = lsm.sharded.lsoftmax_loss_and_statistics(
-            features, kernel, labels, **options(layout, mesh), **static
+            features, kernel, labels, **keywords(layout, mesh), **static
         )
         return split, lsm.lsoftmax_loss_and_statistics(
             features, kernel[:, :CLASSES], labels, margin=MARGIN, **static
@@ -233,7 +233,7 @@ def test_second_order(x64):
         return jax.jit(jax.grad(of))(features)
 
     split = square(
-        lambda f, k: lsm.sharded.lsoftmax_loss(f, k, labels, lam=LAM, **options(layout, mesh)),
+        lambda f, k: lsm.sharded.lsoftmax_loss(f, k, labels, lam=LAM, **keywords(layout, mesh)),
         COLUMNS,
     )
     whole = square(lambda f, k: lsm.lsoftmax_loss(f, k, labels, lam=LAM, margin=MARGIN), CLASSES)
@@ -251,7 +251,7 @@ def test_an_old_jax_refuses_explicit_axes_outside_jit(monkeypatch):
     mesh = make_mesh(layout, AxisType.Explicit)
     features, kernel, labels, _ = placed(layout, mesh, jnp.float32)
     with pytest.raises(NotImplementedError, match="Explicit axes outside jax.jit.*wrap the call"):
-        lsm.sharded.lsoftmax_loss(features, kernel, labels, lam=LAM, **options(layout, mesh))
+        lsm.sharded.lsoftmax_loss(features, kernel, labels, lam=LAM, **keywords(layout, mesh))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -326,7 +326,7 @@ def test_mistakes_are_named(change, error, name):
     mesh = make_mesh(layout)
     features, kernel, labels, _ = placed(layout, mesh, jnp.float32)
     with pytest.raises(error, match=name):
-        parallel = dataclasses.replace(options(layout, mesh)["layout"], **change)
+        parallel = dataclasses.replace(keywords(layout, mesh)["layout"], **change)
         lsm.sharded.lsoftmax_loss(features, kernel, labels, margin=MARGIN, lam=LAM, layout=parallel)
 
 
@@ -342,7 +342,7 @@ def test_sizes_that_the_mesh_does_not_divide_are_named():
     layout = LAYOUTS["data by model"]
     mesh = make_mesh(layout)
     features, kernel, labels, _ = (np.asarray(a) for a in placed(layout, mesh, jnp.float32))
-    parallel = options(layout, mesh)["layout"]
+    parallel = keywords(layout, mesh)["layout"]
 
     def loss(features, kernel, labels, **change):
         changed = dataclasses.replace(parallel, **change)

@@ -81,11 +81,11 @@ def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_for(folder, out, updates=6, recipe=RECIPE, without="CD", **options):
+def run_for(folder, out, updates=6, recipe=RECIPE, without="CD", **keywords):
     """One session on two people of so many updates; its outcome, None if it was stopped."""
     images = FaceImages(list_faces(folder, without=without), recipe.size)
-    options = {"init_from": None, "mesh": data_mesh()} | options
-    task, shared = train_faces.prepare(recipe, images, out, **options)
+    keywords = {"init_from": None, "mesh": data_mesh()} | keywords
+    task, shared = train_faces.prepare(recipe, images, out, **keywords)
     asked = itertools.count()
     return loop.train([task], shared, loop.Pace(1, 0), lambda: next(asked) == updates)
 

@@ -40,9 +40,9 @@ def stopped_once(compiled_once, tmp_path_factory):
     out = tmp_path_factory.mktemp("stopped")
     write(out)
     asked = itertools.count()
-    options = {"devices": 1, "dispatch": 1, "evaluations": 0, "checkpoint_seconds": 0.0}
+    keywords = {"devices": 1, "dispatch": 1, "evaluations": 0, "checkpoint_seconds": 0.0}
     stop = lambda: next(asked) == 4  # noqa: E731
-    assert train.run(CONFIG, folder=out, out=out, stop=stop, **options) is None
+    assert train.run(CONFIG, folder=out, out=out, stop=stop, **keywords) is None
     return out
 
 

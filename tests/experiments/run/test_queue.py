@@ -55,8 +55,8 @@ def test_together_is_alone_up_to_rounding(pair, tmp_path):
 
 def test_together_continues_to_the_same_bits(pair, tmp_path):
     asked = itertools.count()
-    options = {"out": tmp_path, "checkpoint_seconds": 0.0, **OPTIONS}
-    assert train.run_seeds(SEEDS[:2], stop=lambda: next(asked) == 5, **options) is None
+    keywords = {"out": tmp_path, "checkpoint_seconds": 0.0, **OPTIONS}
+    assert train.run_seeds(SEEDS[:2], stop=lambda: next(asked) == 5, **keywords) is None
     # A kill amid the saves leaves the runs with different newest checkpoints.
     folders = [tmp_path / run_name(config) / "checkpoints" for config in SEEDS[:2]]
     assert [steps_in(folder) for folder in folders] == [{4, 5}] * 2

@@ -26,8 +26,8 @@ CONFIG = replace(CONFIGS["digits-m4"], steps=12, batch=16, width=1 / 8, examples
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
-def run(out, config=CONFIG, **options):
-    return train.run(config, out=out, **({"devices": 1, "evaluations": 3} | options))
+def run(out, config=CONFIG, **keywords):
+    return train.run(config, out=out, **({"devices": 1, "evaluations": 3} | keywords))
 
 
 def numbers(outcome):

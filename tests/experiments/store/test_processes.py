@@ -51,8 +51,8 @@ def test_half_a_meeting_is_refused(flags, message, tmp_path, capsys):
 
 
 def test_no_cluster_is_refused(monkeypatch):
-    def nothing(*_, **options):
-        assert options["heartbeat_timeout_seconds"] == options["shutdown_timeout_seconds"] == 7
+    def nothing(*_, **keywords):
+        assert keywords["heartbeat_timeout_seconds"] == keywords["shutdown_timeout_seconds"] == 7
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", nothing)
