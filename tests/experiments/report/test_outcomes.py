@@ -10,7 +10,7 @@ from experiments.__main__ import main
 from experiments.paper.cells import run_name
 from experiments.paper.config import Config
 from experiments.report import outcomes
-from experiments.run.train import RESULTS
+from experiments.report.outcomes import RESULTS
 from experiments.store import results as result
 from made_up import run_of
 
