@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from experiments.paper.cell import Cell
 from experiments.paper.config import Config
-from lsoftmax_jax.schedule import LambdaPreset
 
 TIME = "30 s, two CPU cores"
 
@@ -18,7 +17,7 @@ _S = Config(
     name="digits-softmax",
     dataset="digits",
     network="digits-2d",
-    lam=LambdaPreset(base=1000.0, gamma=0.005, power=8.0),
+    pace="self-paced",
     steps=500,
     written_for=500,
     batch=128,

@@ -160,9 +160,11 @@ class Queue:
     def train(
         self,
         group: list[Config],
-        folder: Path | None,
-        devices: int | None,
-        checkpoint_seconds: float,
+        *,
+        folder: Path | None = None,
+        devices: int | None = None,
+        evaluations: int | None = None,
+        checkpoint_seconds: float = 60.0,
     ) -> None:
         """Trains a group and takes it off the queue, unless it was stopped."""
         self._print_progress(group)
@@ -172,6 +174,7 @@ class Queue:
                 folder=folder,
                 out=self._out,
                 devices=devices,
+                evaluations=evaluations,
                 checkpoint_seconds=checkpoint_seconds,
                 stop=self._budget.over,
             )

@@ -71,6 +71,8 @@ class Log:
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._file.name) from error
         for name, value in values.items():
+            if not math.isfinite(value):  # λ is infinite while a head paces itself as softmax
+                continue
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def curve(self, kind: str, points: int = 200) -> dict[str, list[Any]]:

@@ -20,7 +20,15 @@ from experiments.store.claims import claim
 from experiments.store.logs import Log, Seconds
 from lsoftmax_jax.schedule import LambdaPreset
 
-CONFIG = replace(CONFIGS["digits-m4"], steps=12, batch=16, width=1 / 8, examples=100)
+CONFIG = replace(
+    CONFIGS["digits-m4"],
+    pace="annealed",
+    lam=LambdaPreset(base=1000.0, gamma=0.005, power=8.0),
+    steps=12,
+    batch=16,
+    width=1 / 8,
+    examples=100,
+)
 
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
