@@ -54,11 +54,13 @@ def test_result_says_everything(unbroken):
     file = out / f"{run_name(CONFIG)}.json"
     assert json.loads(file.read_text(), parse_constant=pytest.fail) == outcome
     assert outcome["status"] == "finished" and outcome["reduced"]
-    assert outcome["changes"] == {"steps": 12, "batch": 16, "width": 0.125, "examples": 100}
+    lam = {"base": 1000.0, "gamma": 0.005, "power": 8.0, "minimum": 0.0}
+    sizes = {"steps": 12, "batch": 16, "width": 0.125, "examples": 100}
+    assert outcome["changes"] == {"pace": "annealed", "lam": lam} | sizes
     assert outcome["command"] == command_of(CONFIG)
     assert outcome["ran"] == {
         "pace": "annealed",
-        "lam": {"base": 1000.0, "gamma": 0.005 * 500 / 12, "power": 8.0, "minimum": 0.0},
+        "lam": lam | {"gamma": 0.005 * 500 / 12},
         "drops": [8, 10],
     }
     assert outcome["versions"]["jax"] == jax.__version__ and outcome["device"].startswith("cpu")
