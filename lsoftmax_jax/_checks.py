@@ -140,7 +140,9 @@ def _narrowed(labels: Any, classes: int) -> Any:
         return labels  # a list of tracers, or nothing that is an array
     if not np.issubdtype(host.dtype, np.integer) or host.dtype.itemsize <= 4:
         return labels
-    return np.where((host >= 0) & (host < classes), host, -1).astype(np.int32)
+    inside = (host >= 0) & (host < classes)
+    # Unsigned integers hold no -1.
+    return np.where(inside, np.where(inside, host, 0).astype(np.int32), np.int32(-1))
 
 
 def check_mask(where: ArrayLike | None, batch_shape: tuple[int, ...]) -> jax.Array | None:

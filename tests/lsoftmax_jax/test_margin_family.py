@@ -604,6 +604,9 @@ def program(margin, scale, **plan):
     return hlo.facts(compiled, 128 * 8192)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="older compilers take more memory; see CONTRIBUTING.md"
+)
 @pytest.mark.parametrize("margin", [ArcFace(0.5), SphereFace(4)], ids=str)
 def test_the_kernel_is_not_copied_to_be_normalised(margin):
     # The gradient of a block of columns, in one shot of all, exists once more: before what lies

@@ -17,7 +17,6 @@ import optax
 import pytest
 
 import lsoftmax_jax as lsm
-from experiments.store import results as result
 from lsoftmax_jax import interop
 from tests import oracle
 
@@ -47,6 +46,9 @@ def figures() -> Iterator[dict[str, Any]]:
     if path := os.environ.get("PARITY_JSON"):
         packages = ("torch", "pytorch-metric-learning", "numpy")
         versions = {"peers": {package: version(package) for package in packages}}
+        # Here, because the library's own tests do without the packages of the experiments.
+        from experiments.store import results as result
+
         result.save(Path(path), {"kind": "parity"} | result.provenance(1) | versions | measured)
 
 
