@@ -11,8 +11,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import figures  # noqa: E402  beside this file
-import measured  # noqa: E402
-import notebook_pages  # noqa: E402
+import measured  # noqa: E402  beside this file
+import notebook_pages  # noqa: E402  beside this file
 
 import lsoftmax_jax  # noqa: E402  of this clone
 

@@ -41,7 +41,10 @@ def stopped_once(compiled_once, tmp_path_factory):
     write(out)
     asked = itertools.count()
     keywords = {"devices": 1, "dispatch": 1, "evaluations": 0, "checkpoint_seconds": 0.0}
-    stop = lambda: next(asked) == 4  # noqa: E731
+
+    def stop():
+        return next(asked) == 4
+
     assert train.run(CONFIG, folder=out, out=out, stop=stop, **keywords) is None
     return out
 
