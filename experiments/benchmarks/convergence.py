@@ -62,6 +62,7 @@ class Setting(NamedTuple):
     cosine: bool = False
     steps: int = 300
     apart: bool = False  # the rules for λ were not chosen by it
+    masked: int = 0  # rows of every batch that do not count; they have wrong labels
 
 
 class Split(NamedTuple):
@@ -73,6 +74,7 @@ class Split(NamedTuple):
 # Sixteen were set apart before the rules were tuned. A first rule was tried on them and failed on
 # three: the 4-D ReLU feature, imbalance 1:50 and 100 identities. Another was then chosen with those
 # three, which therefore are no longer apart; the other thirteen had been seen with the first rule.
+# The last was added when the rule stood.
 SETTINGS = (
     Setting("ReLU feature"),
     Setting("linear feature", relu=False),
@@ -148,6 +150,7 @@ SETTINGS = (
     ),
     Setting("150 updates", relu=False, steps=150, apart=True),
     Setting("3,000 updates", batch=64, cosine=True, steps=3000, apart=True),
+    Setting("half of every batch masked", batch=64, masked=32, steps=600, apart=True),
 )
 QUICK = (Setting("ReLU feature", batch=32, steps=40),)
 
@@ -195,7 +198,7 @@ def bench(quick: bool = False, again: bool = False, out: Path = OUT) -> None:
 
 def setting_of(entry: dict[str, Any]) -> Setting:
     """The setting that an entry of a result was measured in, as far as this version knows it."""
-    fields = {key: entry["setting"].get(key) for key in Setting._fields}
+    fields = {key: entry["setting"][key] for key in Setting._fields if key in entry["setting"]}
     return Setting(**fields | {"data": Data(*entry["setting"]["data"])})
 
 
@@ -260,7 +263,11 @@ class Network(linen.Module):
         return self.head(self.features(inputs))
 
     def loss(self, inputs: jax.Array, labels: jax.Array, lam: jax.Array | None) -> jax.Array:
-        return self.head.loss(self.features(inputs), labels, lam).mean()
+        if not self.setting.masked:
+            return self.head.loss(self.features(inputs), labels, lam).mean()
+        counts = jnp.arange(self.setting.batch) >= self.setting.masked
+        labels = jnp.where(counts, labels, (labels + 1) % self.classes)
+        return self.head.loss(self.features(inputs), labels, lam, where=counts).mean(where=counts)
 
 
 class Start(NamedTuple):
