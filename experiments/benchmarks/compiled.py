@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled, Lowered
@@ -28,10 +27,11 @@ from experiments.benchmarks import arms as every
 from experiments.benchmarks import hlo, scale
 from experiments.benchmarks.arms import Shape
 from experiments.benchmarks.targets import Target, TooLarge, target
-from experiments.paper import networks as models
+from experiments.faces.recipe import FaceRecipe
 from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
-from experiments.store.results import provenance, save
+from experiments.run.program import network_state
+from experiments.store.results import load, provenance, save
 from lsoftmax_jax import devices, training
 
 OUT = Path(__file__).parents[1] / "results" / "compiled"
@@ -57,6 +57,7 @@ MARGIN, BLOCK, NEGATIVES = 4, 4096, 16_384
 SHARDED_CLASSES, SHARDED_BATCH = (1_000_000, 10_000_000, 100_000_000), 8192
 NETWORKS = ("mnist", "cifar10plus", "cifar100")
 UPDATES = 100
+PEOPLE = 10_575  # of CASIA-WebFace
 
 
 class Case(NamedTuple):
@@ -68,6 +69,10 @@ class Case(NamedTuple):
     devices: int = 1
     elements: int = 0  # of the kernel on a device: moves of so many are listed
 
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.size}"
+
 
 def compile_(
     targets: tuple[str, ...] = ("v5e:2x4", "v6e:2x4"),
@@ -78,43 +83,97 @@ def compile_(
 ) -> None:
     """Compiles heads and training steps for TPUs and GPUs that are not here, and reports.
 
+    A program of the same commit and the same versions is not compiled again: what was stopped
+    goes on, and a slice finds the programs of its one chip done.
+
     Args:
       targets: such as v5e:2x4, v5e:16x16, v6e:16x16, v5p:2x2x1, h100, h200, a100, b200.
       heads: compile the heads.
       steps: compile whole steps of the paper's networks, which takes half a minute each.
       only: a part of a name; only such cases are compiled.
-      out: folder of the results, two files a target.
+      out: folder of the results, two files a chip and two a slice.
     """
-    for each in [target(name) for name in targets]:
-        if heads:
-            compile_part(each, "heads", [*head_cases(each)], only, out)
-        if steps:
-            compile_part(each, "steps", [*step_cases(each)], only, out)
+    parts = [
+        part
+        for name in targets
+        for part in parts_of(target(name))
+        if (heads if part.kind == "heads" else steps)
+    ]
+    if not any(only in case.title for part in parts for case in part.cases):
+        raise ValueError(f"only: no program has {only!r} in its name or size")
+    for part in parts:
+        compile_part(part, only, out)
 
 
-def compile_part(on: Target, part: str, cases: list[Case], only: str, out: Path) -> None:
-    begun, rows = datetime.now(UTC), []
-    file = out / f"{on.name.replace(':', '-')}-{part}.json"
+class Part(NamedTuple):
+    """The programs of a file."""
+
+    on: Target
+    name: str  # of a chip, or of a slice
+    kind: str  # heads or steps
+    cases: list[Case]
+
+
+def parts_of(on: Target) -> list[Part]:
+    chip = on.name.partition(":")[0]
+    parts = [
+        Part(on, chip, "heads", [*head_cases(on)]),
+        Part(on, chip, "steps", [*step_cases(on)]),
+    ]
+    if len(on.devices) > 1:
+        parts += [
+            Part(on, on.name, "heads", [*slice_head_cases(on)]),
+            Part(on, on.name, "steps", [*slice_step_cases(on)]),
+        ]
+    return parts
+
+
+def compile_part(part: Part, only: str, out: Path) -> None:
+    """Compiles what is not done yet, prints the part's table and writes its file."""
+    on, file = part.on, out / f"{part.name.replace(':', '-')}-{part.kind}.json"
     result = {
-        "kind": f"compile {part}",
-        "date": begun.isoformat(timespec="seconds"),
+        "kind": f"compile {part.kind}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", "experiments", *sys.argv[1:]]),
         **provenance(1),
         "compilers": compilers(),
         "device": "none: compiled, not run",
-        "target": on.name,
+        "target": part.name,
         "chip": on.chip._asdict() | {"config": " ".join(on.chip.config.split())},
     }
-    chosen = [case for case in cases if only in f"{case.name} {case.size}"]
-    for case in tqdm(chosen, f"{on.name} {part}", unit=" programs", leave=False):
-        rows.append(compiled_row(on, case))
-        # Appended one by one: an interrupted run keeps what it has.
-        save(file, result | {"programs": rows})
-    if not rows:
-        raise ValueError(f"only: no program of the {part} has {only!r} in its name or size")
-    # Piped, a console takes itself for 80 characters wide.
-    Console(width=max(Console().width, 132)).print(table(on, rows))
-    print(f"{file} written")
+    rows, commit = kept_rows(file, result), result["commit"]
+    chosen = [
+        case
+        for case in part.cases
+        if only in case.title and not is_done(rows.get(case.title), commit)
+    ]
+    for case in tqdm(chosen, f"{part.name} {part.kind}", unit=" programs", leave=False):
+        rows[case.title] = compiled_row(on, case) | {"commit": commit}
+        # Written one by one: an interrupted run goes on where it was.
+        programs = [rows[case.title] for case in part.cases if case.title in rows]
+        save(file, result | {"programs": programs})
+    shown = [rows[c.title] for c in part.cases if only in c.title and c.title in rows]
+    if shown:
+        # Piped, a console takes itself for 80 characters wide.
+        Console(width=max(Console().width, 132)).print(table(part.name, shown))
+        print(f"{file} {'written' if chosen else 'was complete'}")
+
+
+def kept_rows(file: Path, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a file by their titles; none if other versions wrote it."""
+    if not file.exists():
+        return {}
+    saved = load(file, ("programs", "versions", "compilers"))
+    if any(saved[key] != result[key] for key in ("versions", "compilers")):
+        return {}
+    return {f"{row['name']} {row['size']}": row for row in saved["programs"]}
+
+
+def is_done(row: dict[str, Any] | None, commit: str | None) -> bool:
+    """Whether a row is of a commit, without changes to it."""
+    if row is None or commit is None:
+        return False
+    return row["commit"] == commit and not commit.endswith("-changed")
 
 
 def compilers() -> dict[str, str]:
@@ -171,6 +230,9 @@ def head_cases(on: Target) -> Iterator[Case]:
                 lower = _lower_arm(on, arm, shape, dtype)
                 yield Case(arm.name, f"{shape} {dtype}", lower, 1, elements)
     yield _sampled(on, Shape(4096, 512, 1_000_000))
+
+
+def slice_head_cases(on: Target) -> Iterator[Case]:
     for job in sharded_jobs(len(on.devices)):
         yield from sharded_cases(on, job)
 
@@ -227,8 +289,6 @@ def _sampled(on: Target, shape: Shape) -> Case:
 
 def sharded_jobs(chips: int) -> Iterator[scale.Job]:
     """Heads over all chips of a slice: the classes over all of them, or with a data axis."""
-    if chips == 1:
-        return
     for classes in SHARDED_CLASSES:
         for data in (1, 2) if chips < 64 else (1, 4, 16):
             yield scale.Job(classes, 512, SHARDED_BATCH, data, chips // data, "bf16")
@@ -278,79 +338,120 @@ def step_cases(on: Target) -> Iterator[Case]:
         for dtype in ("f32", "bf16"):
             for kind in ("softmax", "m4"):
                 config = replace(CONFIGS[f"{network}-{kind}"], dtype=dtype)
-                yield _step(on, config, "training step", _train)
-    yield _step(on, CONFIGS["cifar100-m4"], "evaluation", _evaluate)
-    yield _step(on, CONFIGS["cifar100-m4"], "features and logits", _embed)
-    yield _step(on, CONFIGS["digits-m4"], "quickstart's training step", _train)
-    yield _step(on, CONFIGS["mnist-m4"], f"{UPDATES} updates in one dispatch", _repeat)
+                yield _step(on, _of(config), "training step", _train)
+    large, small = _of(CONFIGS["cifar100-m4"]), _of(CONFIGS["mnist-m4"])
+    yield _step(on, large, "evaluation", _evaluate)
+    yield _step(on, large, "features and logits", _embed)
+    yield _step(on, small, f"{UPDATES} updates in one dispatch", _repeat)
+    yield _step(on, _of(CONFIGS["digits-m4"]), "quickstart's training step", _train)
+    # Those of notebook reproduce are mnist-m4 and digits-m4, above; tour and devices have networks
+    # of 64 pixels written out there.
+    faces = Network(FaceRecipe(), FaceRecipe().network, PEOPLE)
+    yield _step(on, faces, "training step of notebook faces", _train)
+    yield _step(on, faces, "features of notebook faces", _embed)
+
+
+def slice_step_cases(on: Target) -> Iterator[Case]:
+    """A step over all chips of a slice, by `jit` over a mesh and by `pmap`, 32 images a chip."""
+    chips = len(on.devices)
+    network = _of(replace(CONFIGS["mnist-m4"], dtype="bf16", batch=32 * chips))
+    yield _step(on, network, "data-parallel step", _data_parallel, chips)
+    yield _step(on, network, "pmap's step", _pmap, chips)
 
 
 class Network(NamedTuple):
-    """A configuration's network and its state, abstract."""
+    """A recipe's network, and what its steps take, abstract."""
 
-    config: Config
-    graphdef: Any
-    state: Any
-    images: jax.ShapeDtypeStruct
-    labels: jax.ShapeDtypeStruct
+    recipe: Config | FaceRecipe
+    name: str
+    classes: int
 
     @property
-    def train_step(self) -> training.TrainStep:
-        return training.train_step(self.graphdef, self.config.optimizer, self.config.lam_policy)
+    def parts(self) -> tuple[Any, Any]:
+        """Its structure and its state."""
+        recipe = self.recipe
+        graphdef, create = network_state(recipe, recipe.built_network, self.classes)
+        return graphdef, jax.eval_shape(create, 0)
+
+    @property
+    def batch(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Images and labels."""
+        rows = self.recipe.batch
+        images = jax.ShapeDtypeStruct((rows, *self.recipe.built_network.image), jnp.float32)
+        return images, jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+    def train_step(self, axis_name: str | None = None) -> tuple[training.TrainStep, Any]:
+        """The step and the state that it takes."""
+        recipe, (graphdef, state) = self.recipe, self.parts
+        lam = recipe.lam_policy
+        return training.train_step(graphdef, recipe.optimizer, lam, axis_name=axis_name), state
 
 
-def _network(config: Config) -> Network:
-    def model() -> models.ConvNet:
-        return models.ConvNet(
-            config.built_network,
-            config.classes,
-            margin=config.margin,
-            dtype=config.activation_dtype,
-            rngs=nnx.Rngs(0),
-        )
-
-    return Network(
-        config,
-        nnx.graphdef(nnx.eval_shape(model)),
-        jax.eval_shape(lambda: training.create(model(), config.optimizer)[1]),
-        jax.ShapeDtypeStruct((config.batch, *config.built_network.image), jnp.float32),
-        jax.ShapeDtypeStruct((config.batch,), jnp.int32),
-    )
+def _of(config: Config) -> Network:
+    return Network(config, config.name, config.classes)
 
 
-def _step(on: Target, config: Config, name: str, lower: Callable[..., Lowered]) -> Case:
-    size = f"{config.name}, batch {config.batch}, {config.dtype}"
-    return Case(name, size, lambda: lower(on, _network(config)))
+def _step(
+    on: Target, network: Network, name: str, lower: Callable[..., Lowered], chips: int = 1
+) -> Case:
+    recipe = network.recipe
+    size = f"{network.name}, batch {recipe.batch}, {recipe.dtype}"
+    return Case(name, size, lambda: lower(on, network), chips)
 
 
 def _train(on: Target, network: Network) -> Lowered:
-    given = placed((network.state, network.images, network.labels), on.one)
-    return jax.jit(network.train_step, donate_argnums=0).lower(*given)
+    step, state = network.train_step()
+    return jax.jit(step, donate_argnums=0).lower(*placed((state, *network.batch), on.one))
 
 
 def _evaluate(on: Target, network: Network) -> Lowered:
-    given = placed((network.state, network.images, network.labels), on.one)
-    return jax.jit(training.eval_step(network.graphdef)).lower(*given)
+    graphdef, state = network.parts
+    given = placed((state, *network.batch), on.one)
+    return jax.jit(training.eval_step(graphdef)).lower(*given)
 
 
 def _embed(on: Target, network: Network) -> Lowered:
-    given = placed((network.state, network.images), on.one)
-    return jax.jit(training.embed_step(network.graphdef)).lower(*given)
+    graphdef, state = network.parts
+    given = placed((state, network.batch[0]), on.one)
+    return jax.jit(training.embed_step(graphdef)).lower(*given)
 
 
 def _repeat(on: Target, network: Network) -> Lowered:
+    step, state = network.train_step()
     mesh = on.mesh((1,), (devices.DATA_AXIS,))
-    many = devices.repeat(network.train_step, lambda step, data: data, mesh)
+    many = devices.repeat(step, lambda step, data: data, mesh)
     whole = NamedSharding(mesh, P())
-    data = placed((network.images, network.labels), whole)
-    return many.lower(placed(network.state, whole), data, UPDATES)
+    return many.lower(placed(state, whole), placed(network.batch, whole), UPDATES)
+
+
+def _data_parallel(on: Target, network: Network) -> Lowered:
+    step, state = network.train_step()
+    mesh = on.mesh((len(on.devices),), (devices.DATA_AXIS,))
+    return devices.compile_step(step, mesh).lower(state, *network.batch)
+
+
+def _pmap(on: Target, network: Network) -> Lowered:
+    step, state = network.train_step(axis_name=devices.DATA_AXIS)
+    mapped = jax.pmap(step, devices.DATA_AXIS, devices=on.devices, donate_argnums=0)
+    chips = len(on.devices)
+
+    def on_each(array: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((chips, *shape), array.dtype)
+
+    images, labels = network.batch
+    rows = network.recipe.batch // chips
+    return mapped.lower(
+        jax.tree.map(lambda array: on_each(array, *array.shape), state),
+        on_each(images, rows, *images.shape[1:]),
+        on_each(labels, rows),
+    )
 
 
 # The table.
 
 
-def table(on: Target, rows: list[dict[str, Any]]) -> Table:
-    title = f"{on.name}, each device; compiled, not run"
+def table(target: str, rows: list[dict[str, Any]]) -> Table:
+    title = f"{target}, each device; compiled, not run"
     view = Table(title=title, caption="kernels: a loop's count once")
     view.add_column("program")
     view.add_column("size")

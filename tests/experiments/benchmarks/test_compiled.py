@@ -135,17 +135,65 @@ def test_1e8_classes_on_256_chips_fit_and_gather_no_logits():
     assert "f64[" not in compiled_.as_text()
 
 
-def test_a_result_has_its_versions(tmp_path, monkeypatch):
-    row = {"name": "n", "size": "s", "devices": 1, "fits": False, "refused": "2G of 1G"}
-    monkeypatch.setattr(compiled, "compiled_row", lambda on, case: row)
+def compile_two(monkeypatch, folder, commit="a" * 40, versions=None, only=""):
+    """Names of what is compiled of a part with programs `one` and `two`; and the saved result."""
+    done = []
+
+    def row(on, case):
+        done.append(case.name)
+        return {"name": case.name, "size": "s", "devices": 1, "fits": False, "refused": "2G of 1G"}
+
+    facts = {"commit": commit, "versions": versions or {"jax": "1"}, "device": "cpu"}
+    monkeypatch.setattr(compiled, "compiled_row", row)
+    monkeypatch.setattr(compiled, "provenance", lambda devices: facts)
     monkeypatch.setattr(sys, "argv", ["experiments", "compile"])
-    on = targets.Target("v5e", targets.CHIPS["v5e"], [None])
-    case = compiled.Case("n", "s", lambda: None)
-    compiled.compile_part(on, "heads", [case], "", tmp_path)
-    saved = json.loads((tmp_path / "v5e-heads.json").read_text())
-    assert saved["programs"] == [row] and saved["versions"]["jax"] and saved["chip"]["source"]
-    with pytest.raises(ValueError, match="nothing"):
-        compiled.compile_part(on, "heads", [case], "nothing", tmp_path)
+    cases = [compiled.Case(name, "s", lambda: None) for name in ("one", "two")]
+    on = targets.Target("v5e:2x4", targets.CHIPS["v5e"], [None] * 8)
+    compiled.compile_part(compiled.Part(on, "v5e", "heads", cases), only, folder)
+    return done, json.loads((folder / "v5e-heads.json").read_text())
+
+
+def test_a_result_has_its_versions(tmp_path, monkeypatch):
+    _, saved = compile_two(monkeypatch, tmp_path)
+    assert saved["versions"] == {"jax": "1"} and saved["chip"]["source"]
+    assert saved["target"] == "v5e" and saved["device"] == "none: compiled, not run"
+    assert [row["commit"] for row in saved["programs"]] == ["a" * 40] * 2
+
+
+def test_a_program_is_compiled_once(tmp_path, monkeypatch):
+    assert compile_two(monkeypatch, tmp_path, only="two")[0] == ["two"]
+    done, saved = compile_two(monkeypatch, tmp_path)
+    assert done == ["one"] and [row["name"] for row in saved["programs"]] == ["one", "two"]
+    assert compile_two(monkeypatch, tmp_path)[0] == []
+
+
+def test_another_commit_or_version_compiles_again(tmp_path, monkeypatch):
+    compile_two(monkeypatch, tmp_path)
+    # What is not asked for keeps its row.
+    done, saved = compile_two(monkeypatch, tmp_path, commit="b" * 40, only="one")
+    assert done == ["one"] and [row["commit"][0] for row in saved["programs"]] == ["b", "a"]
+    assert compile_two(monkeypatch, tmp_path, versions={"jax": "2"})[0] == ["one", "two"]
+    changed = "b" * 40 + "-changed"
+    for _ in range(2):
+        assert compile_two(monkeypatch, tmp_path, commit=changed)[0] == ["one", "two"]
+
+
+@aot
+def test_a_program_that_is_not_there_is_named(capsys):
+    assert main(["compile", "--targets", "v5e:2x4", "--only", "nothing"]) == 2
+    assert "'nothing'" in capsys.readouterr().err
+
+
+@aot
+def test_a_slice_steps_over_all_chips_by_jit_and_by_pmap(monkeypatch):
+    # The digits' network: the same programs, in seconds.
+    monkeypatch.setitem(compiled.CONFIGS, "mnist-m4", compiled.CONFIGS["digits-m4"])
+    on = targets.target("v5e:2x2")
+    rows = [compiled.compiled_row(on, case) for case in compiled.slice_step_cases(on)]
+    assert [row["name"] for row in rows] == ["data-parallel step", "pmap's step"]
+    for row in rows:
+        assert row["fits"] and not row["float64"]
+        assert {(c["kind"], c["devices"]) for c in row["collectives"]} == {("all-reduce", 4)}
 
 
 @pytest.mark.parametrize("most", [0, 1, 37, 100])
