@@ -66,14 +66,18 @@ def provenance(devices: int) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The clone's commit, with a mark if tracked files differ from it; None outside a clone."""
+    """The clone's commit, with a mark if tracked files differ from it; None outside a clone.
+
+    Results are no part of what ran: a run of many writes the first before it begins the second.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        code = ":(top)", ":(top,exclude)experiments/results"
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

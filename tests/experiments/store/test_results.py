@@ -1,0 +1,31 @@
+"""What a result says of where it came from."""
+
+import subprocess
+
+from experiments.store import results
+
+
+def test_a_changed_file_marks_the_commit_and_a_result_does_not(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return said.stdout.strip()
+
+    def commit():
+        return results.provenance(1)["commit"]
+
+    code = tmp_path / "experiments" / "store" / "results.py"
+    saved = tmp_path / "experiments" / "results" / "bench" / "one.json"
+    for file in (code, saved):
+        file.parent.mkdir(parents=True)
+        file.write_text("1")
+    monkeypatch.setattr(results, "__file__", str(code))
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    first = git("rev-parse", "HEAD")
+    assert commit() == first
+    saved.write_text("2")
+    assert commit() == first
+    code.write_text("2")
+    assert commit() == f"{first}-changed"
