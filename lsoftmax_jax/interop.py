@@ -321,12 +321,12 @@ def read_safetensors(path: str | os.PathLike[str], name: str) -> np.ndarray:
         raise ImportError("a safetensors file needs: pip install safetensors") from error
     try:
         with safe_open(path, framework="numpy") as file:
-            if name in file.keys():
+            names = sorted(file.keys())
+            if name in names:
                 return file.get_tensor(name)
-            names = ", ".join(sorted(file.keys()))
     except SafetensorError as error:
         raise ValueError(f"path must be a safetensors file, got {path}: {error}") from error
-    raise ValueError(f"name must be one of the tensors of {path}: {names}; got {name!r}")
+    raise ValueError(f"name must be one of the tensors of {path}: {', '.join(names)}; got {name!r}")
 
 
 def _matrix(

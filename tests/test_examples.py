@@ -69,6 +69,6 @@ def test_faces_of_people_never_seen_are_told_apart(example, tmp_path, capsys):
             noisy = np.clip(face + rng.normal(0, 20, face.shape), 0, 255).astype(np.uint8)
             image = Image.fromarray(noisy).resize((40, 40), Image.Resampling.NEAREST)
             image.save(tmp_path / f"person{person}" / f"{number}.jpg")
-    before, after = example.main(tmp_path, steps=60)
+    _, after = example.main(tmp_path, steps=60)
     assert after > 0.9
     assert "never seen" in capsys.readouterr().out

@@ -461,7 +461,7 @@ def scale(
 def train(job: Job, steps: int, out: Path, checkpoint_seconds: float) -> int:
     mesh, clock = make_mesh(job), Clock()
     run = programs(job, mesh)
-    rows, columns, whole = (NamedSharding(mesh, spec) for spec in (ROWS, COLUMNS, P()))
+    columns, whole = (NamedSharding(mesh, spec) for spec in (COLUMNS, P()))
     with clock.spent("compilation"):
         step = compile_step(job, run.step)
 

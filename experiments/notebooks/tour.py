@@ -125,7 +125,7 @@ for title, margin in (("softmax", 1), ("L-Softmax, m = 4", 4)):
 def tested(model):
     """Error of the test images in percent, mean angle to the label's column in degrees."""
     features = model(test_images)
-    loss, seen = model.head.loss_and_statistics(features, test_labels)
+    _, seen = model.head.loss_and_statistics(features, test_labels)
     error = 100 * float(jnp.mean(seen.plain_logit <= seen.max_logit))
     return error, float(jnp.degrees(jnp.arccos(jnp.clip(seen.target_cosine, -1, 1))).mean())
 

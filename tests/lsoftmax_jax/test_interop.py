@@ -122,7 +122,7 @@ def test_wrong_shapes_are_refused():
 def test_other_mistakes_are_named():
     with pytest.raises(TypeError, match="weight must be floating point, got dtype int"):
         interop.kernel_from_columns(np.ones((2, 3), int))
-    with pytest.raises(ValueError, match="type must be one of SINGLE.*'QUINTUPLE'"):
+    with pytest.raises(ValueError, match=r"type must be one of SINGLE.*'QUINTUPLE'"):
         interop.from_caffe(type="QUINTUPLE")
     with pytest.raises(ValueError, match="iteration"):
         interop.from_caffe(iteration=-1)
@@ -204,7 +204,7 @@ def test_safetensors(tmp_path):
     weight = interop.read_safetensors(file, "fc.weight")
     np.testing.assert_array_equal(interop.kernel_from_rows(weight), KERNEL)
     assert interop.read_safetensors(str(file), "half").dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match="backbone.conv.weight, fc.weight, half; got 'fc'"):
+    with pytest.raises(ValueError, match=r"backbone.conv.weight, fc.weight, half; got 'fc'"):
         interop.read_safetensors(file, "fc")
 
 
@@ -213,7 +213,7 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path, monkeypatch):
         interop.read_safetensors(tmp_path / "missing.safetensors", "fc.weight")
     file = tmp_path / "model.pth"
     file.write_bytes(b"PK\x03\x04 a pickle in a zip")
-    with pytest.raises(ValueError, match="path must be a safetensors file, got .*model.pth"):
+    with pytest.raises(ValueError, match=r"path must be a safetensors file, got .*model.pth"):
         interop.read_safetensors(file, "fc.weight")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match="pip install safetensors"):

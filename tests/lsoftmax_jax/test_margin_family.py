@@ -385,7 +385,7 @@ def test_self_paced(x64, case):
     problem = oracle.problem(3, BATCH, DIM, CLASSES)
     rng = np.random.default_rng(0)
     near = problem.kernel[:, problem.labels].T + 0.3 * rng.standard_normal((BATCH, DIM))
-    features, kernel, labels, cotangent, _ = given(problem._replace(features=near))
+    features, kernel, labels, _, _ = given(problem._replace(features=near))
     keywords = {"margin": case.margin, "scale": case.scale}
     lams = []
     for plan in (PLANS["one-shot"], PLANS["class blocks, recomputed"]):
@@ -402,7 +402,7 @@ def test_self_paced(x64, case):
 @every_angular
 def test_reverse_over_reverse(x64, case):
     problem = oracle.problem(3, 4, DIM, CLASSES)
-    features, kernel, labels, cotangent, _ = given(problem)
+    features, kernel, labels, _, _ = given(problem)
     direction = np.random.default_rng(1).standard_normal(features.shape)
     rest = kernel, labels, jnp.ones(4), jnp.float64(0)
 

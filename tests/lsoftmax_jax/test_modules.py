@@ -256,9 +256,9 @@ def test_importing_the_functions_imports_no_flax():
 
 
 def test_a_layout_that_is_none_is_refused():
-    with pytest.raises(TypeError, match="layout must be .*ClassParallel, got 'model'"):
+    with pytest.raises(TypeError, match=r"layout must be .*ClassParallel, got 'model'"):
         NnxHead(4, 3, layout="model", rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match="layout must be .*ClassParallel, got 'model'"):
+    with pytest.raises(TypeError, match=r"layout must be .*ClassParallel, got 'model'"):
         LinenHead(3, layout="model").init(jax.random.key(0), jnp.ones((2, 4)))
 
 
@@ -281,7 +281,7 @@ def test_without_lam_the_heads_pace_themselves():
 
 def test_margin_logits_without_lam_are_refused_in_words():
     features, labels, lam = arguments()
-    with pytest.raises(TypeError, match="labels and lam must be given together.*loss, which needs"):
+    with pytest.raises(TypeError, match=r"lam must be given together.*loss, which needs"):
         nnx_head()(features, labels)
     with pytest.raises(TypeError, match="labels and lam must be given together"):
         LinenHead(C).apply(linen_variables(), features, lam=lam)

@@ -250,7 +250,7 @@ def test_an_old_jax_refuses_explicit_axes_outside_jit(monkeypatch):
     layout = LAYOUTS["data by model"]
     mesh = make_mesh(layout, AxisType.Explicit)
     features, kernel, labels, _ = placed(layout, mesh, jnp.float32)
-    with pytest.raises(NotImplementedError, match="Explicit axes outside jax.jit.*wrap the call"):
+    with pytest.raises(NotImplementedError, match=r"Explicit axes outside jax.jit.*wrap the call"):
         lsm.sharded.lsoftmax_loss(features, kernel, labels, lam=LAM, **keywords(layout, mesh))
 
 
@@ -325,16 +325,21 @@ def test_mistakes_are_named(change, error, name):
     layout = LAYOUTS["data by model"]
     mesh = make_mesh(layout)
     features, kernel, labels, _ = placed(layout, mesh, jnp.float32)
+    parallel = keywords(layout, mesh)["layout"]
+
+    def loss():
+        changed = dataclasses.replace(parallel, **change)
+        lsm.sharded.lsoftmax_loss(features, kernel, labels, margin=MARGIN, lam=LAM, layout=changed)
+
     with pytest.raises(error, match=name):
-        parallel = dataclasses.replace(keywords(layout, mesh)["layout"], **change)
-        lsm.sharded.lsoftmax_loss(features, kernel, labels, margin=MARGIN, lam=LAM, layout=parallel)
+        loss()
 
 
 def test_padded_columns_names_its_mistakes():
     mesh = jax.sharding.AbstractMesh((8,), ("model",))
-    with pytest.raises(ValueError, match="class_axis must be axes of the mesh.*got 'models'"):
+    with pytest.raises(ValueError, match=r"class_axis must be axes of the mesh.*got 'models'"):
         lsm.sharded.padded_columns(10, lsm.ClassParallel("models", mesh=mesh))
-    with pytest.raises(ValueError, match="classes must be .*got 0"):
+    with pytest.raises(ValueError, match=r"classes must be .*got 0"):
         lsm.sharded.padded_columns(0, lsm.ClassParallel("model", mesh=mesh))
 
 
@@ -348,7 +353,7 @@ def test_sizes_that_the_mesh_does_not_divide_are_named():
         changed = dataclasses.replace(parallel, **change)
         lsm.sharded.lsoftmax_loss(features, kernel, labels, margin=MARGIN, lam=LAM, layout=changed)
 
-    with pytest.raises(ValueError, match="kernel must have a multiple of 4 columns.*classes=43"):
+    with pytest.raises(ValueError, match=r"kernel must have a multiple of 4 columns.*classes=43"):
         loss(features, kernel[:, :CLASSES], labels, classes=None)
     with pytest.raises(ValueError, match="features must have a multiple of 2 rows"):
         loss(features[:15], kernel, labels[:15])

@@ -87,11 +87,11 @@ def test_an_arm_that_disagrees_is_not_timed():
         loss, dfeatures, dkernel = right.step(*operands)
         return loss, dfeatures, 2 * dkernel
 
+    wrong = Arm("margin's loss", 3, "margin", right.step)
     with pytest.raises(ValueError, match="margin's loss computes something else: its loss is"):
-        wrong = Arm("margin's loss", 3, "margin", right.step)
         head.prepare([wrong], given, SHAPE, "f32", 4)
+    wrong = right._replace(name="doubled", step=doubled)
     with pytest.raises(ValueError, match="doubled computes something else: its length of dkernel"):
-        wrong = right._replace(name="doubled", step=doubled)
         head.prepare([right, wrong], given, SHAPE, "f32", 4)
 
 

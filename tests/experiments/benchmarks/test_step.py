@@ -36,7 +36,7 @@ def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):
         return SimpleNamespace(loss={step.PLAIN: 2.0, step.NO_MARGIN: 2.1, step.MARGIN: 3.0}[arm])
 
     monkeypatch.setattr(step, "prepare_arm", run)
-    with pytest.raises(ValueError, match="m = 1 computes something else: its loss is 2.1"):
+    with pytest.raises(ValueError, match=r"m = 1 computes something else: its loss is 2.1"):
         step.prepare(None)
 
 

@@ -141,7 +141,7 @@ def test_a_folder_of_broken_images_ends(tmp_path):
         (tmp_path / "Ada").mkdir(exist_ok=True)
         (tmp_path / "Ada" / f"{i}.jpg").write_bytes(b"no jpeg")
     images = faces.FaceImages(faces.list_faces(tmp_path), SIZE)
-    with pytest.raises(ValueError, match="all 3 images in .* are broken"):
+    with pytest.raises(ValueError, match=r"all 3 images in .* are broken"):
         next(iter(faces.training_batches(images, 2, seed=0)))
 
 

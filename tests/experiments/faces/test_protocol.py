@@ -1,6 +1,7 @@
 """The verification protocol against loops that share no code with it."""
 
 import doctest
+import itertools
 
 import chex
 import numpy as np
@@ -34,7 +35,7 @@ def literal_protocol(first, second, same, fold, components):
             scores[i] = left @ right / np.sqrt((left @ left) * (right @ right))
         seen, seen_same = scores[fold != test], same[fold != test]
         candidates = sorted([-2, *seen, 2])
-        candidates = [(a + b) / 2 for a, b in zip(candidates, candidates[1:], strict=False)]
+        candidates = [(a + b) / 2 for a, b in itertools.pairwise(candidates)]
         threshold = max(candidates, key=lambda c: (sum((seen >= c) == seen_same), c))
         accuracy.append(np.mean((scores[fold == test] >= threshold) == same[fold == test]))
         held_out = fold == test
@@ -43,7 +44,7 @@ def literal_protocol(first, second, same, fold, components):
 
 @pytest.mark.parametrize("components", [None, 3])
 def test_verify_equals_the_literal_protocol(pairs, components):
-    first, second, same, fold = pairs
+    _, _, same, _ = pairs
     accuracy, threshold, scores = zip(*literal_protocol(*pairs, components), strict=True)
     result = verify.verify(*pairs, components=components)
     chex.assert_trees_all_close(result.fold_accuracy, np.array(accuracy), atol=1e-12)

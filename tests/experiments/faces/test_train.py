@@ -102,7 +102,7 @@ def test_a_run_resumes_to_the_same_bits(folder, tmp_path):
     assert parts["curves"] == whole["curves"]
     assert len(list((tmp_path / "parts" / "position").iterdir())) == 1
     (tmp_path / "parts" / "position" / "6.0.json").unlink()
-    with pytest.raises(ValueError, match="position/6.0.json is missing: continue on as many"):
+    with pytest.raises(ValueError, match=r"position/6.0.json is missing: continue on as many"):
         run_for(folder, tmp_path / "parts")
 
 
@@ -135,7 +135,7 @@ def test_an_image_that_changed_is_no_continuation(folder, tmp_path):
     assert run_for(tmp_path / "faces", tmp_path / "run", 2) is None
     other = Image.fromarray(np.zeros((36, 36, 3), np.uint8))
     other.save(tmp_path / "faces" / "A" / "A_0001.png")
-    with pytest.raises(ValueError, match="holds another run .images"):
+    with pytest.raises(ValueError, match=r"holds another run .images"):
         run_for(tmp_path / "faces", tmp_path / "run")
 
 
@@ -160,8 +160,8 @@ def test_fine_tuning_starts_from_another_run(folder, tmp_path):
     four = weights(tmp_path / "four")
     assert four["head"]["kernel"].shape[1] == 4
     chex.assert_trees_all_equal(four["full"]["layer"], before["full"]["layer"])
-    with pytest.raises(ValueError, match="init_from: the network of .* is another"):
-        wide = replace(still, width=2.0)
+    wide = replace(still, width=2.0)
+    with pytest.raises(ValueError, match=r"init_from: the network of .* is another"):
         run_for(folder, tmp_path / "wide", recipe=wide, init_from=tmp_path / "softmax")
 
 

@@ -1,5 +1,7 @@
 """The networks of the table: sizes by Table 1's arithmetic, the order of a layer's parts."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,7 @@ from experiments.paper.networks import NETWORKS, ConvNet, Network, Stage
 
 def conv(size: int, *filters: int) -> int:
     """Parameters of convolutions with bias, BN scale and bias, and a PReLU slope a channel."""
-    pairs = zip(filters, filters[1:], strict=False)
-    return sum(size * size * i * o + 4 * o for i, o in pairs)
+    return sum(size * size * i * o + 4 * o for i, o in itertools.pairwise(filters))
 
 
 def fully(inputs: int, outputs: int, classes: int) -> int:

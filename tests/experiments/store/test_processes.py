@@ -56,9 +56,11 @@ def test_no_cluster_is_refused(monkeypatch):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", nothing)
-    with pytest.raises(ValueError, match="--cluster found none .coordinator_address"):
-        with processes.joined(Meeting(cluster=True, heartbeat_seconds=7)):
-            pass
+    with (
+        pytest.raises(ValueError, match=r"--cluster found none .coordinator_address"),
+        processes.joined(Meeting(cluster=True, heartbeat_seconds=7)),
+    ):
+        pass
 
 
 def test_devices_must_reach_into_every_process(monkeypatch):
