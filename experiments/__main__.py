@@ -1,11 +1,12 @@
 """``python -m experiments COMMAND``; ``--help`` after any part of it says more."""
 
+import contextlib
 import difflib
 import functools
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,24 +57,25 @@ def train_(
 ) -> int:
     """Trains one configuration, or continues it, and writes its result.
 
-    On many hosts the same command runs in every process, with --out on a file system that all of
-    them see. On SLURM, one process a GPU:
+    On many hosts run the same command in every process, with --out on a file system that all of
+    them see. On SLURM run one process a GPU:
 
         srun --ntasks-per-node=8 --gpus-per-node=8 python -m experiments train mnist-m4 --cluster
 
-    On Cloud TPU, --cluster on every host; anywhere else, on host number I of N:
+    On Cloud TPU give --cluster on every host. Anywhere else give this on host number I of N:
 
         python -m experiments train mnist-m4 --coordinator HOST0:9876 --processes N --process I
 
-    Where a process is lost the others end too, and the same command continues from the last
+    If a process is lost, the others end too. The same command then continues from the last
     checkpoint, on any number of processes and devices.
 
     Args:
-      config: which one; its flags change it, and its result says so.
+      config: the configuration. Flags change it, and the result records every change. Of the
+        paper's numbers a public source has the confirmed ones, none the recalled ones.
       data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
       out: folder of the results.
-      devices: train on the first so many; all by default.
-      checkpoint_seconds: time between two checkpoints.
+      devices: how many to train on, the first ones; by default all.
+      checkpoint_seconds: seconds between two checkpoints.
     """
     with joined(meeting), loop.interruptible() as stop:
         outcome = train.run(
@@ -97,7 +99,7 @@ def train_(
 
 
 def evaluate(
-    run: tyro.conf.Positional[str],
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     data: Path | None = None,
     out: Path = loop.RUNS,
     devices: int | None = None,
@@ -105,10 +107,10 @@ def evaluate(
     """Measures the last checkpoint of a run, finished or not.
 
     Args:
-      run: its name, such as mnist-m4/seed0.
+      run: name of the run, such as mnist-m4/seed0.
       data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
       out: folder of the results.
-      devices: compute on the first so many; all by default.
+      devices: how many to compute on, the first ones; by default all.
     """
     step, measured = train.evaluate_run(out / run, data, devices)
     Console().print(measures_table(f"{run} at step {step}", measured))
@@ -167,13 +169,38 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def check_name(arguments: list[str]) -> None:
-    """Raises ValueError, with names alike, if a command is given a configuration there is not."""
+    """Raises ValueError, with names alike, if a command is given no configuration there is."""
     match arguments:
+        case ["train" | "tune" as command]:
+            raise ValueError(f"{command}: name a configuration, such as mnist-m4; list prints all")
         case ["train" | "tune" as command, name, *_] if not name.startswith("-"):
             if name not in CONFIGS:
                 alike = difflib.get_close_matches(name, CONFIGS, 3, 0.5)
                 meant = f"; did you mean {', '.join(alike)}?" if alike else ""
                 raise ValueError(f"{command}: no configuration {name!r}{meant} list prints all")
+
+
+class Kept(io.StringIO):
+    """Keeps what is printed, in the encoding and colours of the terminal that it is for."""
+
+    encoding = sys.stdout.encoding
+
+    def isatty(self) -> bool:
+        return sys.__stdout__ is not None and sys.__stdout__.isatty()
+
+
+@contextlib.contextmanager
+def short_usage(arguments: list[str]) -> Iterator[None]:
+    """Makes help say CONFIGURATION where tyro's usage line has the names that it lists below."""
+    if not {"-h", "--help"} & set(arguments):
+        yield
+        return
+    kept = Kept()
+    try:
+        with contextlib.redirect_stdout(kept):
+            yield
+    finally:
+        print(kept.getvalue().replace(f"{{{','.join(CONFIGS)}}}", "CONFIGURATION"), end="")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -183,13 +210,14 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         check_name(arguments)
-        code = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="python -m experiments",
-            description=__doc__,
-            args=arguments,
-            config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes),
-        )
+        with short_usage(arguments):
+            code = tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                prog="python -m experiments",
+                description=__doc__,
+                args=arguments,
+                config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes),
+            )
     except BrokenPipeError:
         # Whoever reads, `head` say, has seen enough. Python would flush once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -161,8 +161,8 @@ def bench(quick: bool = False, again: bool = False, out: Path = OUT) -> None:
     An interrupted benchmark continues where it was.
 
     Args:
-      quick: one short setting, two seeds and one margin, to see that it runs.
-      again: start over although there is a result.
+      quick: run one short setting with two seeds and one margin, to see that it works.
+      again: start over even if there is a result.
       out: folder of the result.
     """
     settings, seeds = (QUICK, 2) if quick else (SETTINGS, SEEDS)

@@ -50,16 +50,16 @@ def bench(
     peers_python: Path = Path(sys.executable),
     out: Path = OUT,
 ) -> None:
-    """Times the head: every plan, optax's softmax, the literal formula, torch where it is.
+    """Times the head: every plan, Optax's softmax, the literal formula, and PyTorch if it is there.
 
     Args:
-      shapes: batch, feature length and classes, three numbers a shape.
-      dtype: of features and kernel.
-      margin: of the margin's arms.
-      lam: annealing of the margin's arms; torch's has none and runs only without.
-      class_block: classes at a time where in blocks.
+      shapes: three numbers a shape: batch, feature length and classes.
+      dtype: dtype of features and kernel.
+      margin: margin of the arms that have one.
+      lam: λ of the arms with a margin. PyTorch's arm has no λ and runs only if this is 0.
+      class_block: classes at a time, in the arms that compute in blocks.
       repetitions: timed rounds; fewer than 20 are for trying out.
-      peers_python: a Python with torch and pytorch-metric-learning, or without.
+      peers_python: a Python; if it has torch and pytorch-metric-learning, they are timed too.
       out: folder of the result.
     """
     smallest = {

@@ -391,19 +391,19 @@ def scale(
     """Trains a head of very many classes on synthetic identities, or says what it would take.
 
     Args:
-      classes: of the head.
+      classes: number of classes of the head.
       dim: length of a feature.
       batch: examples a step, on all devices together.
       steps: updates.
-      identities: so many of the classes occur, spread over all; by default every class.
-      margin: of the loss.
-      lam: annealing, kept as it is.
-      learning_rate: of SGD with momentum on the mean loss.
-      dtype: of features and kernel; bf16 rounds small updates away, so it is for measuring.
-      data: mesh axis that shares the batch.
-      model: mesh axis that shares the classes; by default the devices that are left.
+      identities: how many classes occur, spread over all; by default every class.
+      margin: margin of the loss.
+      lam: λ of the loss, the same in every step.
+      learning_rate: rate of SGD with momentum on the mean loss.
+      dtype: dtype of features and kernel. bf16 rounds small updates away and is for measuring only.
+      data: size of the mesh axis that shares the batch.
+      model: size of the mesh axis that shares the classes; by default all devices that are left.
       class_block: classes at a time.
-      keep_exponentials: three matrix products and their memory rather than four; several devices.
+      keep_exponentials: on several devices, save one of four matrix products and take more memory.
       plan: only say what a step takes on data x model devices, which need not exist.
       target: for the plan, chips to compile for, such as v5e:16x16 or h100, which need not exist;
         by default the rates are an H200's and nothing is compiled for it.
@@ -412,8 +412,8 @@ def scale(
       tflops: for the plan, 1e12 operations a second of a device; by default its maker's figure.
       bandwidth: for the plan, 1e9 bytes a second of its memory; by default its maker's figure.
       link: for the plan, 1e9 bytes a second to the other devices; by default its maker's figure.
-      out: folder of the result, and of the run that a stop leaves there; it continues.
-      checkpoint_seconds: time between two checkpoints; by default only a stop writes one.
+      out: folder of the result. A run that is stopped leaves its state there and continues.
+      checkpoint_seconds: seconds between two checkpoints; by default only a stop writes one.
     """
     if data < 1 or steps < 1:
         raise ValueError(f"data and steps must be >= 1, got {data} and {steps}")

@@ -54,8 +54,8 @@ def bench(
     """Times training steps with a margin against those of plain softmax.
 
     Args:
-      configurations: with a margin, of `list`; the images are random.
-      batch: images a step, by default the configuration's; on CPUs fewer take less long.
+      configurations: names that `list` shows, with a margin. The images are random.
+      batch: images a step, by default as the configuration says; take fewer on CPUs.
       width: multiplies every layer's filters and features.
       repetitions: timed rounds; fewer than 20 are for trying out.
       out: folder of the result.

@@ -79,12 +79,12 @@ def read_landmarks(path: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def align(faces: Path, landmarks: Path, out: Path, size: Size = "112x96") -> None:
-    """Aligns a folder of faces by five landmarks; images that are aligned already stay.
+    """Aligns a folder of faces by five landmarks. Images that are in --out already stay.
 
     Args:
       faces: folder of person/image.jpg.
-      landmarks: lines of `person/image.jpg x1 y1 ... x5 y5`: left and right eye, nose, left and
-        right corner of the mouth, left as seen in the picture.
+      landmarks: file of lines `person/image.jpg x1 y1 ... x5 y5`, for left eye, right eye, nose,
+        left and right corner of the mouth. Left is left in the picture.
       out: folder of the aligned images, under the same names.
       size: height and width of the aligned images.
     """

@@ -110,11 +110,12 @@ def load_embeddings(path: Path) -> Embeddings:
 
 
 def embed(checkpoint: Path, faces: Path, out: Path, batch: int = 256) -> None:
-    """Writes the embeddings of a folder of person/image.jpg, of images beside their mirror images.
+    """Writes an embedding of every image in a folder of person/image.jpg: the features of the image
+    beside those of its mirror image.
 
     Args:
       checkpoint: folder of a run of train-faces.
-      faces: the folder.
+      faces: the folder of images.
       out: the .npz of names and embeddings.
       batch: images at a time, on all devices together.
     """

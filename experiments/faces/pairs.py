@@ -19,11 +19,11 @@ def pairs(faces: Path, out: Path, folds: int = 10, each: int = 300, seed: int = 
     """Draws pairs of one person and pairs of two from a folder of person/person_0001.jpg.
 
     Args:
-      faces: the folder.
-      out: the file, in the format of LFW's pairs.txt.
-      folds: parts of the people; no two parts share anybody.
-      each: pairs of one person in a fold, and as many of two people.
-      seed: of the draw.
+      faces: the folder of images.
+      out: the file to write, in the format of LFW's pairs.txt.
+      folds: number of folds; no two folds share a person.
+      each: number of pairs of one person in a fold, which also has this many of two people.
+      seed: decides the draw.
     """
     for name, value in (("folds", folds), ("each", each)):
         if value < 1:

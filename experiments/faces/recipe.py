@@ -24,17 +24,17 @@ class FaceRecipe(Recipe):
     lam: LambdaPreset = LambdaPreset(base=1000.0, gamma=0.12, power=1.0, minimum=5.0)
     """Annealed: λ at update t is max(minimum, base (1 + gamma t)^-power)."""
     steps: int = 28_000
-    """Updates."""
+    """How many updates to make."""
     schedule: Literal["steps", "plateau"] = "steps"
-    """Divide the learning rate by ten after the updates in drops, or when the loss stays."""
+    """Divide the learning rate by ten after the updates of drops, or once the loss stays."""
     drops: tuple[int, ...] = (16_000, 24_000)
-    """Updates after which schedule steps divides the learning rate."""
+    """Updates after which the schedule "steps" divides the learning rate."""
     patience: int = 2_000
-    """Updates without a lower loss after which schedule plateau does, once λ is low."""
+    """Updates without a lower loss after which the schedule "plateau" does, once λ is low."""
     minimum_images: int = 1
-    """Leave out people with fewer images."""
+    """Leave out people who have fewer images than this."""
     left_out_fold: int | None = None
-    """Leave out everybody in this fold of the pairs (0 is the first), to be tested on it."""
+    """Leave out everybody in this fold of the pairs (0 is the first), for a test on it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

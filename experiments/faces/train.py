@@ -111,20 +111,20 @@ def train_faces(
     checkpoint_seconds: float = 60.0,
     meeting: Annotated[Meeting, tyro.conf.arg(name="")] = processes.ALONE,
 ) -> int:
-    """Trains a face network on a folder of person/image.jpg, or continues to.
+    """Trains a face network on a folder of person/image.jpg, or continues such a run.
 
-    On many hosts the same command runs in every process, as `train --help` has it; it continues on
+    On many hosts run the same command in every process, as `train --help` shows. A run continues on
     as many processes as it began on.
 
     Args:
-      faces: the folder.
-      out: folder of the run; where it holds this run already, training continues. The result goes
-        beside it, as OUT.json.
+      faces: the folder of images.
+      out: folder of the run, which continues if it is there already. The result is OUT.json
+        beside the folder.
       recipe: decides the run's numbers.
-      pairs: file of pairs, whose folds --left-out-fold counts.
-      init_from: folder of another run, with softmax say, from whose weights this one starts.
-      devices: train on the first so many; all by default.
-      checkpoint_seconds: time between two checkpoints.
+      pairs: file of the pairs of faces; --left-out-fold names one of its folds.
+      init_from: folder of another run, such as one with softmax; start from its weights.
+      devices: how many to train on, the first ones; by default all.
+      checkpoint_seconds: seconds between two checkpoints.
     """
     with processes.joined(meeting), loop.interruptible() as stop:
         listed, mesh = training_faces(faces, recipe, pairs), data_mesh(devices)

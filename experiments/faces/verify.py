@@ -52,15 +52,14 @@ def verify_faces(
     """Verifies pairs of faces by one of --embeddings, --checkpoint or --pixels.
 
     Args:
-      pairs: file of pairs in the format of LFW's view 2, folds of same and different pairs.
-      out: the result, a .json; `figures --out` its folder draws the ROC.
+      pairs: file of pairs in the format of LFW's view 2.
+      out: the .json of the result. `figures --out` with its folder draws the ROC.
       faces: folder of person/image.jpg, for --checkpoint and --pixels.
       embeddings: an .npz of names and embeddings, from embed or elsewhere.
-      checkpoint: folder of a run of train-faces; folds with people it was trained on are not
-        tested.
-      pixels: small grey images as embeddings: the floor.
-      components: keep so many principal components, fitted beside the tested fold; all by default.
-      protocol: kept in the result, such as "unrestricted, no outside data".
+      checkpoint: folder of a run of train-faces. Folds with people it was trained on are skipped.
+      pixels: take small grey images as embeddings, the least that any network should beat.
+      components: how many principal components to keep, fitted on the other folds; by default all.
+      protocol: name of the protocol, for the result, such as "unrestricted, no outside data".
       batch: images at a time, on all devices together.
     """
     listed = read_pairs(pairs)

@@ -31,31 +31,30 @@ class Recipe:
     """
 
     seed: int = 0
-    """Draws weights, shuffles and augmentation; another seed is the same recipe."""
+    """Decides the initial weights, the shuffles and the augmentation."""
     margin: int = 1
     """m of the L-Softmax; 1 is the ordinary softmax."""
     pace: Pace = "annealed"
-    """How λ falls: by the constants of lam, by the library's schedule for so many steps, or by what
-    the batch shows."""
+    """What decides λ: the constants of lam, the library's margin_schedule, or the batch."""
     lam: LambdaPreset = LambdaPreset(0, 0, 0)
     """Annealed: λ at update t is max(minimum, base (1 + gamma t)^-power); base 0 is none."""
     steps: int = 18_000
-    """Updates."""
+    """How many updates to make."""
     written_for: Suppress[int | None] = None
     """The updates that ``drops`` and ``lam`` are written for; by default those of the run."""
     batch: int = 256
-    """Images an update sees, on all devices together."""
+    """Images of an update, on all devices together."""
     width: float = 1.0
     """Multiplies every layer's filters and features."""
     dtype: Literal["f32", "bf16"] = "f32"
-    """Of the activations; parameters, batch statistics and head are always float32."""
+    """Dtype of the activations; parameters, batch statistics and head are always float32."""
 
     learning_rate: float = 0.1
     drops: tuple[int, ...] = (12_000, 15_000)
     """Updates after which the learning rate is divided by ten."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    """On kernels, the head's included; never on biases, batch normalisation or PReLU slopes."""
+    """Acts on kernels, the head's too; not on biases, batch normalisation or PReLU slopes."""
     bias_rate: float = 1.0
     """Multiplies the learning rate of biases."""
 
@@ -163,13 +162,13 @@ class Config(Recipe):
     mean: float | None = None
     """Subtracted from the images; by default the training images' mean image."""
     crop: int = 0
-    """Pad by so many pixels, cut the old size out at random."""
+    """Pad by this many pixels, then cut the old size out at random."""
     mirror: bool = False
     """Mirror half of the images."""
     examples: int | None = None
-    """Use only the first so many images of each split."""
+    """Use only this many images of each split, the first ones."""
     validation: bool = False
-    """Hold the last 5,000 training images out, or a tenth where that is less; test on those."""
+    """Test on the last training images, 5,000 or a tenth of all, and do not train on them."""
     init: str | None = None
     """Start from the weights of this run, such as mnist-softmax/seed0 in the same --out."""
 

@@ -62,12 +62,12 @@ class Drawing(NamedTuple):
 
 
 def figures(out: Path = RESULTS, reduced: bool = False) -> int:
-    """Draws every figure whose runs are there into the folder figures of --out, and the ROC.
+    """Draws the ROC and every figure whose runs are there, into the subfolder figures of --out.
 
     Args:
       out: folder of the results.
-      reduced: draw from reduced runs, into the folder figures-reduced; each figure says how they
-        are reduced. Those that need no run are left out.
+      reduced: draw from reduced runs, into the subfolder figures-reduced. Each figure says how its
+        runs are reduced. Figures that need no run are left out.
     """
     outcomes = load_outcomes(out)
     groups = [group for group in grouped(outcomes.runs) if bool(group.changes) == reduced]

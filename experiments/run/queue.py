@@ -33,18 +33,19 @@ def reproduce(
 ) -> int:
     """Runs every missing configuration and seed, cheapest first; a run begun earlier goes on.
 
-    A run that diverges is a result. One that fails is named at the end; the exit code is then 1.
+    A run that diverges is a result. The runs that fail are named at the end, and the exit code is
+    then 1.
 
     Args:
       only: names of configurations, such as 'cifar10-*'.
-      seeds: how many of each, from 0 on.
+      seeds: how many seeds to train each configuration with, from 0 on.
       together: how many seeds of a configuration to train in one program.
-      budget_minutes: stop before so much time is over; the same command continues.
-      toy: shrink every run to seconds; such results go to the folder toy in --out.
+      budget_minutes: stop before this many minutes are over; the same command continues.
+      toy: shrink every run to seconds and write into the subfolder toy of --out.
       data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
       out: folder of the results.
-      devices: train on the first so many; all by default.
-      checkpoint_seconds: time between two checkpoints.
+      devices: how many to train on, the first ones; by default all.
+      checkpoint_seconds: seconds between two checkpoints.
     """
     for name, value in (("seeds", seeds), ("together", together)):
         if value < 1:

@@ -84,10 +84,10 @@ def run_seeds(
         checkpoint of the same step or none at all.
       folder: where the data is, see `data.load`.
       out: folder of the results.
-      devices: train on the first so many; all by default.
+      devices: how many to train on, the first ones; by default all.
       dispatch: updates in one dispatch; by default 100 on an accelerator, 1 on a CPU.
       evaluations: points of the test curve; by default 36 on an accelerator, 6 on a CPU.
-      checkpoint_seconds: time between two checkpoints.
+      checkpoint_seconds: seconds between two checkpoints.
       stop: asked before every dispatch; when true, each run saves a checkpoint and ends.
 
     Returns:
@@ -182,7 +182,7 @@ def evaluate_run(run: Path, folder: Path | None, devices: int | None) -> tuple[i
     Args:
       run: the folder of its files.
       folder: where the data is.
-      devices: compute on the first so many; all by default.
+      devices: how many to compute on, the first ones; by default all.
     """
     config = Config.from_json(claimed(run)["settings"]["config"])
     mesh = data_mesh(devices)

@@ -67,18 +67,18 @@ def tune(
     """Trains a configuration with every λ of a grid; names the best on a validation split.
 
     Args:
-      config: which one; its flags change it.
-      bases: λ at the start; 0 is no annealing.
-      gammas: how many times as fast as configured λ falls.
-      powers: how many times the configured power.
-      minimums: what λ never falls below.
-      seeds: how many of each, from 0 on.
+      config: the configuration; flags change it.
+      bases: values of λ at the start; 0 turns annealing off.
+      gammas: factors of the configured gamma; with 2, λ falls twice as fast.
+      powers: factors of the configured power.
+      minimums: values that λ does not fall below.
+      seeds: how many seeds to train each candidate with, from 0 on.
       together: how many seeds of a candidate to train in one program.
-      budget_minutes: stop before so much time is over; the same command continues.
+      budget_minutes: stop before this many minutes are over; the same command continues.
       data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
-      out: folder of the results; these go to the folder tune in it.
-      devices: train on the first so many; all by default.
-      checkpoint_seconds: time between two checkpoints.
+      out: folder of the results; tune writes into its subfolder tune.
+      devices: how many to train on, the first ones; by default all.
+      checkpoint_seconds: seconds between two checkpoints.
     """
     if config.margin == 1:
         raise ValueError(f"{config.name} has no margin, so that λ changes nothing")

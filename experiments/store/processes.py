@@ -23,11 +23,11 @@ class Meeting(NamedTuple):
 
     Attributes:
       coordinator: HOST:PORT of process 0, with a free port that all can reach.
-      processes: how many train together.
-      process: the number of this one, from 0 on.
-      cluster: ask SLURM, Cloud TPU or Open MPI for the other three.
-      heartbeat_seconds: how long a process may be silent, or late to the start, before the others
-        give it up.
+      processes: how many processes train together.
+      process: number of this process, from 0 on.
+      cluster: ask SLURM, Cloud TPU or Open MPI for the three above.
+      heartbeat_seconds: the others give a process up that is silent, or late to the start, for
+        this long.
     """
 
     coordinator: str | None = None

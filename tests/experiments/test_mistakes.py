@@ -107,6 +107,7 @@ MISTAKES = [
     (["train", "digits"], "no configuration 'digits'; did you mean digits-m4"),
     (["tune", "cifar-m4"], "no configuration 'cifar-m4'; did you mean"),
     (["train", "zzz"], "no configuration 'zzz'"),
+    (["train"], "train: name a configuration, such as mnist-m4"),
     (["trian"], "trian"),
     ([*DIGITS, "--stepz", "3"], "--stepz"),
     ([*DIGITS, "--steps", "many"], "--steps"),
@@ -260,3 +261,12 @@ def test_mistake_is_named_in_a_line(words, message, good, tmp_path, capsys, monk
 
 def test_there_are_enough():
     assert len(MISTAKES) >= 80
+
+
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_help_names_the_configurations_below_its_usage(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    usage, below = capsys.readouterr().out.split("\n", 1)
+    assert usage.endswith("CONFIGURATION") and "mnist" not in usage
+    assert "cifar10-m4" in below
