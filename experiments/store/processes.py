@@ -8,6 +8,7 @@ first process alone writes logs and results and speaks.
 
 import os
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -38,6 +39,8 @@ class Meeting(NamedTuple):
 
 
 ALONE = Meeting()
+# How much longer XLA waits than we do.
+GRACE_SECONDS = 60
 
 
 @contextmanager
@@ -45,12 +48,12 @@ def joined(meeting: Meeting) -> Iterator[None]:
     """Joins the others before this process has used a device; ends it if it loses them.
 
     Raises:
-      ValueError: if the meeting is not fully described, no cluster is found, or not all come.
+      ValueError: if the meeting is not fully described, or no cluster is found. If not all come,
+        the process ends with exit code 2 and a line that says so.
     """
     if not _wanted(meeting):
         yield
         return
-    # XLA ends a process whose partners do not come by abort, so the reason is said before.
     where = meeting.coordinator or "the cluster's own place"
     print(
         f"waiting for {meeting.processes or 'all'} processes at {where}, at most "
@@ -58,20 +61,23 @@ def joined(meeting: Meeting) -> Iterator[None]:
         file=sys.stderr,
         flush=True,
     )
+    # XLA ends a process whose partners do not come by abort, so this one gives up before.
+    late = threading.Timer(meeting.heartbeat_seconds, _given_up, (meeting, where))
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             meeting.coordinator,
             meeting.processes,
             meeting.process,
-            initialization_timeout=meeting.heartbeat_seconds,
+            initialization_timeout=meeting.heartbeat_seconds + GRACE_SECONDS,
             heartbeat_timeout_seconds=meeting.heartbeat_seconds,
             shutdown_timeout_seconds=meeting.heartbeat_seconds,
         )
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"not all {meeting.processes or ''} processes came to "
-            f"{meeting.coordinator or 'the cluster'} within {meeting.heartbeat_seconds} seconds "
-            f"(--heartbeat-seconds): {str(error).splitlines()[0]}"
+            f"no meeting of {meeting.processes or 'all'} processes at {where}: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     except ValueError as error:
         if not meeting.cluster:
@@ -79,6 +85,8 @@ def joined(meeting: Meeting) -> Iterator[None]:
         raise ValueError(
             f"--cluster found none ({error}); name it by --coordinator, --processes and --process"
         ) from error
+    finally:
+        late.cancel()
     try:
         if is_first():
             yield
@@ -95,6 +103,17 @@ def joined(meeting: Meeting) -> Iterator[None]:
         )
         # An ordinary exit would wait for the lost process, and then abort.
         os._exit(1)
+
+
+def _given_up(meeting: Meeting, where: str) -> None:
+    """Ends the process with exit code 2; no exception of another thread ends XLA's wait."""
+    print(
+        f"error: not all {meeting.processes or ''} processes came to {where} within "
+        f"{meeting.heartbeat_seconds} seconds (--heartbeat-seconds)".replace("  ", " "),
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 def _wanted(meeting: Meeting) -> bool:
