@@ -18,7 +18,8 @@ from lsoftmax_jax._placement import on_any_mesh
 from lsoftmax_jax._tiles import columns_at
 from lsoftmax_jax.margins import Margin, check_margin, value_and_slope
 
-# Up to here a product at full precision costs less than gathering each label's column.
+# Up to here a product at full precision costs less than gathering each label's column, and the
+# gradients are worth one.
 _FEW_CLASSES = 256
 # Of batch x classes: up to here an accelerator compares them all in less than a launch takes.
 _FEW_CELLS = 2**23
@@ -352,8 +353,16 @@ def product(rows: Rows, columns: Columns) -> jax.Array:
 
 def raw_product(features: jax.Array, kernel: jax.Array) -> jax.Array:
     """features @ kernel, accumulated in float32 or better; see `label_terms` for the precision."""
-    precision = jax.lax.Precision.HIGHEST if kernel.shape[1] <= _FEW_CLASSES else None
-    return _contract(features, 1, kernel, 0, precision)
+    return _contract(features, 1, kernel, 0, _precision(kernel))
+
+
+def _precision(kernel: jax.Array) -> jax.lax.Precision | None:
+    """Of the products with a kernel: full with few classes, else JAX's default.
+
+    The default on a TPU rounds float32 operands to bfloat16. At small angles two terms that are up
+    to m² times as long nearly cancel in a gradient, and so the error grows.
+    """
+    return jax.lax.Precision.HIGHEST if kernel.shape[1] <= _FEW_CLASSES else None
 
 
 def products_gradient(rows: Rows, columns: Columns, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -363,7 +372,9 @@ def products_gradient(rows: Rows, columns: Columns, grad: jax.Array) -> tuple[ja
     if columns.inverse_norm is not None:
         grad = grad * columns.inverse_norm[None, :]
     grad = grad.astype(rows.features.dtype)
-    return _contract(grad, 1, columns.kernel, 1), _contract(rows.features, 0, grad, 0)
+    precision = _precision(columns.kernel)
+    dfeatures = _contract(grad, 1, columns.kernel, 1, precision)
+    return dfeatures, _contract(rows.features, 0, grad, 0, precision)
 
 
 def finished_features(rows: Rows, pull: Pull, dfeatures: jax.Array) -> jax.Array:
@@ -412,7 +423,7 @@ def _contract(
     lhs_axis: int,
     rhs: jax.Array,
     rhs_axis: int,
-    precision: jax.lax.Precision | None = None,
+    precision: jax.lax.Precision | None,
 ) -> jax.Array:
     dtype = _checks.at_least_f32(lhs.dtype)
     axes = (((lhs_axis,), (rhs_axis,)), ((), ()))

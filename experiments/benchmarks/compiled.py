@@ -227,7 +227,7 @@ def head_cases(on: Target) -> Iterator[Case]:
         elements = shape.dim * shape.classes
         for arm in every.arms(shape, MARGIN, BLOCK):
             if arm.name in ARMS:
-                lower = _lower_arm(on, arm, shape, dtype)
+                lower = lower_arm(on, arm, shape, dtype)
                 yield Case(arm.name, f"{shape} {dtype}", lower, 1, elements)
     yield _sampled(on, Shape(4096, 512, 1_000_000))
 
@@ -237,7 +237,7 @@ def slice_head_cases(on: Target) -> Iterator[Case]:
         yield from sharded_cases(on, job)
 
 
-def _lower_arm(on: Target, arm: every.Arm, shape: Shape, dtype: str) -> Callable[[], Lowered]:
+def lower_arm(on: Target, arm: every.Arm, shape: Shape, dtype: str) -> Callable[[], Lowered]:
     def lower() -> Lowered:
         features, kernel, *rest = operands(shape, dtype)
         state = jax.eval_shape(arm.start, kernel)

@@ -1,6 +1,7 @@
 """What every plan takes, read off the compiled program; nothing runs, so load does not matter."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -84,3 +85,18 @@ def test_without_gradients_only_the_logits_are_computed(loss):
     assert found.dots == 1 and found.large_moves == {}
     # The logits, and a few arrays of the features' size: three with JAX 0.10.0, one with 0.10.2.
     assert found.temporary_bytes <= 4 * SOME.batch * (SOME.classes + 4 * SOME.dim)
+
+
+@pytest.mark.parametrize("loss", [lsm.lsoftmax_loss_sum, lsm.lsoftmax_loss, lsm.lsoftmax_logits])
+@pytest.mark.parametrize("classes, precision", [(256, "HIGHEST"), (257, "DEFAULT")])
+def test_few_classes_multiply_at_full_precision(loss, classes, precision):
+    # On a TPU the default rounds float32 to bfloat16.
+    features, kernel, labels, *_ = operands(Shape(8, 16, classes))
+
+    def total(features, kernel, labels):
+        return loss(features, kernel, labels, margin=4, lam=0.0).sum()
+
+    text = jax.jit(jax.grad(total, (0, 1))).lower(features, kernel, labels).as_text()
+    found = re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", text)
+    # The logits themselves may not be needed.
+    assert len(found) >= 2 and set(found) == {(precision, precision)}

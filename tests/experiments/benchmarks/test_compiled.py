@@ -6,6 +6,7 @@ Those marked `aot` need the extra aot-tpu.
 import json
 import sys
 
+import jax
 import pytest
 
 from experiments.__main__ import main
@@ -117,6 +118,22 @@ def test_the_one_shot_keeps_one_array_of_logits(target, bytes_of_a_logit, moves)
     found = program(target, arms.ONE_SHOT, f"{shape} bf16")
     assert found["temporary_bytes"] < 1.05 * bytes_of_a_logit * shape.batch * shape.classes
     assert found["large_moves"] == moves and not found["float64"]
+
+
+@aot
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+@pytest.mark.parametrize(
+    "classes, context, full", [(10, None, 3), (1000, None, 0), (1000, "highest", 3)]
+)
+def test_which_products_a_tpu_computes_at_full_precision(target, classes, context, full):
+    on = targets.target(target)
+    shape = Shape(256, 256, classes)
+    one_shot = next(arm for arm in arms.arms(shape, 4, 4096) if arm.name == arms.ONE_SHOT)
+    with jax.default_matmul_precision(context):
+        text = on.compile(compiled.lower_arm(on, one_shot, shape, "f32")()).as_text()
+    products = [line for line in text.splitlines() if " convolution(" in line]
+    assert len(products) == 3
+    assert sum("operand_precision={highest,highest}" in line for line in products) == full
 
 
 @aot
