@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Whoever reads, `head` say, has seen enough. Python would flush once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if TRACEBACK in os.environ:
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -5,7 +5,6 @@ The suite runs on the CPU unless JAX_PLATFORMS names another platform.
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import jax
@@ -43,24 +42,3 @@ def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
     four = jax.make_mesh((4,), ("devices",), (request.param,), devices=jax.devices()[:4])
     with jax.set_mesh(four):
         yield four
-
-
-def real_data(variable: str, expected: str, source: str) -> Path:
-    """The folder that an environment variable names, if it holds what is expected there."""
-    folder = os.environ.get(variable, "")
-    if not folder or not (Path(folder) / expected).exists():
-        pytest.skip(f"no {expected} in {variable}={folder!r}; {source}")
-    return Path(folder)
-
-
-@pytest.fixture(scope="session")
-def tfds_dir() -> Path:
-    """The folder of prepared TFDS data sets, MNIST among them."""
-    source = "tfds.load('mnist', data_dir=...) writes it where '.[prepare]' is installed"
-    return real_data("TFDS_DATA_DIR", "mnist", source)
-
-
-@pytest.fixture(scope="session")
-def lfw_dir() -> Path:
-    """The folder of LFW's images, one folder a person, and its pairs.txt."""
-    return real_data("LFW_DIR", "pairs.txt", "LFW's own page has the images and the pairs")

@@ -9,8 +9,9 @@ resumed run sees the batches that an unbroken one would have seen.
 import hashlib
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,7 @@ def load(name: str, folder: Path | None = None) -> Dataset:
     Raises:
       FileNotFoundError: naming the folder looked in and the two ways to get the data.
       ValueError: if what is there is not such a data set.
+      ImportError: if TFDS does not work with the protobuf that is installed; it names the remedy.
     """
     if name == "digits":
         return _dataset(_digits())
@@ -203,8 +205,7 @@ def _from_tfds(folder: Path) -> Arrays:
 
 
 def _decoded(folder: Path, split: str) -> tuple[NDArray, NDArray]:
-    import tensorflow_datasets as tfds  # half a second that only an undecoded data set pays
-
+    tfds = import_tfds()
     builder = tfds.builder_from_directory(str(folder))
     if builder.info.file_format is not tfds.core.file_adapters.FileFormat.ARRAY_RECORD:
         raise ValueError(
@@ -217,6 +218,29 @@ def _decoded(folder: Path, split: str) -> tuple[NDArray, NDArray]:
     )
     images, labels = zip(*((e["image"], e["label"]) for e in examples), strict=True)
     return np.stack(images), np.asarray(labels)
+
+
+def import_tfds() -> Any:
+    """TFDS; half a second that only an undecoded data set pays.
+
+    What keeps it from being imported TFDS logs, and is then an empty module. On Colab's CPU and GPU
+    runtimes that is the protobuf there: tensorflow-metadata 1.21 asks for a newer one when it is
+    imported, not when it is installed.
+    """
+    from google.protobuf.runtime_version import VersionError
+
+    try:
+        from tensorflow_metadata.proto.v0 import schema_pb2  # noqa: F401 (TFDS imports it first)
+    except VersionError as error:
+        reason, found = str(error).partition(". ")[0], version("tensorflow-metadata")
+        raise ImportError(
+            f"TFDS cannot be imported: {reason}. tensorflow-metadata must be made for the protobuf "
+            f"that is installed, got {found}: pip install 'tensorflow-metadata<1.21', "
+            "then start Python again"
+        ) from error
+    import tensorflow_datasets as tfds
+
+    return tfds
 
 
 class OnDevice(NamedTuple):

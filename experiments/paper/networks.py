@@ -11,7 +11,7 @@ that `lsoftmax_jax.training` asks of a model.
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +121,9 @@ NETWORKS: dict[str, Network] = {
     "digits-2d": Network((8, 8, 1), (Stage(32, 2), Stage(64, 2)), features=2, linear=True),
 }
 
+# Flax 0.11 has no `List`: there a plain list may hold modules.
+ModuleList: Any = getattr(nnx, "List", list)
+
 
 class PReLU(nnx.Module):
     """max(0, inputs) + slope * min(0, inputs), one slope per channel (Flax's shares one)."""
@@ -173,7 +176,7 @@ class Convolutions(nnx.Module):
                 rngs=rngs,
             )
             layers.append(Normalised(conv, stage.filters, network.prelu, rngs))
-        self.layers = nnx.List(layers)
+        self.layers = ModuleList(layers)
 
     def __call__(self, inputs: jax.Array, where: jax.Array | None) -> jax.Array:
         first, *others = self.layers
@@ -218,7 +221,7 @@ class ConvNet(nnx.Module):
             stages.append(Convolutions(channels, stage, network, dtype, rngs))
             height, width = _after(stage, height, network.ceil), _after(stage, width, network.ceil)
             channels = stage.filters
-        self.stages = nnx.List(stages)
+        self.stages = ModuleList(stages)
         flat = height * width * channels
         full = nnx.Linear(flat, network.features, dtype=dtype, kernel_init=HE, rngs=rngs)
         self.full = (

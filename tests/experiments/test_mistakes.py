@@ -2,10 +2,14 @@
 
 import os
 import re
+import sys
+import types
 import zipfile
+from importlib.metadata import version
 
 import numpy as np
 import pytest
+from google.protobuf.runtime_version import Domain, ValidateProtobufRuntimeVersion
 from PIL import Image
 
 from experiments.__main__ import main
@@ -167,7 +171,6 @@ MISTAKES = [
     ([*MNIST, "{good}/range"], r"test_labels must be in 0\.\.9"),
     ([*MNIST, "{good}/objects"], "objects/mnist.npz .* Python objects"),
     ([*MNIST, "{good}/gap"], "gap lacks mnist.01.npz, though it has mnist.02.npz"),
-    ([*MNIST, "{good}/broken_tfds"], "broken_tfds/mnist/3.0.1 cannot be read as TFDS data"),
     ([*MNIST, "{good}/whole"], "batch must be at most the 12 training images"),
     # what is in the folder already
     *[(["train", "digits-m4", "--out", f"{{good}}/foreign_{name}"], "seed0.json must hold")
@@ -257,6 +260,35 @@ def test_mistake_is_named_in_a_line(words, message, good, tmp_path, capsys, monk
     assert "Traceback" not in said and "allow_pickle" not in said
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) <= 1
+
+
+def test_broken_tfds_data_are_named(good, tfds, tmp_path, capsys):
+    words = [word.format(good=good, out=tmp_path) for word in [*MNIST, "{good}/broken_tfds"]]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"error: {good}/broken_tfds/mnist/3.0.1 cannot be read as TFDS data" in said
+
+
+def test_protobuf_too_old_for_tfds_is_named(good, tmp_path, capsys, monkeypatch):
+    class Made(types.ModuleType):
+        """As tensorflow-metadata's modules do, made for the protobuf of next year."""
+
+        def __getattr__(self, name):
+            if name == "__path__":
+                raise AttributeError
+            ValidateProtobufRuntimeVersion(Domain.PUBLIC, 99, 1, 0, "", "v0/schema.proto")
+
+    place = "tensorflow_metadata.proto.v0"
+    monkeypatch.setitem(sys.modules, "tensorflow_metadata", types.ModuleType("tensorflow_metadata"))
+    monkeypatch.setitem(sys.modules, "tensorflow_metadata.proto", types.ModuleType("proto"))
+    monkeypatch.setitem(sys.modules, place, Made(place))
+    words = [word.format(good=good, out=tmp_path) for word in [*MNIST, "{good}/broken_tfds"]]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: TFDS cannot be imported: Detected incompatible Protobuf")
+    assert f"gencode 99.1.0 runtime {version('protobuf')}. tensorflow-metadata" in said
+    assert f"got {version('tensorflow-metadata')}: pip install 'tensorflow-metadata<1.21'" in said
+    assert "Traceback" not in said
 
 
 def test_there_are_enough():
