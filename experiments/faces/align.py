@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
-from skimage.transform import SimilarityTransform, warp
+from skimage.transform import estimate_transform, warp
 from tqdm import tqdm
 
 from experiments.faces.images import BROKEN, list_faces, open_face
@@ -53,8 +53,9 @@ def align_face(image: NDArray[np.uint8], landmarks: ArrayLike, size: Size) -> ND
         raise ValueError(f"landmarks must have shape (5, 2); got {landmarks.shape}")
     width = WIDTHS[size]
     template = TEMPLATE + [(width - 96) / 2, 0]
-    similarity = SimilarityTransform.from_estimate(landmarks, template)
-    if not similarity:
+    similarity = estimate_transform("similarity", landmarks, template)
+    # What scikit-image 0.25 cannot fit is NaN.
+    if not similarity or np.isnan(similarity.params).any():
         raise ValueError(f"landmarks must be five points of a face; got {landmarks.tolist()}")
     aligned = warp(image, similarity.inverse, output_shape=(112, width), preserve_range=True)
     return np.round(aligned).astype(np.uint8)
