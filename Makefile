@@ -3,8 +3,8 @@
 # make docs         install into .venv, then build the documentation into site/
 # make crash-test   kill runs of every source and continue them; KILLS=30 SEED=0
 # make fuzz         losses and gradients beside an 80-bit reference; SECONDS=60 SEED=0
-# Other targets: linkcheck, lint, pytest, test-slow, test-lowest, test-newest, test-stacks, parity,
-# compile-gpu, format, notebooks, constraints.
+# Other targets: linkcheck, lint, pytest, test-slow, test-lowest, test-newest, test-stacks,
+# notebooks-colab, parity, compile-gpu, format, notebooks, constraints.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,8 +15,8 @@ STACKS_ARGS ?=
 JOBS ?= 2
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test docs linkcheck lint pytest test-slow test-lowest test-newest test-stacks parity compile-gpu crash-test fuzz \
-    format notebooks constraints
+.PHONY: quickstart test docs linkcheck lint pytest test-slow test-lowest test-newest test-stacks \
+    notebooks-colab parity compile-gpu crash-test fuzz format notebooks constraints
 
 quickstart: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments quickstart
@@ -63,6 +63,10 @@ test-newest:
 # goes into stacks/results.json. STACKS_ARGS="--core colab" runs the library's tests on one of them.
 test-stacks:
 	$(PYTHON) scripts/stacks.py $(STACKS_ARGS)
+
+# The notebooks in what Colab's runtime holds, installation included; into stacks/notebooks.json.
+notebooks-colab:
+	PYTHONPATH=. $(PYTHON) scripts/colab.py $(STACKS_ARGS)
 
 .venv-lowest/pins.txt: pyproject.toml scripts/lowest.py
 	$(PYTHON) -m venv .venv-lowest
