@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ import lsoftmax_jax as lsm
 from experiments.benchmarks import arms as every
 from experiments.benchmarks import hlo, scale
 from experiments.benchmarks.arms import Shape
-from experiments.benchmarks.targets import Target, TooLarge, target
+from experiments.benchmarks.targets import Target, TooLarge, compilers, target
 from experiments.faces.recipe import FaceRecipe
 from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
@@ -174,16 +173,6 @@ def is_done(row: dict[str, Any] | None, commit: str | None) -> bool:
     if row is None or commit is None:
         return False
     return row["commit"] == commit and not commit.endswith("-changed")
-
-
-def compilers() -> dict[str, str]:
-    found = {}
-    for package in ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 # One program.

@@ -34,6 +34,7 @@ from experiments.run import loop
 from experiments.run.session import Clock, Shared, Task, result_file
 from experiments.store.claims import command_line
 from experiments.store.logs import Log
+from experiments.store.results import load, provenance, save
 from lsoftmax_jax.training import State
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
@@ -362,6 +363,51 @@ def largest_head(fits: Callable[[int], bool], bound: int) -> int:
     return bound * low // 100
 
 
+def largest_heads(on: targets.Target, job: Job, file: Path) -> list[dict[str, Any]]:
+    """The largest heads of a target's one chip and of all that the job names.
+
+    Every size that was tried stands in the file, which is written after each: a stopped search
+    goes on where it was, if commit and versions are the same.
+    """
+    facts = {
+        "kind": "largest head",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        **provenance(job.devices),
+        "compilers": targets.compilers(),
+        "device": "none: compiled, not run",
+        "target": on.name,
+        "memory_bytes": on.chip.memory,
+        "config": job._asdict(),
+    }
+    same = ("commit", "versions", "compilers", "config")
+    saved = load(file) if file.exists() else {}
+    tried = saved["tried"] if saved and all(saved[k] == facts[k] for k in same) else []
+    rows: list[dict[str, Any]] = []
+
+    def fits(classes: int, data: int, model: int, way: str) -> bool:
+        key = {"data": data, "model": model, "way": way, "classes": classes}
+        for entry in tried:
+            if entry.items() >= key.items():
+                return entry["refused"] is None
+        this = job._replace(classes=classes, data=data, model=model)
+        step = programs(this, on.mesh((data, model), AXES), plain=way == "plain").step
+        found = compiled_for(on, this, step)
+        tried.append(key | {"refused": found if isinstance(found, str) else None})
+        save(file, facts | {"largest": rows, "tried": tried})
+        return tried[-1]["refused"] is None
+
+    for data, model in dict.fromkeys([(1, 1), (job.data, job.model)]):
+        bound = on.chip.memory * model // (job.dim * (job.itemsize + 4))
+        row = {"data": data, "model": model, "bound": bound}
+        for way in ("plain", "ours"):
+            this_way = functools.partial(fits, data=data, model=model, way=way)
+            row[way] = largest_head(this_way, bound)
+        rows.append(row)
+        save(file, facts | {"largest": rows, "tried": tried})
+    return rows
+
+
 # The command.
 
 
@@ -408,7 +454,7 @@ def scale(
       target: for the plan, chips to compile for, such as v5e:16x16 or h100, which need not exist;
         by default the rates are an H200's and nothing is compiled for it.
       largest: with a target, only find the largest head of one chip and of all, in hundredths of
-        what kernel and momentum alone would allow; half an hour.
+        what kernel and momentum alone would allow; half an hour, and a result in `out`.
       tflops: for the plan, 1e12 operations a second of a device; by default its maker's figure.
       bandwidth: for the plan, 1e9 bytes a second of its memory; by default its maker's figure.
       link: for the plan, 1e9 bytes a second to the other devices; by default its maker's figure.
@@ -444,7 +490,9 @@ def scale(
     if on and job.devices > devices:
         raise ValueError(f"data x model must be at most the {devices} chips of {on.name}")
     if on and largest:
-        console().print(largest_table(on, job))
+        file = out / f"{on.name.replace(':', '-')}-largest.json"
+        console().print(largest_table(largest_heads(on, job, file), job))
+        print(f"{file} written")
     elif plan:
         compiled: Compiled | str | None = None
         if on:
@@ -637,25 +685,16 @@ def plan_table(job: Job, rates: Rates, source: str, step: Compiled | str | None)
     return view
 
 
-def largest_table(on: targets.Target, job: Job) -> Table:
+def largest_table(rows: list[dict[str, Any]], job: Job) -> Table:
     """The largest heads of plain softmax and of this library, on one chip and on all."""
-    view = Table("chips", title=f"largest head, {described(job)}; compiled, not run")
+    title = f"largest head, {job.dim} features, batch {job.batch}, {job.dtype}; compiled, not run"
+    view = Table("chips", title=title)
     for header in ("state alone", "plain softmax", "ours", "ours, share"):
         view.add_column(header, justify="right", no_wrap=True)
-    for data, model in dict.fromkeys([(1, 1), (job.data, job.model)]):
-        bound = on.chip.memory * model // (job.dim * (job.itemsize + 4))
-
-        def fits(classes: int, data: int, model: int, plain: bool) -> bool:
-            tried = job._replace(classes=classes, data=data, model=model)
-            step = programs(tried, on.mesh((data, model), AXES), plain=plain).step
-            return not isinstance(compiled_for(on, tried, step), str)
-
-        plain, ours = (
-            largest_head(functools.partial(fits, data=data, model=model, plain=way), bound)
-            for way in (True, False)
-        )
-        sizes = (f"{classes:,}" for classes in (bound, plain, ours))
-        view.add_row(f"{data} x {model}", *sizes, f"{100 * ours / bound:.0f} %")
+    for row in rows:
+        sizes = (f"{row[name]:,}" for name in ("bound", "plain", "ours"))
+        share = f"{100 * row['ours'] / row['bound']:.0f} %"
+        view.add_row(f"{row['data']} x {row['model']}", *sizes, share)
     return view
 
 

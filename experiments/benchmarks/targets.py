@@ -7,6 +7,7 @@ collectives, kernels, is the program that would run; how fast it would run they 
 import importlib.util
 import os
 import re
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -152,6 +153,17 @@ def installed(platform: str) -> bool:
         return importlib.util.find_spec(_NEEDED[platform][0]) is not None
     except ModuleNotFoundError:
         return False
+
+
+def compilers() -> dict[str, str]:
+    """The versions of the compilers that are installed."""
+    found = {}
+    for package in ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def target(name: str) -> Target:

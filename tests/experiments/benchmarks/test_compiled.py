@@ -225,6 +225,45 @@ def test_the_largest_head_is_bisected(most):
     assert len(tried) <= 7
 
 
+def test_a_stopped_search_for_the_largest_head_goes_on(tmp_path, monkeypatch):
+    chip = targets.Chip("tpu", 3072 * 10_000, 1, 1, 1, "a test")
+    on = targets.Target("v5e:1x2", chip, [None] * 2)
+    job, file, tried = scale.Job(1000, batch=64, dim=512, model=2, dtype="bf16"), tmp_path / "f", []
+    facts = {"commit": "a" * 40, "versions": {"jax": "1"}}
+
+    def compiled_for(on, job, step):
+        if len(tried) == 20:
+            raise KeyboardInterrupt
+        tried.append(job)
+        most = {"plain": 2_500, "ours": 9_950}[step] * job.model
+        return f"{job.classes} of {most}" if job.classes > most else None
+
+    monkeypatch.setattr(scale, "compiled_for", compiled_for)
+    monkeypatch.setattr(scale, "provenance", lambda devices: facts)
+    monkeypatch.setattr(targets.Target, "mesh", lambda *_: None)
+    steps = {True: "plain", False: "ours"}
+    monkeypatch.setattr(
+        scale, "programs", lambda job, mesh, plain: scale.Programs(0, 0, steps[plain], 0)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        scale.largest_heads(on, job, file)
+    saved = json.loads(file.read_text())
+    assert len(saved["tried"]) == 20 and saved["target"] == "v5e:1x2"
+    before, tried[:] = list(tried), []
+    rows = scale.largest_heads(on, job, file)
+    assert rows == [
+        {"data": 1, "model": 1, "bound": 10_000, "plain": 2_500, "ours": 9_900},
+        {"data": 1, "model": 2, "bound": 20_000, "plain": 5_000, "ours": 19_800},
+    ]
+    # Seven sizes at most of each kind, none of them twice.
+    assert 20 < len(before + tried) <= 28
+    assert json.loads(file.read_text())["largest"] == rows
+    facts["commit"] = "b" * 40
+    tried[:] = []
+    with pytest.raises(KeyboardInterrupt):
+        scale.largest_heads(on, job, file)
+
+
 @aot
 def test_a_plan_for_a_slice_stands_beside_what_its_compiler_says(capsys):
     plan = ["scale", "--plan", "--target", "v5e:2x4", "--dtype", "bf16", "--batch", "1024"]
