@@ -73,12 +73,12 @@ notebooks-colab:
 	.venv-lowest/bin/pip install -qq packaging
 	.venv-lowest/bin/python scripts/lowest.py pyproject.toml > $@
 
-# Loss, gradients and weights beside PyTorch's; what it measures is a result. Not with the pins, whose
+# Loss, gradients and weights beside those of PyTorch and Keras; what it measures is a result. Not with the pins, whose
 # mpmath is newer than what PyTorch asks for.
 parity:
 	$(MAKE) .venv-parity/test,peers.stamp VENV=.venv-parity CONSTRAINTS=/dev/null
 	PARITY_JSON=experiments/results/parity/pytorch-metric-learning.json \
-	    .venv-parity/bin/pytest tests/lsoftmax_jax/test_peers.py
+	    .venv-parity/bin/pytest tests/lsoftmax_jax/test_peers.py tests/lsoftmax_jax/test_keras.py
 
 # What the compilers for GPUs make of the heads; 5.6 GB to install, no GPU needed.
 compile-gpu: $(VENV)/experiments,aot-gpu.stamp

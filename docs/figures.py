@@ -16,6 +16,11 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 import lsoftmax_jax as lsm
+from experiments import quickstart
+from experiments.paper.cells import run_name
+from experiments.report.features import features_figure
+from experiments.report.outcomes import RESULTS
+from experiments.store import results
 from experiments.store.files import replacing
 from lsoftmax_jax import schedule, training
 from lsoftmax_jax.nnx import LSoftmaxDense
@@ -273,7 +278,17 @@ def collapse() -> Figure:
     return figure
 
 
+def features() -> Figure:
+    """The picture of `make quickstart`, from the committed results."""
+    outcomes = {
+        title: results.load(RESULTS / "quickstart" / f"{run_name(config)}.json")["test"]
+        for title, config in quickstart.RUNS.items()
+    }
+    return features_figure(outcomes)
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
+    "features": features,
     "psi": psi_by_angle,
     "slope": psi_and_slope,
     "margins": margins_and_slopes,
