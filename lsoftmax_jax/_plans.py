@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lsoftmax_jax import _checks
 from lsoftmax_jax._fused import LogitGradient, Others, Setting, merge
 from lsoftmax_jax._placement import vary_over, varying_axes
+from lsoftmax_jax._tiles import as_stored
 from lsoftmax_jax.logits import (
     Columns,
     Rows,
@@ -245,6 +246,8 @@ def finished(
 ) -> tuple[jax.Array, jax.Array]:
     """With what the norms of features and columns have to do with it."""
     sums = label_sums(gradient.target.along_column, rows.labels, columns.kernel.shape[1])
+    # Or a v6e computes all products in the other order, and copies the kernel and its gradient.
+    dkernel = as_stored(dkernel)
     dkernel = finished_columns(columns, sums, dkernel).astype(columns.kernel.dtype)
     return finished_features(rows, gradient.target, dfeatures), dkernel
 
