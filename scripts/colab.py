@@ -67,6 +67,9 @@ def run(name: str, came_with: Path, folder: Path) -> dict[str, Any]:
     )
     inside = folder / "python" / "bin" / "python"
     before = packages(inside)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=CLONE, capture_output=True, text=True
+    )
     url = tomllib.loads((CLONE / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     here = {
         "GIT_CONFIG_COUNT": "1",
@@ -84,9 +87,6 @@ def run(name: str, came_with: Path, folder: Path) -> dict[str, Any]:
     after = packages(inside)
     if moved := changed(before, after):
         raise SystemExit(f"{name}: the installation changed what was there: {', '.join(moved)}")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=CLONE, capture_output=True, text=True
-    )
     return {
         "notebook": name,
         "date": datetime.now(UTC).date().isoformat(),

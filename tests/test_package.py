@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 import lsoftmax_jax
 from lsoftmax_jax import devices, interop, sampled, sharded, training
-from scripts import stacks
+from scripts import colab, stacks
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -167,8 +167,20 @@ def test_constraints_pin_every_dependency_within_its_declared_range(pins):
             assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
 
 
-def test_the_table_of_stacks_is_what_was_run():
-    assert stacks.table() in (ROOT / "CONTRIBUTING.md").read_text()
+def test_the_tables_of_stacks_and_notebooks_are_what_was_run():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert stacks.table() in text and colab.table() in text
+
+
+def test_what_ci_leaves_out_on_the_other_stacks_is_there():
+    assert stacks.SETTLED and all((ROOT / file).exists() for file in stacks.SETTLED)
+
+
+def test_an_installation_that_changes_a_package_is_noticed():
+    before = {"jax": "0.7.2", "flax": "0.11.2", "numpy": "2.1.3"}
+    assert colab.changed(before, before | {"tyro": "1.0.0"}) == []
+    after = {"jax": "0.8.0", "flax": "0.11.2"}
+    assert colab.changed(before, after) == ["jax 0.7.2 became 0.8.0", "numpy 2.1.3 became nothing"]
 
 
 def test_no_tracked_file_names_a_machine():
