@@ -13,6 +13,8 @@ from experiments.__main__ import main
 from experiments.benchmarks import arms, compiled, hlo, scale, targets
 from experiments.benchmarks.arms import Shape
 
+README = (compiled.OUT.parents[2] / "README.md").read_text()
+
 
 def aot(test):
     missing = pytest.mark.skipif(not targets.installed("tpu"), reason="no libtpu: extra aot-tpu")
@@ -208,6 +210,27 @@ def test_a_slice_steps_over_all_chips_by_jit_and_by_pmap(monkeypatch):
     for row in rows:
         assert row["fits"] and not row["float64"]
         assert {(c["kind"], c["devices"]) for c in row["collectives"]} == {("all-reduce", 4)}
+
+
+def committed(name):
+    return json.loads((compiled.OUT / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("chip, words", [("v5e", "v5e"), ("h100", "H100")])
+def test_the_readme_has_the_largest_heads_of_the_committed_results(chip, words):
+    (row,) = committed(f"{chip}-largest")["largest"]
+    plain, ours = (f"{row[way] / 1e6:.3g} million" for way in ("plain", "ours"))
+    (line,) = (line for line in README.splitlines() if line.endswith(f"| {ours} |"))
+    assert words in line and plain in line
+
+
+@pytest.mark.parametrize("size", ["(256, 256, 10) f32", "(512, 512, 10575) bf16"])
+def test_the_readme_has_the_kernels_of_the_committed_results(size):
+    rows = {row["name"]: row for row in committed("h100-heads")["programs"] if row["size"] == size}
+    plain, ours = (rows[name]["kernels"] for name in (arms.PLAIN, arms.ONE_SHOT))
+    shape = size.rpartition(" ")[0]
+    (line,) = (line for line in README.splitlines() if f"kernels on an H100 at {shape}" in line)
+    assert line.endswith(f"| {plain} | {ours} |")
 
 
 @pytest.mark.parametrize("most", [0, 1, 37, 100])
