@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 import lsoftmax_jax
 from lsoftmax_jax import devices, interop, sampled, sharded, training
-from scripts import colab, stacks
+from scripts import colab, lowest, stacks
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -170,6 +170,14 @@ def test_constraints_pin_every_dependency_within_its_declared_range(pins):
 def test_the_tables_of_stacks_and_notebooks_are_what_was_run():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     assert stacks.table() in text and colab.table() in text
+
+
+def test_the_lowest_versions_pin_every_package_once():
+    versions = {}
+    for pin in lowest.pins(PROJECT):
+        name, version = pin.split("==")
+        assert versions.setdefault(name, version) == version, name
+    assert versions["jax"] == "0.7.2"
 
 
 def test_what_ci_leaves_out_on_the_other_stacks_is_there():
