@@ -1,8 +1,8 @@
 """The large-margin softmax (Liu et al., ICML 2016) for JAX: exact, fused, at any size.
 
-The functions below are pure. `lsoftmax_jax.nnx` and `lsoftmax_jax.linen` have Flax heads over them,
-`lsoftmax_jax.training` and `lsoftmax_jax.devices` have training steps, and `lsoftmax_jax.interop`
-reads weights from elsewhere. Import these five by name: `lsoftmax_jax` itself imports no Flax.
+The functions below are pure. `lsoftmax_jax.nnx` and `lsoftmax_jax.linen` have the Flax heads,
+`lsoftmax_jax.training` and `lsoftmax_jax.devices` the training steps, and `lsoftmax_jax.interop`
+reads weights of other frameworks. Import these five by name: `lsoftmax_jax` itself imports no Flax.
 """
 
 from lsoftmax_jax import margins, sampled, schedule, sharded

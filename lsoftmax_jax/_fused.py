@@ -25,15 +25,15 @@ from lsoftmax_jax.logits import Head, LabelTerms, Pull, Target, annealed_target,
 
 
 class Statistics(NamedTuple):
-    """What the loss saw of each example, at no second pass; no gradients flow through it.
+    """What a loss computed on its way, for each example; no gradient flows through it.
 
     `plain_logit > max_logit` says whether an example is classified correctly without the margin.
-    Its mean is the one to report as training accuracy.
+    Report its mean as the training accuracy.
 
     Attributes:
       target_cosine: cos(theta_y), (...,).
       target_logit: the label's logit with margin and annealing, (...,).
-      plain_logit: features . kernel_y, the label's logit without, (...,).
+      plain_logit: the label's logit without margin, (...,).
       max_logit: the largest other logit, (...,).
       lam: the λ of the call, scalar.
     """

@@ -102,7 +102,7 @@ class HeadCalls:
         label_smoothing: float = 0.0,
         plan: Plan | None = None,
     ) -> tuple[jax.Array, Statistics]:
-        """`loss`, and the `lsoftmax_jax.Statistics` of the batch, at no second pass."""
+        """`loss`, and the `lsoftmax_jax.Statistics` of the same pass."""
         features, kernel = _operands(self, features)
         lam = self_paced() if lam is None else lam
         if self.layout is None:

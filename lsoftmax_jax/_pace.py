@@ -35,11 +35,11 @@ class BatchView(NamedTuple):
 
 @dataclass(frozen=True)
 class SelfPaced:
-    """A rule for λ, made by `lsoftmax_jax.self_paced`; the losses take it as `lam`.
+    """A rule for λ that `lsoftmax_jax.self_paced` makes and the losses take as `lam`.
 
     Attributes:
-      fraction: of the share at which the batch's features stop growing.
-      power: of the probability that plain softmax gives the labels.
+      fraction: part of the largest share at which the batch's features do not shrink.
+      power: exponent of the mean probability that plain softmax gives the labels.
       axis_name: mapped axes, as of `jax.pmap`, over which the batch is split.
     """
 

@@ -32,24 +32,24 @@ _FEWEST_CLASSES, _MOST_CLASSES = 512, 8192
 
 @dataclass(frozen=True)
 class Plan:
-    """In which pieces a loss is computed: memory against matrix products, never other numbers.
+    """In which pieces a loss is computed. It trades memory for time and never changes the numbers.
 
-    The plan is chosen from `memory_budget`, or forced by `row_block` or `class_block`:
+    The loss chooses one of three plans by `memory_budget`; `row_block` or `class_block` forces one:
 
-    - one-shot: one (batch, classes) array of exponentials kept for the backward pass;
-    - class blocks: the same cut into pieces, so that only the kept array is large, or, without
-      `keep_exponentials`, nothing is: the backward pass computes the logits again;
-    - row blocks: nothing kept, `row_block` rows of logits at a time. `lsoftmax_loss_sum` computes
-      them once, if λ is given, the other losses twice.
+    - one-shot: the backward pass keeps one (batch, classes) array of exponentials;
+    - class blocks: only this kept array is large. Without `keep_exponentials` no array is large,
+      and the backward pass computes the logits again;
+    - row blocks: `row_block` rows of logits exist at a time and none are kept. With a given λ
+      `lsoftmax_loss_sum` computes them once; all else computes them twice.
 
     Attributes:
-      memory_budget: bytes that (batch, classes) temporaries may take, 1 GiB by default; of each
-        device, where the classes are sharded.
+      memory_budget: bytes that (batch, classes) temporaries may take, 1 GiB by default. Where the
+        classes are sharded, it holds for each device.
       row_block: rows at a time; forces row blocks.
-      class_block: classes at a time; forces class blocks, all classes being the one-shot.
-      keep_exponentials: whether the backward pass reuses the forward's exponentials (three matrix
-        products, batch x classes kept, in the operands' dtype where in blocks) or computes them
-        again (four); None decides by the budget.
+      class_block: classes at a time; forces class blocks. A block of all classes is the one-shot.
+      keep_exponentials: True keeps the exponentials for the backward pass: three matrix products
+        and a (batch, classes) array, in blocks of the operands' dtype. False computes them again:
+        four products. None decides by the budget.
 
     Raises:
       TypeError, ValueError: a size is no int >= 1, or two of the fields contradict each other.

@@ -22,8 +22,8 @@ def data_mesh(devices: int | None = None) -> Mesh:
     """A mesh with the one axis "data".
 
     Args:
-      devices: how many, the first ones; all by default. Under `jax.distributed` they are those of
-        all processes, and each must have one in the mesh.
+      devices: how many, the first ones; by default all. Under `jax.distributed` they are counted
+        over all processes, and each process must have one in the mesh.
 
     Returns:
       the mesh; its axis is of Auto type.
@@ -55,10 +55,10 @@ def put(arrays: Any, mesh: Mesh, spec: P) -> Any:
     Args:
       arrays: the same in every process; each copies its own devices' parts and sends nothing.
       mesh: of any axes.
-      spec: how each array is split, for all the same.
+      spec: how to split each array; one for all.
 
     Returns:
-      The tree, each leaf a `jax.Array`.
+      the tree, each leaf a `jax.Array`.
 
     Raises:
       ValueError: an axis of an array does not divide over its part of the mesh.
@@ -78,7 +78,7 @@ def put(arrays: Any, mesh: Mesh, spec: P) -> Any:
 
 
 class CompiledStep:
-    """A step compiled when it is first called; `lower` compiles it for abstract arguments.
+    """A step that is compiled when it is first called; `lower` takes abstract arguments too.
 
     Both take the step's arguments, `where` last and optional.
     """
@@ -111,8 +111,8 @@ def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> CompiledStep:
     Args:
       step: from `train_step` or `eval_step`.
       mesh: the state is replicated on it; images, labels and where are split along "data".
-      donate: reuse the state's memory for the new one. For an `eval_step` pass False: its state
-        is needed again.
+      donate: reuse the memory of the state for the new one. For an `eval_step` pass False: its
+        state is needed again.
 
     Returns:
       a function of the arguments of `step`, compiled when first called, with
@@ -161,8 +161,8 @@ def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = Non
       step: from `train_step`.
       batch: (step, data) -> (images, labels), pure: the rows of a step, augmented.
       mesh: has a "data" axis, of Auto or Explicit type; each batch is split along it.
-      loop: compile one update in a loop, not ``length`` updates in a row; by default everywhere
-        but on CPUs, where XLA makes the gradient of a convolution in a loop up to 50 times slower.
+      loop: compile one update in a loop, not ``length`` updates in a row. The default is False on
+        CPUs, where XLA makes a convolution's gradient in a loop up to 50 times slower, else True.
 
     Returns:
       ``many(state, data, length) -> (state, metrics)``, jitted with the length static and the state

@@ -1,8 +1,8 @@
 """Head weights, margins and λ schedules from other frameworks, and back.
 
-Frameworks differ in whether a class is a row or a column of the weight; here it is a column of
-`kernel`. What is read is an array, never a pickle. All of it is NumPy on the host, in the dtype
-that came: `head.kernel[...] = kernel` puts it into a head.
+A class is a row of the weight in some frameworks and a column in others; here it is a column of
+`kernel`. The functions read arrays, never pickles. They compute in NumPy on the host and keep the
+dtype; `head.kernel[...] = kernel` puts the result into a head.
 """
 
 import math
@@ -29,7 +29,7 @@ def kernel_from_rows(
 ) -> np.ndarray:
     """The kernel of a weight that holds a class in each row: its transpose.
 
-    So do the authors' Caffe layer, `torch.nn.Linear` and the ArcFace heads of insightface.
+    The authors' Caffe layer, `torch.nn.Linear` and insightface's ArcFace heads hold such weights.
 
     Args:
       weight: (classes, in_features) floating point, anything `np.asarray` takes; Caffe's old
@@ -66,8 +66,8 @@ def kernel_from_columns(
 ) -> np.ndarray:
     """The kernel of a weight that holds a class in each column: itself, checked.
 
-    So do the losses of pytorch-metric-learning (`W`), and `LSoftmaxLinear` in the PyTorch ports
-    of amirhfarzaneh and jihunchoi.
+    The losses of pytorch-metric-learning hold such a weight (`W`), and so does `LSoftmaxLinear` in
+    the PyTorch ports of amirhfarzaneh and jihunchoi.
 
     Args:
       weight: (in_features, classes) floating point, anything `np.asarray` takes.
@@ -137,7 +137,7 @@ def from_metric_learning(
 
     Returns:
       (kernel, margin, scale) of the same loss here. The scale of LargeMarginSoftmaxLoss is in the
-      kernel. Their ArcFace drops by a jump where θ + margin exceeds π; ours goes on.
+      kernel. Where θ + margin exceeds π their ArcFace jumps down; ours is continuous.
 
     Raises:
       TypeError: `weight` is not floating point, or `margin` or `scale` no number.
@@ -186,9 +186,9 @@ def from_insightface(
 ) -> tuple[np.ndarray, Margin, float]:
     """Kernel, margin and scale of insightface's `CombinedMarginLoss`, as it computes them.
 
-    With m1 = 1 and m3 = 0 it is ArcFace, its margin without a gradient (since 2022). With m3 > 0
-    it is CosFace, and m1 and m2 count for nothing. Anything else it refuses itself; the formula
-    in its papers is `lsoftmax_jax.margins.Combined`.
+    With m1 = 1 and m3 = 0 it is ArcFace, since 2022 without a gradient through the margin. With
+    m3 > 0 it is CosFace and ignores m1 and m2. It refuses anything else. The formula of its papers
+    is `lsoftmax_jax.margins.Combined`.
 
     Args:
       weight: of its `PartialFC_V2`, (classes, in_features) floating point.

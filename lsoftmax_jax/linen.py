@@ -19,9 +19,9 @@ from lsoftmax_jax.sharded import ClassParallel
 class LSoftmaxDense(_head.HeadCalls, linen.Module):
     """The last layer of a classifier: a bias-free Dense that knows the margin in training.
 
-    The Linen twin of `lsoftmax_jax.nnx.LSoftmaxDense`: same parameter `kernel` (D, classes), same
-    numbers. The kernel's first axis is taken from the features, so that a checkpoint of a
-    bias-free `linen.Dense` loads.
+    It is the Linen twin of `lsoftmax_jax.nnx.LSoftmaxDense`, with the same parameter `kernel`
+    (D, classes) and the same numbers. The features give the kernel its first axis, so a checkpoint
+    of a bias-free `linen.Dense` loads.
 
     Attributes:
       classes: number of classes, >= 1.
@@ -32,14 +32,14 @@ class LSoftmaxDense(_head.HeadCalls, linen.Module):
         norms and angles are float32 or better whatever the dtype.
       param_dtype: dtype of the kernel.
       kernel_init: initializer of the kernel, `linen.Dense`'s by default.
-      layout: the mesh axes to shard the classes and the batch over; the kernel is then created
-        with `linen.with_partitioning`, and the loss is `lsoftmax_jax.sharded.lsoftmax_loss`. Where
-        the class axis does not divide the classes the kernel has some more columns, which take no
+      layout: the mesh axes to shard the classes and the batch over. The kernel is then created
+        with `linen.with_partitioning`, and the loss is `lsoftmax_jax.sharded.lsoftmax_loss`. If the
+        class axis does not divide the classes, the kernel has a few more columns, which take no
         part.
 
     Raises:
-      TypeError, ValueError: a margin or scale that is none, or a layout without its mesh; in
-        calls, as the functions.
+      TypeError, ValueError: an argument has the wrong type or value, or a layout lacks its mesh.
+        Calls raise what `lsoftmax_jax.lsoftmax_loss` raises.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -43,12 +43,11 @@ def lsoftmax_logits(
         z_j = \|w_j\| \|x\| \cos\theta_j \;(j \ne y), \qquad
         z_y = \frac{\lambda \|w_y\| \|x\| \cos\theta_y + \|w_y\| \|x\| \psi(\theta_y)}{1+\lambda}
 
-    The gradient is written by hand (two matrix products, no division by a sine, finite at every
-    angle); reverse mode works to any order. JAX has no forward mode for such functions: take
-    reverse over reverse, as in `jax.jacrev(jax.grad(f))`, for a Hessian.
+    The gradient is written by hand: it has two matrix products and no division by a sine, and is
+    finite at every angle. Reverse mode works to any order. JAX has no forward mode for such
+    functions; for a Hessian take reverse over reverse, as in `jax.jacrev(jax.grad(f))`.
 
-    Another margin's v(cos θ) takes the place of ψ; with `scale` s the norms are those of unit
-    features and columns, ‖w‖‖x‖ = s.
+    Another margin puts its v(cos θ) in place of ψ. With a `scale` s the product ‖w‖‖x‖ is s.
 
     Args:
       features: (..., D) floating point.

@@ -57,9 +57,9 @@ def lsoftmax_loss(
     With `label_smoothing` e, the cross-entropy against Optax's smoothed labels:
     softplus(Z - t) + e (t - (t + sum of the other logits) / classes).
 
-    Any cotangent per example is honoured, so the result may be weighted, masked or averaged. If
-    only a (weighted) sum is needed, `lsoftmax_loss_sum` is cheaper for many classes. Reverse mode
-    works to any order; for a Hessian take reverse over reverse.
+    The result may be weighted, masked or averaged: its gradient is right for any cotangent. For a
+    (weighted) sum over many classes `lsoftmax_loss_sum` is cheaper. Reverse mode works to any
+    order; for a Hessian take reverse over reverse.
 
     Args:
       features: (..., D) floating point.
@@ -68,7 +68,7 @@ def lsoftmax_loss(
         unless `where` masks the example.
       margin: integer m >= 1, static; 1 gives plain softmax. Or one of `lsoftmax_jax.margins`.
       lam: annealing λ >= 0, scalar, may be traced and infinite; its gradient is the true one. Or
-        `lsoftmax_jax.self_paced()`: the batch shows λ, through which no gradient flows.
+        `lsoftmax_jax.self_paced()`, which computes λ from the batch without a gradient.
       scale: s > 0, for features and columns of unit length times s; None keeps their norms.
       where: (...,) bool; False gives exactly zero loss and gradient, whatever the row holds.
       label_smoothing: e in [0, 1], a Python float.
@@ -111,7 +111,7 @@ def lsoftmax_loss_and_statistics(
     label_smoothing: float = 0.0,
     plan: Plan | None = None,
 ) -> tuple[jax.Array, Statistics]:
-    """`lsoftmax_loss`, and what it saw of each example, at no second pass.
+    """`lsoftmax_loss`, and the `Statistics` of the same pass.
 
     Args:
       features, kernel, labels, margin, lam, scale, where, label_smoothing, plan: as there.
@@ -155,9 +155,9 @@ def lsoftmax_loss_sum(
 
     .. math:: L = \sum_i s_i \ell_i
 
-    Under differentiation the forward pass computes the gradients of features and kernel as it
-    goes and the backward pass only scales them: three matrix products and no kept logits in the
-    one-shot and row-block plans. Called without differentiation it computes the loss alone.
+    Under differentiation the forward pass computes the gradients of features and kernel, and the
+    backward pass only scales them. The one-shot and row-block plans so take three matrix products
+    and keep no logits. Without differentiation the call computes the loss alone.
 
     Args:
       weights: (...,) floating-point weights s of the examples, or None for ones; for a mean pass

@@ -1,16 +1,14 @@
-"""Margins: what takes the place of the target's cosine, as value and slope of that cosine.
+"""Margins: functions that replace the target's cosine, given as value and slope of that cosine.
 
 An int m is the margin of the large-margin softmax, psi(theta). With c = cos(theta), cos(m theta) =
-T_m(c), the Chebyshev polynomial of the first kind, and d cos(m theta) / dc = m U_{m-1}(c), the one
-of the second kind: no arccos, so no infinite slope at theta = 0 and pi.
+T_m(c), the Chebyshev polynomial of the first kind, and d cos(m theta) / dc = m U_{m-1}(c), that of
+the second kind. Neither needs an arccos, whose slope is infinite at theta = 0 and pi.
 
-The classes below are the margins of other losses. Any object with their method `value_and_slope`
-is one too; it must be hashable, like a frozen dataclass.
+The classes below are the margins of other losses. Any other object that has their method
+`value_and_slope` and is hashable, as a frozen dataclass is, is a margin too.
 
-Source: psi, Liu et al., "Large-Margin Softmax Loss for Convolutional Neural Networks", ICML 2016,
-https://arxiv.org/abs/1612.02295; the others, Deng et al., "ArcFace", CVPR 2019,
-https://arxiv.org/abs/1801.07698, whose section 2 compares them.
-"""
+Source: Deng et al., "ArcFace", CVPR 2019, https://arxiv.org/abs/1801.07698, whose section 2
+compares these margins."""
 
 import functools
 import math
@@ -36,15 +34,15 @@ def psi(cos_theta: ArrayLike, margin: int) -> jax.Array:
         \theta \in [k\pi/m, (k+1)\pi/m], \quad k = 0 .. m-1
 
     computed as :math:`(-1)^k T_m(c) - 2k` with the Chebyshev polynomial :math:`T_m` of
-    :math:`c = \cos\theta`. Decreasing in theta, from 1 at theta = 0 to 1 - 2m at theta = pi, and
+    :math:`c = \cos\theta`. It falls in theta, from 1 at theta = 0 to 1 - 2m at theta = pi, and is
     continuously differentiable in c: the slope is 0 at the inner knots and m² at c = 1 and -1.
 
-    Forward and reverse mode are both supported, to any order.
+    It supports forward and reverse mode, to any order.
 
     Args:
       cos_theta: cosine of the angle, any shape, floating point. Values outside [-1, 1] are
-        clipped, keeping the slope of the end point, so that a cosine that rounding has pushed
-        past 1 still has its gradient. Half precision is computed in float32.
+        clipped but keep the slope of the end point: a cosine that rounding has pushed past 1
+        still has its gradient. Half precision is computed in float32.
       margin: the integer m >= 1; 1 gives the plain cosine. Static.
 
     Returns:
@@ -135,20 +133,20 @@ class Combined:
     .. math:: v = \cos(m_1 \theta + m_2) - m_3, \qquad
         \frac{dv}{dc} = m_1 \frac{\sin(m_1 \theta + m_2)}{\sin\theta}
 
-    Where m1 θ + m2 exceeds π, the cosine would rise again. There v goes on as the plain cosine,
-    lowered so that v is continuous: v stays increasing in c, with slope 1. The slope is infinite
-    at θ = 0 where m2 > 0; it is cut off where sin θ is below the square root of the dtype's eps,
-    so that the gradient there, which is the slope times sin θ, is finite.
+    Where m1 θ + m2 exceeds π, the cosine would rise again. There v is the plain cosine less a
+    constant that makes v continuous, so v increases in c everywhere. With m2 > 0 the slope is
+    infinite at θ = 0. It is cut off where sin θ is below the square root of the dtype's eps, which
+    keeps the gradient, the slope times sin θ, finite.
 
-    Use it with `scale`: unit features and columns times s, 64 for many classes, 8 to 10 for ten.
+    It needs a `scale` s, the length of features and columns: 64 for many classes, 8 to 10 for ten.
 
     Args:
       m1: factor of the angle, >= 1.
       m2: added to the angle, in radians, in [0, π).
       m3: taken off the cosine, >= 0.
       easy: leave the margin out where cos θ <= 0.
-      detach: slope 1 everywhere, as if the margin were added to the logits without a gradient:
-        insightface's since 2022. False is the true slope.
+      detach: take slope 1 everywhere, as if the margin were a constant without a gradient, which
+        insightface has done since 2022. False takes the true slope.
 
     Raises:
       TypeError, ValueError: a number is none or outside its range.
@@ -233,9 +231,9 @@ class ArcFace:
 
 @dataclass(frozen=True)
 class CosFace:
-    """The additive cosine margin, cos θ - m, slope 1; AM-Softmax.
+    """The additive cosine margin of CosFace and AM-Softmax: cos θ - m in place of cos θ.
 
-    Use it with `scale`, as `Combined`.
+    It needs a `scale`, as `Combined` does.
 
     Args:
       margin: m >= 0; usually 0.35.
@@ -261,9 +259,9 @@ class CosFace:
 
 @dataclass(frozen=True)
 class SphereFace:
-    """A-Softmax: psi of L-Softmax, with kernel columns of unit length; features keep their norm.
+    """A-Softmax: psi of L-Softmax with kernel columns of unit length.
 
-    With `scale` features have unit length too.
+    Features keep their norm, unless `scale` gives all of them one length.
 
     Args:
       margin: the integer m >= 1; usually 4, with λ.

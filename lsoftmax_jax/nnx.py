@@ -25,9 +25,9 @@ _KERNEL_INIT = initializers.lecun_normal()
 class LSoftmaxDense(_head.HeadCalls, nnx.Module):
     """The last layer of a classifier: a bias-free Dense that knows the margin in training.
 
-    ``loss(features, labels)`` is the fused loss of each example, self-paced unless it is given a
-    λ. Called with features alone the head gives the plain product, features @ kernel. The one
-    parameter is `kernel` (in_features, classes), so a checkpoint of a bias-free `nnx.Linear` loads,
+    ``loss(features, labels)`` is the fused loss of each example. It paces itself unless it is given
+    a λ. Called with features alone, the head gives the plain product features @ kernel. The one
+    parameter is `kernel` (in_features, classes): a checkpoint of a bias-free `nnx.Linear` loads,
     and the trained head exports as a plain matrix product.
 
     Args:
@@ -40,14 +40,14 @@ class LSoftmaxDense(_head.HeadCalls, nnx.Module):
         norms and angles are float32 or better whatever the dtype.
       param_dtype: dtype of the kernel.
       kernel_init: initializer of the kernel, `nnx.Linear`'s by default.
-      layout: the mesh axes to shard the classes and the batch over; the loss is then
-        `lsoftmax_jax.sharded.lsoftmax_loss`, and where the class axis does not divide the classes
-        the kernel has some more columns, which take no part.
+      layout: the mesh axes to shard the classes and the batch over. The loss is then
+        `lsoftmax_jax.sharded.lsoftmax_loss`. If the class axis does not divide the classes, the
+        kernel has a few more columns, which take no part.
       rngs: source of the `params` key.
 
     Raises:
-      TypeError, ValueError: a margin or scale that is none, or a layout without its mesh; in
-        calls, as the functions.
+      TypeError, ValueError: an argument has the wrong type or value, or a layout lacks its mesh.
+        Calls raise what `lsoftmax_jax.lsoftmax_loss` raises.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,8 +1,8 @@
 """The loss over a sample of the classes, an approximation for when even a shard is too many.
 
-Exact are the target logit and its gradient. The other logits' sum is estimated from the classes of
-the batch's labels, which are always in, and from others drawn without replacement; only the drawn
-columns of the kernel are read and updated.
+The target logit and its gradient are exact. The sum over the other logits is estimated from the
+classes of the batch's labels, which are always in the sample, and from others drawn without
+replacement. Only the sampled columns of the kernel are read and updated.
 
 Source: An et al., "Partial FC: Training 10 Million Identities on a Single Machine", 2021,
 https://arxiv.org/abs/2010.05222.
@@ -31,8 +31,8 @@ class Sample(NamedTuple):
 
     Attributes:
       ids: (batch + negatives,) int32 class numbers: the distinct labels, then the drawn others.
-        The number of classes stands where there is none: repeated labels, drawn labels.
-      offset: added to the logits of these classes except as a target; -inf where there is none.
+        An entry without a class, for a repeated or a drawn label, holds the number of classes.
+      offset: added to the logits of these classes except as a target; -inf without a class.
       labels: the batch's labels as positions in `ids`, -1 for a label outside [0, classes).
     """
 
@@ -46,9 +46,9 @@ def sample_classes(
 ) -> Sample:
     r"""Draws `negatives` distinct classes uniformly, and adds the classes of the labels.
 
-    The draw is the start of a keyed permutation of [0, classes), a Feistel network that walks past
-    numbers beyond: O(negatives) time and memory whatever the number of classes. (A few thousand
-    classes are shuffled.)
+    The draw is the start of a keyed permutation of [0, classes): a Feistel network, applied again
+    where a number is beyond. It takes O(negatives) time and memory for any number of classes. (A
+    few thousand classes are shuffled instead.)
 
     Args:
       key: a key of `jax.random`.
@@ -57,7 +57,7 @@ def sample_classes(
       negatives: how many to draw, from 1 to `classes`, static. Those that are labels count once.
       corrected: add :math:`\log\frac{\text{classes} - p}{n}` to the logits of the n drawn classes
         (p being the number of distinct labels), which makes the sum of the other exponentials an
-        unbiased estimate. Without, as in the published Partial FC, fewer classes compete.
+        unbiased estimate. False lets fewer classes compete, as the published Partial FC does.
 
     Returns:
       `Sample`, labels flattened.
@@ -148,9 +148,10 @@ def take_columns(kernel: jax.Array, sample: Sample) -> jax.Array:
 
 
 def put_columns(kernel: jax.Array, sample: Sample, columns: jax.Array) -> jax.Array:
-    """The kernel with its sampled columns replaced; donate it and nothing else is touched.
+    """The kernel with its sampled columns replaced; if it is donated, only they are written.
 
-    The optimiser state of the kernel is kept in step the same way: take, update, put.
+    Treat the kernel's optimiser state in the same way: take its columns, update them, put them
+    back.
 
     Args:
       kernel: (D, classes).
@@ -208,8 +209,9 @@ def lsoftmax_sampled_loss(
 
     .. math:: \ell = -\log \frac{e^{z_y}}{e^{z_y} + \sum_{j \ne y,\, j \in S} e^{z_j + o_j}}
 
-    An approximation: with all classes drawn it is the exact loss, otherwise its expectation is
-    below it (the logarithm of an unbiased estimate), the more the fewer are drawn.
+    It is an approximation. With all classes drawn it is the exact loss. Otherwise its expectation
+    is lower, because it is the logarithm of an unbiased estimate. The fewer are drawn, the lower it
+    is.
 
     Args:
       features: (..., D) floating point.

@@ -41,11 +41,11 @@ def annealed_lambda(
 
     Step 0 is the first update. The authors count iterations from 1, hence s + 1.
 
-    It is here for the released constants. They count updates, about 18,000 of them, and end at
-    λ = 0: in a shorter run λ stays so large that it is softmax, and with `gamma` stretched to the
-    length of the run the last updates have nearly the whole margin, under which features can shrink
-    to length 0 and the run is lost. `margin_schedule` and `self_paced` keep to a part of the
-    margin; with this schedule a `minimum` of 5 does.
+    It is here for the released constants, which are for about 18,000 updates and end at λ = 0. In a
+    shorter run λ stays so large that the loss is softmax. With `gamma` stretched to the length of
+    the run, the last updates have nearly the whole margin: features can shrink to length 0, and the
+    run is lost. `margin_schedule` and `self_paced` use only a part of the margin; a `minimum` of 5
+    makes this schedule do so too.
 
     Args:
       base: λ before the first step, >= 0; 0 turns annealing off.
@@ -100,8 +100,8 @@ def margin_schedule(
         p = \mathrm{clip}\left(\frac{s / steps - start}{end - start},\, 0,\, 1\right)
 
     It is for runs whose λ must be known beforehand; `self_paced` needs no number of steps. λ ends
-    at 1 / share - 1. The larger the margin, the smaller a share of it still trains: with half of
-    margin 8, and with the whole of any, features shrink to length 0.
+    at 1 / share - 1. A larger margin trains only at a smaller share. At half of margin 8, and at
+    the whole of any margin, features shrink to length 0.
 
     Args:
       steps: updates of the run, >= 1.
@@ -152,20 +152,20 @@ def self_paced(
 
     .. math:: \frac{1}{1+\lambda} = fraction \cdot s^* \cdot \bar q^{\,power}
 
-    with s* the largest share of the margin in [0, 1] at which the mean radial force on the batch's
-    features, -<x, d loss / dx>, is not negative: beyond it features shrink, and a run whose
-    features reach length 0 has collapsed. With the plain logit u of the label, its logit v under
-    the whole margin, and the logsumexp Z and mean M of the other logits under their own softmax,
-    the force at a share s is :math:`\sigma(Z - t)(t - M)` with :math:`t = u + s(v - u)`. The factor
-    q̄ is the batch's mean of :math:`\sigma(u - Z)`, the probability that plain softmax gives the
-    label: small at the start, and small again in a collapse, which so lets go of the margin.
+    Here s* is the largest share of the margin in [0, 1] at which the mean radial force on the
+    batch's features, -<x, d loss / dx>, is not negative. Beyond s* features shrink, and a run whose
+    features reach length 0 has collapsed. The force at a share s is :math:`\sigma(Z - t)(t - M)`
+    with :math:`t = u + s(v - u)`: u is the label's plain logit, v its logit under the whole margin,
+    Z the logsumexp of the other logits and M their mean under their own softmax. The factor q̄ is
+    the batch's mean of :math:`\sigma(u - Z)`, the probability that plain softmax gives the label.
+    It is small at the start and again in a collapse, where the margin so lets go.
 
-    λ is at least 1 / fraction - 1, and infinite, which is plain softmax, where no share will do. No
-    gradient flows through it. Masked examples do not count.
+    λ is at least 1 / fraction - 1. It is infinite, which is plain softmax, if no share keeps the
+    force from being negative. No gradient flows through λ. Masked examples do not count.
 
     Args:
       fraction: how much of s* to use, in [0, 1].
-      power: of q̄, >= 0.
+      power: exponent of q̄, >= 0.
       axis_name: the mapped axes over which a batch is split under `jax.pmap` or `jax.shard_map`,
         like a batch normalisation's. Under `jax.jit` on a mesh the batch is whole by itself.
 

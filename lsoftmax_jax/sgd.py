@@ -33,7 +33,7 @@ class SgdStep(NamedTuple):
       kernel: after the update.
       momentum: after the update.
       statistics: of each example before the update; `plain_logit > max_logit` is the margin-free
-        classification. At no cost where it is not used.
+        classification. It costs nothing if it is not used.
     """
 
     loss: jax.Array
@@ -66,12 +66,12 @@ def lsoftmax_sgd(
         v \leftarrow \mu v + \partial L / \partial W + \omega W, \qquad W \leftarrow W - \eta v,
         \qquad L = \sum_i s_i \ell_i
 
-    the update of `optax.chain(optax.add_decayed_weights(ω), optax.sgd(η, momentum=μ))`. The
-    kernel's gradient is made and used up `class_block` classes at a time: beside the arguments a
-    step needs about 8 batch x class_block bytes and not the D x classes of a gradient. Donate
-    `kernel` and `momentum` to the jitted step and they are updated in place.
+    This is the update of `optax.chain(optax.add_decayed_weights(ω), optax.sgd(η, momentum=μ))`. The
+    kernel's gradient is computed and used `class_block` classes at a time. Besides its arguments a
+    step needs about 8 batch x class_block bytes, and no gradient of D x classes numbers. Donate
+    `kernel` and `momentum` to the jitted step to update them in place.
 
-    Not to be differentiated: chain `dfeatures` into the rest of the model by `jax.vjp`.
+    Do not differentiate it: chain `dfeatures` into the rest of the model by `jax.vjp`.
 
     Args:
       features: (..., D) floating point.

@@ -4,13 +4,13 @@ Each device computes the logits of its own columns of the kernel. For every row 
 exchange a handful of numbers, never logits, and sum the gradient of the features. Collectives of
 a step of `lsoftmax_loss_sum`, loss and gradients:
 
-- features split over another axis than the kernel: the exchange, the features' gradient, the
-  kernel's gradient over the data axis, the scalars: 4;
-- features split over the class axis too: gathering them comes first, 5; over it alone: 3;
-- self-pacing adds one sum of 19 numbers over the data axis, if there is one.
+- 4 if the features are split over another axis than the kernel: the exchange, the features'
+  gradient, the kernel's gradient over the data axis, the scalars;
+- 5 if they are split over the class axis too, which gathers them first; 3 if over it alone;
+- 1 more for self-pacing with a data axis: a sum of 19 numbers.
 
-With a data axis every device sums its columns' gradient over that axis, which for very many classes
-is most of the bytes sent; one axis for both features and classes sends none of it.
+With a data axis every device sums its columns' gradient over that axis. For very many classes this
+is most of the bytes sent. A single axis for features and classes sends none of it.
 
 Source: class-parallel softmax as in An et al., "Partial FC", 2021,
 https://arxiv.org/abs/2010.05222.
@@ -51,13 +51,13 @@ class ClassParallel:
 
     Attributes:
       class_axis: mesh axis of the classes.
-      batch_axes: mesh axes of the batch, a name or names, which may include `class_axis`: then
-        every device gathers the rows of its group.
+      batch_axes: mesh axes of the batch, a name or names. If `class_axis` is among them, every
+        device gathers the rows of its group.
       mesh: the mesh, by default that of `jax.set_mesh`.
       classes: number of real classes, by default all columns of the kernel. The size of
-        `class_axis` must divide the columns: fill up with columns of any finite value and say how
-        many are real. The filling takes no part and gets zero gradient. A Flax head fills up by
-        itself and says its own number.
+        `class_axis` must divide the columns. Add columns of any finite value until it does, and
+        give the number of real ones here. The added columns take no part and get zero gradient. A
+        Flax head does both by itself.
 
     Raises:
       TypeError: an axis is no name, or `classes` no int.
@@ -153,8 +153,9 @@ def lsoftmax_loss(
 
     .. math:: \ell = -\log \frac{e^{z_y}}{\sum_j e^{z_j}}
 
-    The same numbers. Takes the whole arrays, as any function under `jax.jit` with a mesh does, on
-    Auto and Explicit meshes; the kernel is never gathered and no device sees another's logits.
+    It gives the same numbers. It takes the whole arrays, as any function under `jax.jit` with a
+    mesh does, on Auto and Explicit meshes. The kernel is never gathered, and no device sees the
+    logits of another.
 
     Args:
       features: (batch, D), split over the batch axes of `layout`.
@@ -207,7 +208,7 @@ def lsoftmax_loss_and_statistics(
     label_smoothing: float = 0.0,
     plan: Plan | None = None,
 ) -> tuple[jax.Array, Statistics]:
-    """`lsoftmax_loss` here, and what it saw of each example, at no second pass.
+    """`lsoftmax_loss` of this module, and the `Statistics` of the same pass.
 
     Args:
       features, kernel, labels, margin, lam, layout, scale, where, label_smoothing, plan: as

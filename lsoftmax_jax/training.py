@@ -1,16 +1,16 @@
 r"""Training and evaluation steps for any Flax NNX model that ends in a large-margin head.
 
-The model is called as ``model(images) -> features`` and carries the head as ``model.head``. The
-steps are pure functions of arrays, so that the same step runs under `jax.jit` on one device, under
-jit over a mesh (`lsoftmax_jax.devices`), under `jax.pmap` and under `jax.vmap` over seeds::
+The steps call the model as ``model(images) -> features`` and its head as ``model.head``. They are
+pure functions of arrays: the same step runs under `jax.jit` on one device, under jit over a mesh
+(`lsoftmax_jax.devices`), under `jax.pmap` and under `jax.vmap` over seeds::
 
     graphdef, state = create(model, optimizer)
     step = jax.jit(train_step(graphdef, optimizer, self_paced()))
     state, metrics = step(state, images, labels)
 
-λ is a function of the batch or of ``state.step``, and so are Optax's learning-rate schedules, hence
-a restored state continues exactly. Batch normalisation spans the global batch on every path: on a
-mesh because the step is written for the whole batch, under pmap through ``axis_name``.
+λ is a function of the batch or of ``state.step``, and Optax's learning rates are functions of the
+step, so a restored state continues exactly. Batch normalisation spans the global batch on every
+path: on a mesh because the step is written for the whole batch, under pmap by ``axis_name``.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class State(NamedTuple):
-    """All that training changes, as one pytree of arrays.
+    """Everything that training changes, as one pytree of arrays.
 
     Attributes:
       step: number of updates made, int32 ().
       params: the trained parameters, a nested dict.
       other: the model's remaining arrays, such as batch statistics, a nested dict.
-      opt_state: the optimizer's.
+      opt_state: state of the optimizer.
     """
 
     step: jax.Array
@@ -48,15 +48,15 @@ class State(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over examples, float32 (): batches and devices add up.
+    """Sums over examples, float32 (). Add those of several batches or devices.
 
     Attributes:
-      examples: their number.
-      loss: the loss.
-      correct: how often the plain logit of the label is the largest. It is margin-free: a margin
-        logit is lower and would make training look worse than it is.
-      target_angle: angle between feature and kernel column of the label, in radians.
-      feature_norm: the feature's length.
+      examples: number of examples.
+      loss: sum of the losses.
+      correct: number of examples whose label has the largest plain logit. It is margin-free: a
+        margin logit is lower and would make training look worse than it is.
+      target_angle: sum of the angles between feature and the label's kernel column, in radians.
+      feature_norm: sum of the features' lengths.
     """
 
     examples: jax.Array
@@ -67,7 +67,7 @@ class Sums(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What one update saw: `Sums` over its global batch, λ, norms, and what went wrong.
+    """`Sums` of one update over its global batch, λ, norms, and what went wrong.
 
     Attributes:
       sums: over the batch.
@@ -75,8 +75,8 @@ class StepMetrics(NamedTuple):
       kernel_norm: mean length of the head's kernel columns before the update.
       grad_norm: length of the whole gradient.
       skipped: whether loss or gradient was not finite, so that nothing but the step changed.
-      collapsing: whether the margin is shrinking the features to nothing: the logits are all but
-        0, the loss is that of guessing, and λ lets the margin in. A higher λ is the cure.
+      collapsing: whether the margin is shrinking the features to nothing: the logits are nearly
+        0, the loss is that of guessing, and λ lets the margin in. A higher λ helps.
     """
 
     sums: Sums
