@@ -233,6 +233,17 @@ def test_the_readme_has_the_kernels_of_the_committed_results(size):
     assert line.endswith(f"| {plain} | {ours} |")
 
 
+def test_the_guide_has_the_steps_of_the_committed_results():
+    guide = (compiled.OUT.parents[2] / "docs" / "guide" / "accelerators.md").read_text()
+    programs = committed("h100-steps")["programs"]
+    rows = {row["size"]: row for row in programs if row["name"] == "training step"}
+    for network in compiled.NETWORKS:
+        for dtype, words in (("f32", "float32"), ("bf16", "bfloat16")):
+            both = (rows[f"{network}-{kind}, batch 256, {dtype}"] for kind in ("softmax", "m4"))
+            cells = (f"{r['temporary_bytes'] / 1e6:,.0f} MB, {r['kernels']}" for r in both)
+            assert f"| {words} | {' | '.join(cells)} |" in guide, network
+
+
 @pytest.mark.parametrize("most", [0, 1, 37, 100])
 def test_the_largest_head_is_bisected(most):
     tried = []
