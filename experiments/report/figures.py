@@ -184,19 +184,19 @@ def plane_kernel(lengths: tuple[float, float]) -> NDArray:
     return np.stack([np.cos(angles), np.sin(angles)]) * np.asarray(lengths)
 
 
-def lead(features: NDArray, kernel: NDArray, label: int, margin: int, lam: float = 0.0) -> NDArray:
+def lead(features: NDArray, kernel: NDArray, label: int, margin: int) -> NDArray:
     """How far the margin logit of a label is above the other class's, for features (..., 2)."""
     labels = jnp.full(features.shape[:-1], label)
-    logits = lsm.lsoftmax_logits(features, kernel, labels, margin=margin, lam=lam)
+    logits = lsm.lsoftmax_logits(features, kernel, labels, margin=margin, lam=0.0)
     return np.asarray(logits[..., label] - logits[..., 1 - label])
 
 
-def draw_regions(panel: Axes, kernel: NDArray, margin: int, lam: float = 0.0) -> None:
+def draw_regions(panel: Axes, kernel: NDArray, margin: int) -> None:
     """Where the logit of each class, with its margin, is ahead; dashed, the boundary without."""
     across, up = np.linspace(-1.2, 1.2, 241), np.linspace(0, 1.45, 146)
     features = np.stack(np.meshgrid(across, up), axis=-1).astype(np.float32)
     for label, color in enumerate(("tab:blue", "tab:red")):
-        ahead = lead(features, kernel, label, margin, lam)
+        ahead = lead(features, kernel, label, margin)
         panel.contourf(across, up, ahead, levels=(0, np.inf), colors=[color], alpha=0.14)
         if margin > 1:
             panel.contour(across, up, ahead, levels=(0,), colors=[color], linewidths=1.4)
