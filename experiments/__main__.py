@@ -126,11 +126,11 @@ def measures_table(title: str, measured: dict[str, Any]) -> Table:
     return table
 
 
-def postponed(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+def postponed(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
     """Binds the arguments without the call, whose errors tyro would take for its own."""
 
     @functools.wraps(function)
-    def bound(**arguments: Any) -> Callable[[], None]:
+    def bound(**arguments: Any) -> Callable[[], Any]:
         return functools.partial(function, **arguments)
 
     return bound
@@ -203,6 +203,35 @@ def short_usage(arguments: list[str]) -> Iterator[None]:
         print(kept.getvalue().replace(f"{{{','.join(CONFIGS)}}}", "CONFIGURATION"), end="")
 
 
+def parsed(arguments: list[str]) -> Callable[[], Any]:
+    """The command with its arguments.
+
+    Raises:
+      ValueError: a configuration refuses a value.
+      SystemExit: anything else that tyro takes for a mistake, or help; it has said which.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            command: Callable[[], Any] = tyro.extras.subcommand_cli_from_dict(
+                {name: postponed(function) for name, function in COMMANDS.items()},
+                prog="python -m experiments",
+                description=__doc__,
+                args=arguments,
+                config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes),
+            )
+    except SystemExit as stop:
+        # tyro frames what a configuration says, under a name that means nothing to its user. An
+        # argument's own mistake it calls by its flag.
+        by_tyro = stop.__context__
+        refused = by_tyro.__context__ if by_tyro is not None else None
+        if isinstance(refused, ValueError) and isinstance(getattr(by_tyro, "arg", None), str):
+            raise refused from None
+        sys.stderr.write(said.getvalue())
+        raise
+    return command
+
+
 def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -211,13 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_name(arguments)
         with short_usage(arguments):
-            code = tyro.extras.subcommand_cli_from_dict(
-                COMMANDS,
-                prog="python -m experiments",
-                description=__doc__,
-                args=arguments,
-                config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes),
-            )
+            command = parsed(arguments)
+        code = command()
     except BrokenPipeError:
         # Whoever reads, `head` say, has seen enough. Python would flush once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -262,6 +262,12 @@ def results(names: set[str]) -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in entries if entry["name"] in names}
 
 
+def needed(mutant: Mutant, known: dict[str, dict[str, Any]]) -> bool:
+    if mutant.name not in known:
+        return True
+    return bool(os.environ.get("AGAIN")) and known[mutant.name]["outcome"] == "survived"
+
+
 def mutation(size: int, seed: int, jobs: int, result: Path | None) -> int:
     FOLDER.mkdir(exist_ok=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(FOLDER / "cache")
@@ -270,14 +276,12 @@ def mutation(size: int, seed: int, jobs: int, result: Path | None) -> int:
     mutants, totals = sampled(size, seed)
     print(f"{len(mutants)} of {sum(totals.values())} mutants", flush=True)
     names = {mutant.name for mutant in mutants}
+    known = results(names)
+    run([mutant for mutant in mutants if needed(mutant, known)], jobs)
     known = results(names | {mutant.name for mutant in unchanged()})
-    if os.environ.get("AGAIN"):
-        known = {
-            name: entry
-            for name, entry in known.items()
-            if entry["outcome"] != "survived" or entry["operator"] == UNCHANGED
-        }
-    run([mutant for mutant in mutants + unchanged() if mutant.name not in known], jobs)
+    # Where a mutant survived, the tests have passed.
+    passed = {entry["module"] for entry in known.values() if entry["outcome"] == "survived"}
+    run([mutant for mutant in unchanged() if mutant.module not in passed], jobs)
     found = results(names)
     counts: dict[str, Counter[str]] = {module: Counter() for module in TESTS}
     for entry in found.values():

@@ -73,7 +73,10 @@ class Log:
         for name, value in values.items():
             if not math.isfinite(value):  # λ is infinite while a head paces itself as softmax
                 continue
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+            try:
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self._events.logdir) from error
 
     def curve(self, kind: str, points: int = 200) -> dict[str, list[Any]]:
         """Lists by name of every value of a kind, thinned to about so many points."""

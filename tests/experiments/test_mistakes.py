@@ -259,7 +259,7 @@ def test_mistake_is_named_in_a_line(words, message, good, tmp_path, capsys, monk
     assert re.search(message, " ".join(said.split())), said  # tyro's box wraps lines
     assert "Traceback" not in said and "allow_pickle" not in said
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(lines) <= 1
+    assert len(lines) <= 1 and "__tyro" not in said
 
 
 def test_broken_tfds_data_are_named(good, tfds, tmp_path, capsys):

@@ -427,3 +427,15 @@ def test_mistakes_are_named(argument, value, error):
 def test_soft_labels_are_refused_in_words():
     with pytest.raises((TypeError, ValueError), match="one class"):
         lsm.lsoftmax_logits(**{**GOOD, "labels": np.full((B, C), 1 / C, np.float32)})
+
+
+def test_logits_of_sharded_columns_stay_sharded():
+    mesh = jax.make_mesh(
+        (4,), ("model",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:4]
+    )
+    problem = oracle.problem(1, 3, 5, 8)
+    with jax.set_mesh(mesh):
+        features, kernel, labels = as_arrays(problem, jnp.float32)
+        kernel = jax.device_put(kernel, NamedSharding(mesh, P(None, "model")))
+        logits = lsm.lsoftmax_logits(features, kernel, labels, margin=3, lam=0.5)
+        assert jax.typeof(logits).sharding.spec == P(None, "model")

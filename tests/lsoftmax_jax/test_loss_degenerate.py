@@ -1,5 +1,7 @@
 """Inputs at the edge: one class, no rows, no direction, norms of any size, every λ."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,28 @@ def test_one_class_gives_exactly_zero(plan, label_smoothing):
         sum_and_gradients(*arguments, **static),
     ):
         chex.assert_trees_all_equal(results, jax.tree.map(jnp.zeros_like, results))
+
+
+def test_one_class_gives_exactly_zero_self_paced_and_filled_up():
+    """No other logits are no number to pace by, and columns that fill up a shard no class."""
+    features = jnp.asarray(oracle.problem(10, B, D, C).features, jnp.float32)
+    labels = jnp.zeros(B, jnp.int32)
+    mesh = jax.make_mesh((4,), ("model",), devices=jax.devices()[:4])
+    layout = lsm.ClassParallel("model", mesh=mesh, classes=1)
+    calls = {
+        1: lsm.lsoftmax_loss_and_statistics,
+        4: functools.partial(lsm.sharded.lsoftmax_loss_and_statistics, layout=layout),
+    }
+    for columns, call in calls.items():
+
+        def total(features, kernel, call=call):
+            loss, seen = call(features, kernel, labels, margin=4, lam=lsm.self_paced())
+            return jnp.sum(loss), seen.lam
+
+        gradient = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+        (loss, lam), gradients = gradient(features, jnp.ones((D, columns)))
+        assert loss == 0 and lam >= 1
+        chex.assert_trees_all_equal(gradients, jax.tree.map(jnp.zeros_like, gradients))
 
 
 @pytest.mark.parametrize("plan", ["one-shot", "row blocks with a tail", "class blocks, stored"])

@@ -87,6 +87,8 @@ def test_statistics_of_the_other_plans(plan):
         ),
         (lsm.Plan(1024 * 10**5 * 3, None, None, None), False, Pieces(None, 8192, False)),
         (lsm.Plan(2**22, None, None, None), True, Pieces(None, 512, False)),
+        # Twice 4 bytes and 1024 rows for each of 1023 classes, which make 7 times 128.
+        (lsm.Plan(2**13 * 1023, None, None, None), True, Pieces(None, 896, False)),
         (lsm.Plan(2**22, None, None, True), True, Pieces(None, 512, True)),
         (lsm.Plan(2**30, None, None, False), True, Pieces(None, 8192, False)),
         (lsm.Plan(2**30, 300, None, None), True, Pieces(row_block=300, keep_exponentials=False)),

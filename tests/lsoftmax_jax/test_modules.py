@@ -303,3 +303,11 @@ def test_a_head_goes_through_an_orbax_checkpoint(tmp_path):
         state = saver.restore(tmp_path / "head", nnx.to_pure_dict(nnx.state(other)))
     nnx.update(other, state)
     chex.assert_trees_all_equal(other.kernel[...], head.kernel[...])
+
+
+def test_one_feature_without_a_batch():
+    features, labels, lam = arguments()
+    for head in (nnx_head(), LinenHead(C, margin=3).bind(linen_variables())):
+        assert_close(head(features[2]), head(features)[2], 1e-6)
+        whole = head.loss(features, labels, lam)
+        assert_close(head.loss(features[2], labels[2], lam), whole[2], 1e-6)

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 import lsoftmax_jax as lsm
+from lsoftmax_jax import sampled
 from tests import oracle
 
 BATCH, DIM, CLASSES = 7, 5, 11
@@ -134,3 +135,25 @@ def test_invalid_labels_give_nan_unless_masked():
 def test_mistakes_are_named(arguments, error, name):
     with pytest.raises(error, match=name):
         lsm.sample_classes(jax.random.key(0), *arguments)
+
+
+def test_the_permutation_of_many_classes_is_a_feistel_network_of_murmurs():
+    """Bit for bit: the same key draws the same classes in every version."""
+    classes, key = 6000, jax.random.key(5)
+    keys = [int(k) for k in jax.random.bits(key, (sampled._ROUNDS,), jnp.uint32)]
+
+    def murmur(x):
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return x ^ x >> 16
+
+    def image(x):
+        left, right = divmod(x, 2**7)  # 6000 < 2^14
+        for k in keys:
+            left, right = right, left ^ murmur(right ^ k) % 2**7
+        x = left * 2**7 + right
+        return x if x < classes else image(x)
+
+    wanted = [image(x) for x in range(40)]
+    assert murmur(1) == 0x514E28B7  # the published finaliser's
+    np.testing.assert_array_equal(sampled._permuted(key, classes, 40), wanted)

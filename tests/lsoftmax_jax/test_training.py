@@ -1,5 +1,6 @@
 """Steps on one device, on meshes, under pmap and under vmap give the same numbers."""
 
+import math
 from functools import partial
 
 import chex
@@ -292,3 +293,21 @@ def test_a_batch_that_is_no_number_changes_nothing_but_the_step(
 def test_a_lam_that_is_no_schedule_is_refused_in_words(graphdef_and_state, lam):
     with pytest.raises(TypeError, match=r"lam must be a schedule step -> λ or self_paced\(\)"):
         training.train_step(graphdef_and_state[0], OPTIMIZER, lam)
+
+
+@pytest.mark.parametrize(
+    ("loss", "length", "lam", "collapsing"),
+    [
+        (math.log(2), 0.04, 0.0, True),
+        (0.99 * math.log(2), 0.04, 0.0, True),
+        (0.97 * math.log(2), 0.04, 0.0, False),  # better than guessing
+        (math.log(2), 0.06, 0.0, False),  # logits of 0.12
+        (math.log(2), 0.04, 98.0, True),
+        (math.log(2), 0.04, 100.0, False),  # plain softmax, but for a hundredth
+    ],
+)
+def test_what_counts_as_a_collapse(loss, length, lam, collapsing):
+    """Of 4 examples in 2 classes, whose columns have length 2."""
+    sums = training.Sums(*map(jnp.float32, (4, 4 * loss, 2, 6.0, 4 * length)))
+    found = training._collapsing(sums, jnp.float32(lam), jnp.float32(2), 2)
+    assert bool(found) == collapsing

@@ -1,6 +1,9 @@
 """Folders of faces through Grain: what is listed, what is skipped, and the order of the stream."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import numpy as np
@@ -154,3 +157,24 @@ def test_lfw_folder(lfw_dir):
         4: (610, 6733),
         10: (158, 4324),
     }
+
+
+def test_an_image_of_144_million_pixels_is_skipped(tmp_path):
+    """In a process of its own, whose warnings are not pytest's."""
+    write_face(tmp_path / "Ada" / "Ada_0001.png", 0)
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "Ada" / "Ada_0002.png")
+    script = (
+        "import sys\n"
+        "from experiments.faces import images\n"
+        "read = images.FaceImages(images.list_faces(sys.argv[1]), (28, 24))\n"
+        "print([read[i] is None for i in range(2)], *read.broken)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split("\n")[0] == "[False, True] Ada/Ada_0002.png"
+    assert "skipped broken image Ada/Ada_0002.png" in done.stderr

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -118,14 +119,55 @@ class Spoiled:
         return fed._replace(mean=spoiled) if step in self._steps else fed
 
 
-def spoil(monkeypatch, steps):
+def spoil(monkeypatch, steps, kind=Spoiled):
     prepare = train.prepare
 
     def spoiled(*arguments):
         (task,), shared = prepare(*arguments)
-        return [task._replace(source=Spoiled(task.source, steps))], shared
+        return [task._replace(source=kind(task.source, steps))], shared
 
     monkeypatch.setattr(train, "prepare", spoiled)
+
+
+class Interrupted(Spoiled):
+    """Batches during which Ctrl-C is pressed so many times, at some steps."""
+
+    times = 1
+
+    def feed(self, step):
+        for _ in range(self.times if step in self._steps else 0):
+            signal.raise_signal(signal.SIGINT)
+        return self._source.feed(step)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupts_before_training_starts(stopped, capsys, monkeypatch, times):
+    prepare = train.prepare
+
+    def interrupted(*arguments):
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(train, "prepare", interrupted)
+    code, said = go_on(stopped, capsys)
+    assert code == 130 and "stopping after this dispatch" in said
+    assert ("interrupted; the same command continues" in said) == (times == 2)
+    assert "Traceback" not in said
+    monkeypatch.setattr(train, "prepare", prepare)
+    assert go_on(stopped, capsys)[0] == 0
+
+
+def test_two_quick_interrupts_amid_training(stopped, capsys, monkeypatch):
+    monkeypatch.setattr(Interrupted, "times", 2)
+    with monkeypatch.context() as amid:
+        spoil(amid, {6}, Interrupted)
+        code, said = go_on(stopped, capsys)
+    assert code == 130
+    assert said.splitlines()[-1].startswith("interrupted; the same command continues")
+    assert go_on(stopped, capsys)[0] == 0
+    outcome = json.loads((stopped / f"{run_name(CONFIG)}.json").read_text())
+    assert outcome["status"] == "finished" and outcome["skipped"] == 0
 
 
 def run(out):

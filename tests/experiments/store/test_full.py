@@ -1,0 +1,42 @@
+"""A disk that is full where a checkpoint is written: exit code 2, a line, and nothing lost."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+# Files of at most so many bytes stand in for the disk.
+SCRIPT = """
+import resource, sys
+from experiments.__main__ import main
+if int(sys.argv[1]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+words = "train digits-m4 --steps 3 --width 0.125 --batch 16 --checkpoint-seconds 0 --devices 1"
+sys.exit(main([*words.split(), "--out", sys.argv[2]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_checkpoint_that_finds_no_room(tmp_path):
+    def train(most):
+        return subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(most), str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    full = train(20_000)
+    said = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert full.returncode == 2 and len(said) == 1, full.stderr
+    assert "checkpoints: no checkpoint could be written: [Errno 27] File too large" in said[0]
+    assert not list(tmp_path.glob("*/*.json"))
+    done = train(0)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*/*.json"))) == 1
