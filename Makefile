@@ -3,6 +3,7 @@
 # make docs         install into .venv, then build the documentation into site/
 # make crash-test   kill runs of every source and continue them; KILLS=30 SEED=0
 # make fuzz         losses and gradients beside an 80-bit reference; SECONDS=60 SEED=0
+# make mutation     changes the library in so many places, and counts what its tests miss; SAMPLE=400
 # Other targets: linkcheck, lint, pytest, test-slow, test-lowest, test-newest, test-stacks,
 # notebooks-colab, parity, compile-gpu, format, notebooks, constraints.
 
@@ -101,11 +102,20 @@ constraints:
 KILLS ?= 30
 SECONDS ?= 60
 SEED ?= 0
-.PHONY: crash-test fuzz
+SAMPLE ?= 400
+# A file for what was found, such as experiments/results/reliability/fuzz.json.
+RESULT ?=
+.PHONY: crash-test fuzz mutation
 # Then two processes, one of which is killed.
 crash-test: $(VENV)/test.stamp
-	PYTHONPATH=. JAX_PLATFORMS=cpu $(VENV)/bin/python scripts/crash.py $(KILLS) $(SEED)
+	PYTHONPATH=. JAX_PLATFORMS=cpu $(VENV)/bin/python scripts/crash.py $(KILLS) $(SEED) $(RESULT)
 	$(VENV)/bin/pytest -m slow -k lost_process tests/experiments/store/test_processes.py
 
 fuzz: $(VENV)/test.stamp
-	PYTHONPATH=. JAX_PLATFORMS=cpu $(VENV)/bin/python scripts/fuzz.py $(SECONDS) $(SEED)
+	PYTHONPATH=. JAX_PLATFORMS=cpu $(VENV)/bin/python scripts/fuzz.py $(SECONDS) $(SEED) $(RESULT)
+
+# A stopped run goes on; AGAIN=1 repeats the mutants that survived.
+mutation:
+	$(MAKE) .venv-mutation/mutation.stamp VENV=.venv-mutation
+	PYTHONPATH=. JAX_PLATFORMS=cpu .venv-mutation/bin/python scripts/mutation.py \
+	    $(SAMPLE) $(SEED) $(JOBS) $(RESULT)

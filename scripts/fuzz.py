@@ -121,7 +121,12 @@ def fuzz(seconds: float = 60.0, seed: int = 0, result: Path | None = None) -> in
         shape, margin = choose.choice(SHAPES), choose.choice(MARGINS)
         dtype, plan = choose.choice(list(EPS)), choose.choice(list(PLANS))
         smoothing, total = choose.choice([0.0, 0.0, 0.1, 1.0]), choose.random() < 0.5
-        static = {"margin": margin, "smoothing": smoothing, "plan": PLANS[plan], "total": total}
+        static: dict[str, Any] = {
+            "margin": margin,
+            "smoothing": smoothing,
+            "plan": PLANS[plan],
+            "total": total,
+        }
         static["shards"] = choose.choice([1, 1, 2, 4])
         for _ in range(40):
             x, w, labels, norm = drawn(rng, shape, margin, dtype)
@@ -170,13 +175,7 @@ def fuzz(seconds: float = 60.0, seed: int = 0, result: Path | None = None) -> in
             }
             for dtype in EPS
         }
-        facts = {
-            "kind": "fuzz",
-            "seed": seed,
-            "seconds": seconds,
-            "allowed": ALLOWED,
-            "sharded": sharded,
-        }
+        facts = {"kind": "fuzz", "seed": seed, "seconds": seconds, "allowed": ALLOWED}
         save(result, facts | {"sharded": sharded, "load": os.getloadavg()[0], "dtypes": found})
     return int(failed > 0)
 

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 # Never installed by the suite.
-UNTESTED_EXTRAS = {"aot-gpu", "aot-tpu", "cuda", "onnx", "peers", "prepare", "tpu"}
+UNTESTED_EXTRAS = {"aot-gpu", "aot-tpu", "cuda", "mutation", "onnx", "peers", "prepare", "tpu"}
 
 
 def lower_bound(requirement: Requirement) -> str:

@@ -225,7 +225,7 @@ def outcome(status: int, copy: Path) -> dict[str, Any]:
 
 def run(mutants: list[Mutant], jobs: int) -> None:
     copies = [copied(number) for number in range(jobs)]
-    children: dict[int, Any] = {}
+    children: dict[int, tuple[Mutant, Path, float]] = {}
     originals = {module: source_of(module) for module in TESTS}
     waiting, done = list(mutants), 0
     with (FOLDER / "mutants.jsonl").open("a") as log:
