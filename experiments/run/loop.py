@@ -116,7 +116,8 @@ class Group:
         names, saved = [s.task.name for s in self.sessions], time.monotonic()
         title = names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
         if pace.starts_tested and self.step == 0:
-            self._each(Session.test)
+            # A start that ended before its first checkpoint has left this point in the log.
+            self._each(lambda session: None if session.log.lines else session.test())
         with Progress(title, steps, "updates", self.step, processes.is_first()) as progress:
             while self.sessions and self.step < steps:
                 if processes.agreed(stop()):

@@ -9,6 +9,7 @@ import pytest
 from experiments.__main__ import main
 from experiments.benchmarks import hlo, scale
 from experiments.benchmarks.scale import Job, Rates
+from experiments.run import loop
 
 JOB = Job(classes=50_000, dim=64, batch=256, class_block=1024)
 MESHES = {
@@ -70,6 +71,22 @@ def test_a_head_learns_its_identities(one_device):
     assert one_device["accuracy"]["before"] < 0.1 and one_device["accuracy"]["after"] > 0.9
     assert one_device["peak_bytes"] > one_device["state_bytes"] > 0
     assert one_device["sent_bytes"] == 0 and one_device["seconds_per_step"] > 0
+
+
+def test_a_start_that_ended_before_its_first_checkpoint(one_device, tmp_path, monkeypatch, capsys):
+    """Its point of the test curve is there already, and stays the only one before training."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as amid:
+        amid.setattr(loop.Group, "_advance", interrupted)
+        command = ["scale", "--classes", "1003", "--dim", "32", "--batch", "64"]
+        command += ["--identities", "50", "--class-block", "128", "--steps", "30"]
+        assert main([*command, "--model", "1", "--out", str(tmp_path)]) == 130
+    again = train(tmp_path, "--model", "1")
+    assert again["curves"]["test"]["step"] == [0, 30]
+    assert again["accuracy"] == one_device["accuracy"]
 
 
 def test_several_devices_learn_the_same(one_device, tmp_path):
