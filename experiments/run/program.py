@@ -117,7 +117,13 @@ def _of_seeds(updates: Any, mesh: Mesh) -> Any:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         keys = jnp.stack([source.key for source in sources])
         orders = jnp.stack([source.order for source in sources])
-        state, metrics = jax.vmap(of_one)(stacked, keys, orders)
+        try:
+            state, metrics = jax.vmap(of_one)(stacked, keys, orders)
+        except NotImplementedError as error:  # of JAX 0.7: a convolution placed over a mesh
+            raise ValueError(
+                "several seeds in one program need a newer JAX, whose vmap knows convolutions over "
+                f"a mesh, got {jax.__version__}: run one seed at a time"
+            ) from error
         return unstacked(state), unstacked(metrics)
 
     replicated = NamedSharding(mesh, P())

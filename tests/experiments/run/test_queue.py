@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -37,7 +38,12 @@ def numbers(outcome):
 def pair(compiled_once, tmp_path_factory):
     """Two seeds trained together."""
     out = tmp_path_factory.mktemp("pair")
-    return out, train.run_seeds(SEEDS[:2], out=out, **OPTIONS)
+    try:
+        return out, train.run_seeds(SEEDS[:2], out=out, **OPTIONS)
+    except ValueError as error:
+        if jax.__version_info__ < (0, 8) and "several seeds in one program" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 def test_together_is_alone_up_to_rounding(pair, tmp_path):
