@@ -305,7 +305,8 @@ def mutation(size: int, seed: int, jobs: int, result: Path | None) -> int:
             for module, count in counts.items()
         }
         facts = {"kind": "mutation", "tool": f"cosmic-ray {version('cosmic-ray')}", "seed": seed}
-        facts |= {"mutants": sum(totals.values()), "run": len(found), **all_of}
+        facts |= {"mutants": sum(totals.values()), "sampled": len(mutants), "run": len(found)}
+        facts |= all_of
         facts |= {"commit": provenance(1)["commit"], "load": os.getloadavg()[0]}
         save(result, facts | {"modules": modules, "survivors": listed})
     return int(all_of["survived"] > 0.1 * len(found))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lsoftmax_jax as lsm
-from lsoftmax_jax import linen, nnx
+from lsoftmax_jax import _placement, linen, nnx
 from tests import oracle
 
 BATCH, DIM, CLASSES, COLUMNS = 16, 5, 43, 48
@@ -359,3 +360,27 @@ def test_sizes_that_the_mesh_does_not_divide_are_named():
         loss(features[:15], kernel, labels[:15])
     with pytest.raises(ValueError, match="mesh must be given"):
         loss(features, kernel, labels, mesh=None)
+
+
+@pytest.mark.parametrize(
+    "name", ["lsoftmax_loss", "lsoftmax_loss_and_statistics", "lsoftmax_loss_sum"]
+)
+def test_arguments_are_those_of_the_whole_loss_and_the_layout(name):
+    whole = dict(inspect.signature(getattr(lsm, name)).parameters)
+    here = dict(inspect.signature(getattr(lsm.sharded, name)).parameters)
+    assert here.pop("layout").kind is inspect.Parameter.KEYWORD_ONLY
+    assert [(p.name, p.kind, p.default) for p in here.values()] == [
+        (p.name, p.kind, p.default) for p in whole.values()
+    ]
+
+
+def test_logits_of_a_split_batch_stay_split_without_the_filling():
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "model"), (AxisType.Explicit,) * 2, devices=jax.devices()[:4]
+    )
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, P("data", "model"))
+        logits = jax.device_put(jnp.arange(24.0).reshape(4, 6), place)
+        first = _placement.first_columns(logits, 5)
+        assert jax.typeof(first).sharding.spec == P("data", None)
+        np.testing.assert_array_equal(first, np.arange(24.0).reshape(4, 6)[:, :5])
