@@ -132,9 +132,12 @@ def lsoftmax_loss_and_statistics(
     """
     call = Call.checked(features, kernel, labels, margin, lam, scale, where, label_smoothing)
     pieces = pieces_of(plan, *call.size, call.operands.kernel.dtype, rows_cost_no_more=False)
-    core = functools.partial(per_example, call.setting, pieces)
-    operands = (*call.operands[:3], call.lam, None, call.counted())
-    loss, seen = on_any_mesh(core, ("batch", like_statistics("batch", "scalar")), operands)
+
+    def core(*arrays: Any) -> tuple[jax.Array, Statistics]:
+        return per_example(call.setting, pieces, Given(*arrays))
+
+    given = Given(*call.operands[:3], call.lam, weights=call.counted())
+    loss, seen = on_any_mesh(core, ("batch", like_statistics("batch", "scalar")), given)
     return call.mask(call.unflattened(loss)), call.unflattened(seen)
 
 
@@ -185,8 +188,11 @@ def lsoftmax_loss_sum(
     pieces = pieces_of(plan, *call.size, call.operands.kernel.dtype, rows_cost_no_more=True)
     weights = _checks.check_weights(weights, call.operands.batch_shape, call.lam.dtype)
     weights = call.mask(weights).reshape(call.operands.labels.shape)
-    core = functools.partial(_sum, call.setting, pieces)
-    return on_any_mesh(core, "scalar", (*call.operands[:3], call.lam, weights))
+
+    def core(*arrays: Any) -> jax.Array:
+        return _sum(call.setting, pieces, Given(*arrays))
+
+    return on_any_mesh(core, "scalar", Given(*call.operands[:3], call.lam, weights=weights))
 
 
 class Call(NamedTuple):
@@ -252,55 +258,47 @@ def _paced(lam: ArrayLike | SelfPaced, margin: int | Margin) -> tuple[SelfPaced 
     return (None, jnp.inf) if margin == 1 else (lam, 0.0)
 
 
+class Given(NamedTuple):
+    """The arrays that a loss is computed from."""
+
+    features: jax.Array
+    kernel: jax.Array
+    labels: jax.Array
+    lam: jax.Array
+    offset: jax.Array | None = None  # of the columns, see `Columns`
+    weights: Any = None  # of the rows: in the sum, and for self-pacing; or None
+
+
 # The loss of each example.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def per_example(
-    setting: Setting,
-    pieces: Pieces,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
-    lam: jax.Array,
-    offset: jax.Array | None = None,
-    counted: jax.Array | None = None,
-) -> tuple[jax.Array, Statistics]:
-    """The core of `lsoftmax_loss`; no gradient for `Columns`' offset nor for counted rows."""
-    return _per_example_fwd(setting, pieces, features, kernel, labels, lam, offset, counted)[0]
+def per_example(setting: Setting, pieces: Pieces, given: Given) -> tuple[jax.Array, Statistics]:
+    """The core of `lsoftmax_loss`; no gradient for offset and weights."""
+    return _per_example_fwd(setting, pieces, given)[0]
 
 
 def _per_example_fwd(
-    setting: Setting,
-    pieces: Pieces,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
-    lam: jax.Array,
-    offset: jax.Array | None,
-    counted: jax.Array | None,
+    setting: Setting, pieces: Pieces, given: Given
 ) -> tuple[tuple[jax.Array, Statistics], Any]:
-    rows = rows_of(setting.head, features, labels)
-    columns = columns_of(setting.head, kernel, offset)
-    terms = label_terms(setting.head, rows, kernel)
+    rows = rows_of(setting.head, given.features, given.labels)
+    columns = columns_of(setting.head, given.kernel, given.offset)
+    terms = label_terms(setting.head, rows, given.kernel)
     others, kept = summarise(setting, pieces, rows, columns)
-    t, lam = paced_target(setting, terms, others, lam, counted)
+    t, lam = paced_target(setting, terms, others, given.lam, given.weights)
     seen = statistics_of(t, others, lam)
     return (loss_of(setting, t, others), seen), (rows, columns, t, others, kept)
 
 
 def _per_example_bwd(
-    setting: Setting,
-    pieces: Pieces,
-    residuals: Any,
-    cotangents: tuple[jax.Array, Statistics],
-) -> tuple[jax.Array | None, ...]:
+    setting: Setting, pieces: Pieces, residuals: Any, cotangents: tuple[jax.Array, Statistics]
+) -> tuple[Any]:
     rows, columns, t, others, kept = residuals
     dtype = rows.features.dtype
     gradient = logit_gradient(setting, t, others, cotangents[0], dtype)
     dfeatures, dkernel = gradients(pieces, rows, columns, gradient, kept)
     dlam = lam_gradient(setting, gradient)
-    return dfeatures.astype(dtype), dkernel, None, dlam, None, None
+    return (gradient_of(dfeatures.astype(dtype), dkernel, dlam),)
 
 
 per_example.defvjp(_per_example_fwd, _per_example_bwd)
@@ -316,30 +314,15 @@ def lam_gradient(setting: Setting, gradient: LogitGradient) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sum(
-    setting: Setting,
-    pieces: Pieces,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
-    lam: jax.Array,
-    weights: jax.Array,
-) -> jax.Array:
+def _sum(setting: Setting, pieces: Pieces, given: Given) -> jax.Array:
     # Not _sum_fwd(...)[0], which would pay for the gradients.
-    counted = None if setting.pace is None else jax.lax.stop_gradient(weights)
-    losses, _ = per_example(setting, pieces, features, kernel, labels, lam, None, counted)
-    return jnp.sum(weights * losses)
+    counted = None if setting.pace is None else jax.lax.stop_gradient(given.weights)
+    losses, _ = per_example(setting, pieces, given._replace(weights=counted))
+    return jnp.sum(given.weights * losses)
 
 
-def _sum_fwd(
-    setting: Setting,
-    pieces: Pieces,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
-    lam: jax.Array,
-    weights: jax.Array,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _sum_fwd(setting: Setting, pieces: Pieces, given: Given) -> tuple[jax.Array, Given]:
+    features, kernel, labels, lam, _, weights = given
     rows, columns = rows_of(setting.head, features, labels), columns_of(setting.head, kernel)
 
     def forward(
@@ -366,24 +349,29 @@ def _sum_fwd(
         dkernel, (losses, gradient, dfeatures) = scan_rows(step, zeros, pieces.row_block, whole)
         dfeatures, dkernel = finished(rows, columns, gradient, dfeatures, dkernel)
     dlam = lam_gradient(setting, gradient)
-    return jnp.sum(weights * losses), (dfeatures.astype(features.dtype), dkernel, dlam, losses)
+    dfeatures = dfeatures.astype(features.dtype)
+    return jnp.sum(weights * losses), gradient_of(dfeatures, dkernel, dlam, losses)
 
 
 def _sum_bwd(
-    setting: Setting, pieces: Pieces, residuals: tuple[jax.Array, ...], cotangent: jax.Array
-) -> tuple[jax.Array | None, ...]:
-    return scaled_gradients(residuals, cotangent)
+    setting: Setting, pieces: Pieces, gradients: Given, cotangent: jax.Array
+) -> tuple[Given]:
+    return scaled(gradients, cotangent)
 
 
-def scaled_gradients(
-    gradients: tuple[jax.Array, ...], cotangent: jax.Array
-) -> tuple[jax.Array | None, ...]:
-    """What a sum's backward pass returns from (dfeatures, dkernel, dlam, dweights)."""
-    dfeatures, dkernel, dlam, dweights = (
-        (cotangent * gradient.astype(cotangent.dtype)).astype(gradient.dtype)
-        for gradient in gradients
-    )
-    return dfeatures, dkernel, None, dlam, dweights
+def gradient_of(features: Any, kernel: Any, lam: Any, weights: Any = None) -> Given:
+    """The gradient of what was given; labels and offset have none."""
+    nothing: Any = None
+    return Given(features, kernel, nothing, lam, weights=weights)
+
+
+def scaled(gradients: Given, cotangent: jax.Array) -> tuple[Given]:
+    """What a sum's backward pass returns from the gradients of its forward pass."""
+
+    def times(gradient: jax.Array) -> jax.Array:
+        return (cotangent * gradient.astype(cotangent.dtype)).astype(gradient.dtype)
+
+    return (jax.tree.map(times, gradients),)
 
 
 _sum.defvjp(_sum_fwd, _sum_bwd)

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from lsoftmax_jax import _checks
 from lsoftmax_jax._pace import SelfPaced
 from lsoftmax_jax._plans import Plan, pieces_of
-from lsoftmax_jax.loss import Call, per_example
+from lsoftmax_jax.loss import Call, Given, per_example
 from lsoftmax_jax.margins import Margin
 
 _ROUNDS = 6
@@ -252,6 +252,6 @@ def lsoftmax_sampled_loss(
     call = Call.checked(features, columns, labels, margin, lam, scale, where, 0.0)
     pieces = pieces_of(plan, *call.size, call.operands.kernel.dtype, rows_cost_no_more=False)
     offset = sample.offset.astype(call.lam.dtype)
-    operands = (*call.operands[:3], call.lam, offset, call.counted())
-    loss, _ = per_example(call.setting, pieces, *operands)
+    given = Given(*call.operands[:3], call.lam, offset, call.counted())
+    loss, _ = per_example(call.setting, pieces, given)
     return call.mask(call.unflattened(loss))

@@ -41,7 +41,7 @@ from lsoftmax_jax._pace import SelfPaced
 from lsoftmax_jax._placement import AnyMesh, given_or_set, resharded
 from lsoftmax_jax._plans import Pieces, Plan, gradients, pieces_of, summarise
 from lsoftmax_jax.logits import Columns, LabelTerms, Rows, Target, columns_of, label_terms, rows_of
-from lsoftmax_jax.loss import Call, lam_gradient, scaled_gradients
+from lsoftmax_jax.loss import Call, Given, gradient_of, lam_gradient, scaled
 from lsoftmax_jax.margins import Margin
 
 
@@ -124,6 +124,12 @@ class Layout(NamedTuple):
     @property
     def columns(self) -> P:
         return P(None, self.class_axis)
+
+    @property
+    def given(self) -> Any:
+        """How each array of a `Given` is split."""
+        specs: Any = self.rows, self.columns, self.rows, P(), P(), self.rows
+        return Given(*specs)
 
     @property
     def local(self) -> P:
@@ -233,10 +239,7 @@ def lsoftmax_loss_and_statistics(
         layout, features, kernel, labels, margin, lam, scale, where, label_smoothing
     )
     pieces = _pieces(on_mesh, call, plan)
-    counted = call.counted()
-    if counted is not None:
-        counted = resharded(counted, on_mesh.mesh, on_mesh.rows)
-    loss, seen = _loss(on_mesh, call.setting, pieces, *_placed(on_mesh, call), call.lam, counted)
+    loss, seen = _loss(on_mesh, call.setting, pieces, _placed(on_mesh, call, call.counted()))
     return call.mask(loss), seen
 
 
@@ -285,9 +288,8 @@ def lsoftmax_loss_sum(
         layout, features, kernel, labels, margin, lam, scale, where, label_smoothing
     )
     weights = call.mask(_checks.check_weights(weights, call.operands.batch_shape, call.lam.dtype))
-    weights = resharded(weights, on_mesh.mesh, on_mesh.rows)
     pieces = _pieces(on_mesh, call, plan)
-    return _sum(on_mesh, call.setting, pieces, *_placed(on_mesh, call), call.lam, weights)
+    return _sum(on_mesh, call.setting, pieces, _placed(on_mesh, call, weights))
 
 
 # The arguments.
@@ -364,12 +366,14 @@ def _pieces(layout: Layout, call: Call, plan: Plan | None) -> Pieces:
     return pieces_of(plan, batch, columns // layout.shards, dtype, rows_cost_no_more=False)
 
 
-def _placed(layout: Layout, call: Call) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _placed(layout: Layout, call: Call, weights: jax.Array | None) -> Given:
     features, kernel, labels, _ = call.operands
-    return (
+    return Given(
         resharded(features, layout.mesh, layout.rows),
         resharded(kernel, layout.mesh, layout.columns),
         resharded(labels, layout.mesh, layout.rows),
+        call.lam,
+        weights=None if weights is None else resharded(weights, layout.mesh, layout.rows),
     )
 
 
@@ -378,47 +382,25 @@ def _placed(layout: Layout, call: Call) -> tuple[jax.Array, jax.Array, jax.Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _loss(
-    layout: Layout,
-    setting: Setting,
-    pieces: Pieces,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
-    lam: jax.Array,
-    counted: jax.Array | None,
+    layout: Layout, setting: Setting, pieces: Pieces, given: Given
 ) -> tuple[jax.Array, Statistics]:
-    return _loss_fwd(layout, setting, pieces, features, kernel, labels, lam, counted)[0]
+    return _loss_fwd(layout, setting, pieces, given)[0]
 
 
 def _loss_fwd(
-    layout: Layout,
-    setting: Setting,
-    pieces: Pieces,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
-    lam: jax.Array,
-    counted: jax.Array | None,
-) -> tuple[Any, Any]:
-    def local(features: Any, kernel: Any, labels: Any, lam: Any, counted: Any) -> tuple[Any, Any]:
-        if counted is None:
-            features, labels = _gather(layout, features, labels)
-        else:
-            features, labels, counted = _gather(layout, features, labels, counted)
-        shard = _forward(layout, setting, pieces, features, kernel, labels, lam, counted)
+    layout: Layout, setting: Setting, pieces: Pieces, given: Given
+) -> tuple[tuple[jax.Array, Statistics], Any]:
+    def local(given: Given) -> tuple[Any, Any]:
+        shard = _forward(layout, setting, pieces, _of_all_rows(layout, given))
         seen = statistics_of(shard.t, shard.others, shard.lam)
         residuals = shard.rows, shard.t, shard.others, shard.kept
         outputs = _own_rows(layout, (shard.loss, seen))
         return outputs, jax.tree.map(lambda array: array[None], residuals)
 
     rows = layout.rows
-    outputs, residuals = _on_devices(
-        layout,
-        local,
-        (rows, layout.columns, rows, P(), rows),
-        ((rows, like_statistics(rows, P())), layout.local),
-    )(features, kernel, labels, lam, counted)
-    return outputs, (kernel, residuals)
+    specs = (rows, like_statistics(rows, P())), layout.local
+    outputs, residuals = _on_devices(layout, local, (layout.given,), specs)(given)
+    return outputs, (given.kernel, residuals)
 
 
 def _loss_bwd(
@@ -427,7 +409,7 @@ def _loss_bwd(
     pieces: Pieces,
     residuals: Any,
     cotangents: tuple[jax.Array, Statistics],
-) -> tuple[jax.Array | None, ...]:
+) -> tuple[Given]:
     def local(kernel: Any, residuals: Any, cotangent: jax.Array) -> Any:
         rows, t, others, kept = jax.tree.map(lambda array: array[0], residuals)
         if layout.splits_rows:
@@ -436,13 +418,13 @@ def _loss_bwd(
         dfeatures, dkernel = _backward(layout, setting, pieces, rows, kernel, gradient, kept)
         return dfeatures, dkernel, _over_data(layout, lam_gradient(setting, gradient))
 
-    dfeatures, dkernel, dlam = _on_devices(
+    found = _on_devices(
         layout,
         local,
         (layout.columns, layout.local, layout.rows),
         (layout.rows, layout.columns, P()),
     )(*residuals, cotangents[0])
-    return dfeatures, dkernel, None, dlam, None
+    return (gradient_of(*found),)
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)
@@ -452,57 +434,34 @@ _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sum(
-    layout: Layout,
-    setting: Setting,
-    pieces: Pieces,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
-    lam: jax.Array,
-    weights: jax.Array,
-) -> jax.Array:
+def _sum(layout: Layout, setting: Setting, pieces: Pieces, given: Given) -> jax.Array:
     # Not _sum_fwd(...)[0], which would pay for the gradients.
-    counted = None if setting.pace is None else jax.lax.stop_gradient(weights)
-    losses, _ = _loss(layout, setting, pieces, features, kernel, labels, lam, counted)
-    return jnp.sum(weights * losses)
+    counted = None if setting.pace is None else jax.lax.stop_gradient(given.weights)
+    losses, _ = _loss(layout, setting, pieces, given._replace(weights=counted))
+    return jnp.sum(given.weights * losses)
 
 
 def _sum_fwd(
-    layout: Layout,
-    setting: Setting,
-    pieces: Pieces,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
-    lam: jax.Array,
-    weights: jax.Array,
-) -> tuple[jax.Array, Any]:
-    def local(features: Any, kernel: Any, labels: Any, lam: Any, weights: Any) -> Any:
-        features, labels, weights = _gather(layout, features, labels, weights)
-        shard = _forward(layout, setting, pieces, features, kernel, labels, lam, weights)
+    layout: Layout, setting: Setting, pieces: Pieces, given: Given
+) -> tuple[jax.Array, Given]:
+    def local(given: Given) -> Any:
+        given = _of_all_rows(layout, given)
+        kernel, weights = given.kernel, given.weights
+        shard = _forward(layout, setting, pieces, given)
         gradient = logit_gradient(setting, shard.t, shard.others, weights, kernel.dtype)
         pulled = _backward(layout, setting, pieces, shard.rows, kernel, gradient, shard.kept)
         sums = jnp.stack([jnp.sum(weights * shard.loss), lam_gradient(setting, gradient)])
         return _over_data(layout, sums), *pulled, _own_rows(layout, shard.loss)
 
-    sums, dfeatures, dkernel, losses = _on_devices(
-        layout,
-        local,
-        (layout.rows, layout.columns, layout.rows, P(), layout.rows),
-        (P(), layout.rows, layout.columns, layout.rows),
-    )(features, kernel, labels, lam, weights)
-    return sums[0], (dfeatures, dkernel, sums[1], losses)
+    specs = P(), layout.rows, layout.columns, layout.rows
+    sums, dfeatures, dkernel, losses = _on_devices(layout, local, (layout.given,), specs)(given)
+    return sums[0], gradient_of(dfeatures, dkernel, sums[1], losses)
 
 
 def _sum_bwd(
-    layout: Layout,
-    setting: Setting,
-    pieces: Pieces,
-    residuals: tuple[jax.Array, ...],
-    cotangent: jax.Array,
-) -> tuple[jax.Array | None, ...]:
-    return scaled_gradients(residuals, cotangent)
+    layout: Layout, setting: Setting, pieces: Pieces, gradients: Given, cotangent: jax.Array
+) -> tuple[Given]:
+    return scaled(gradients, cotangent)
 
 
 _sum.defvjp(_sum_fwd, _sum_bwd)
@@ -522,16 +481,8 @@ class _Shard(NamedTuple):
     kept: Any
 
 
-def _forward(
-    layout: Layout,
-    setting: Setting,
-    pieces: Pieces,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: jax.Array,
-    lam: jax.Array,
-    counted: jax.Array | None,
-) -> _Shard:
+def _forward(layout: Layout, setting: Setting, pieces: Pieces, given: Given) -> _Shard:
+    features, kernel, labels, lam, _, counted = given
     width = kernel.shape[1]
     start = jax.lax.axis_index(layout.class_axis) * width
     here = (labels >= start) & (labels < start + width)
@@ -605,6 +556,14 @@ def _real_columns(layout: Layout, setting: Setting, kernel: jax.Array, start: ja
     real = start + jnp.arange(width, dtype=jnp.int32) < setting.classes
     dtype = _checks.at_least_f32(kernel.dtype)
     return columns._replace(offset=jnp.where(real, 0, -jnp.inf).astype(dtype))
+
+
+def _of_all_rows(layout: Layout, given: Given) -> Given:
+    """With the rows of all devices along the class axis."""
+    of_rows = {"features": given.features, "labels": given.labels, "weights": given.weights}
+    present = {name: array for name, array in of_rows.items() if array is not None}
+    gathered = _gather(layout, *present.values())
+    return given._replace(**dict(zip(present, gathered, strict=True)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
