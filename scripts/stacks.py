@@ -36,7 +36,6 @@ SETTLED = [
         "margin_family",
         "margins",
         "schedule",
-        "self_paced",
         "typing",
     )
 ]
