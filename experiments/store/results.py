@@ -66,9 +66,10 @@ def provenance(devices: int) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The clone's commit, with a mark if tracked files differ from it; None outside a clone.
+    """The clone's commit, with a mark if tracked files differ from it.
 
     Results are no part of what ran: a run of many writes the first before it begins the second.
+    A copy without its ``.git`` cannot say; there ``EXPERIMENTS_COMMIT`` does, else it is None.
     """
 
     def git(*arguments: str) -> str:
@@ -80,4 +81,4 @@ def _commit() -> str | None:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("EXPERIMENTS_COMMIT")

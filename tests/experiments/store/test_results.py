@@ -29,3 +29,12 @@ def test_a_changed_file_marks_the_commit_and_a_result_does_not(tmp_path, monkeyp
     assert commit() == first
     code.write_text("2")
     assert commit() == f"{first}-changed"
+
+
+def test_a_copy_without_git_takes_the_commit_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("EXPERIMENTS_COMMIT", raising=False)
+    assert results.provenance(1)["commit"] is None
+    monkeypatch.setenv("EXPERIMENTS_COMMIT", "0123abc")
+    assert results.provenance(1)["commit"] == "0123abc"
