@@ -57,21 +57,34 @@ class Verification(NamedTuple):
     true_accepts: NDArray[np.float64]
 
 
-def read_pairs(path: str | Path) -> Pairs:
-    """Pairs of a file in the format of LFW's view 2 `pairs.txt`.
+def read_pairs(*paths: str | Path) -> Pairs:
+    """Pairs of files in LFW's formats; the folds of a file come after those of the one before it.
 
-    Its first line holds the number of folds and n; each fold has n lines `name i j` (one person,
-    images i and j), then n lines `name i other j`; image i of name is `name/name_000i`.
+    The first line holds the number of folds and n, as in view 2's `pairs.txt`, or n alone for one
+    fold, as in view 1's `pairsDevTrain.txt` and `pairsDevTest.txt`; each fold has n lines
+    `name i j` (one person, images i and j), then n lines `name i other j`; image i of name is
+    `name/name_000i`.
 
     Raises:
       ValueError: naming the line that does not fit, or the number of pairs expected and got.
     """
+    files = [_pairs_of_file(path) for path in paths]
+    before = np.cumsum([0] + [pairs.fold.max() + 1 for pairs in files[:-1]])
+    files = [pairs._replace(fold=pairs.fold + n) for pairs, n in zip(files, before, strict=True)]
+    return Pairs(*map(np.concatenate, zip(*files, strict=True)))
+
+
+def _pairs_of_file(path: str | Path) -> Pairs:
     lines = read_text(Path(path)).splitlines()
     rows = [line.split("\t" if "\t" in line else None) for line in lines if line.strip()]
-    if not rows or len(rows[0]) != 2 or not all(field.strip().isdigit() for field in rows[0]):
-        raise ValueError(f"{path}: the first line must be `folds pairs`, two numbers, as in LFW")
-    folds, half = (int(field) for field in rows[0])
-    if len(rows) - 1 != folds * 2 * half:
+    first_line = [field.strip() for field in rows[0]] if rows else []
+    if len(first_line) not in (1, 2) or not all(field.isdigit() for field in first_line):
+        raise ValueError(
+            f"{path}: the first line must be `folds pairs` or `pairs`, numbers, as in LFW"
+        )
+    *several, half = map(int, first_line)
+    folds = several[0] if several else 1
+    if folds * half == 0 or len(rows) - 1 != folds * 2 * half:
         raise ValueError(
             f"{path}: expected {folds} folds of {half} + {half} pairs; got {len(rows) - 1} pairs"
         )

@@ -105,7 +105,7 @@ def train_faces(
     faces: Path,
     out: Path,
     recipe: Annotated[FaceRecipe, tyro.conf.arg(name="")],
-    pairs: Path | None = None,
+    pairs: tuple[Path, ...] = (),
     init_from: Path | None = None,
     devices: int | None = None,
     checkpoint_seconds: float = 60.0,
@@ -121,7 +121,7 @@ def train_faces(
       out: folder of the run, which continues if it is there already. The result is OUT.json
         beside the folder.
       recipe: decides the run's numbers.
-      pairs: file of the pairs of faces; --left-out-fold names one of its folds.
+      pairs: files of pairs of faces, as for `verify`; --left-out-fold names one of their folds.
       init_from: folder of another run, such as one with softmax; start from its weights.
       devices: how many to train on, the first ones; by default all.
       checkpoint_seconds: seconds between two checkpoints.
@@ -215,13 +215,13 @@ def fingerprint(faces: Faces) -> str:
     return digest.hexdigest()[:16]
 
 
-def training_faces(folder: Path, recipe: FaceRecipe, pairs: Path | None) -> Faces:
+def training_faces(folder: Path, recipe: FaceRecipe, pairs: tuple[Path, ...]) -> Faces:
     """The faces to train on: without people of few images and those of the fold left out."""
     left_out: frozenset[str] = frozenset()
     if recipe.left_out_fold is not None:
-        if pairs is None:
+        if not pairs:
             raise ValueError("left_out_fold counts the folds of pairs; got no file of pairs")
-        left_out = people_of_fold(read_pairs(pairs), recipe.left_out_fold)
+        left_out = people_of_fold(read_pairs(*pairs), recipe.left_out_fold)
     faces = list_faces(folder, minimum_images=recipe.minimum_images, without=left_out)
     if len(faces.people) < 2:
         raise ValueError(f"faces: expected at least two people to tell apart, {folder} has one")

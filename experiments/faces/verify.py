@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
 
 def verify_faces(
-    pairs: Path,
+    pairs: tuple[Path, ...],
     out: Path,
     faces: Path | None = None,
     embeddings: Path | None = None,
@@ -52,7 +52,8 @@ def verify_faces(
     """Verifies pairs of faces by one of --embeddings, --checkpoint or --pixels.
 
     Args:
-      pairs: file of pairs in the format of LFW's view 2.
+      pairs: files of pairs in LFW's formats, `pairs.txt` of view 2 or both files of view 1; the
+        folds are counted through all of them.
       out: the .json of the result. `figures --out` with its folder draws the ROC.
       faces: folder of person/image.jpg, for --checkpoint and --pixels.
       embeddings: an .npz of names and embeddings, from embed or elsewhere.
@@ -62,7 +63,7 @@ def verify_faces(
       protocol: name of the protocol, for the result, such as "unrestricted, no outside data".
       batch: images at a time, on all devices together.
     """
-    listed = read_pairs(pairs)
+    listed = read_pairs(*pairs)
     source = _source(listed, faces, embeddings, checkpoint, pixels, batch)
     tested = untrained_folds(listed, source.trained_on)
     first, second = (

@@ -106,7 +106,7 @@ else:
         left_out_fold=LEFT_OUT,
     )
 RUN = OUT / "run"
-finished = train_faces(FACES, RUN, recipe, PAIRS) == 0
+finished = train_faces(FACES, RUN, recipe, (PAIRS,)) == 0
 
 # %% [markdown]
 # ## Verification
@@ -116,8 +116,8 @@ finished = train_faces(FACES, RUN, recipe, PAIRS) == 0
 # that a learned feature should clear, and a minute of training may not.
 
 # %%
-verify_faces(PAIRS, OUT / "network.json", faces=FACES, checkpoint=RUN)
-verify_faces(PAIRS, OUT / "pixels.json", faces=FACES, pixels=True)
+verify_faces((PAIRS,), OUT / "network.json", faces=FACES, checkpoint=RUN)
+verify_faces((PAIRS,), OUT / "pixels.json", faces=FACES, pixels=True)
 
 # %% [markdown]
 # The pixels learned nothing, so all folds test them. True accepts at a rate of false accepts, TAR

@@ -149,7 +149,9 @@ def test_pairs_file(tmp_path):
     "text, message",
     [
         ("", "first line must be"),
-        ("300\n", "first line must be"),
+        ("a\n", "first line must be"),
+        ("300\n", r"expected 1 folds of 300 \+ 300 pairs; got 0 pairs"),
+        ("0\n", r"expected 1 folds of 0 \+ 0 pairs"),
         ("2\t1\nAda\t1\t12\n", r"expected 2 folds of 1 \+ 1 pairs; got 1 pairs"),
         ("1\t1\nAda\t1\tBob\t2\nAda\t1\tBob\t2\n", "expected `name i j`; got 'Ada 1 Bob 2'"),
         ("1\t1\nAda\t1\t2\nAda\tone\tBob\t2\n", "expected `name i other j`; got 'Ada one Bob 2'"),
@@ -160,6 +162,22 @@ def test_a_pairs_file_that_does_not_fit_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         verify.read_pairs(path)
+
+
+def test_several_pairs_files_are_counted_through(tmp_path):
+    whole, train, test = (tmp_path / name for name in ("pairs.txt", "train.txt", "test.txt"))
+    train.write_text("1\nAda\t1\t12\nAda\t3\tBob\t1\n")
+    test.write_text("1\nCy\t1\t2\nCy\t1\tDi\t2\n")
+    whole.write_text("2\t1\nAda\t1\t12\nAda\t3\tBob\t1\nCy\t1\t2\nCy\t1\tDi\t2\n")
+    for one, other in zip(verify.read_pairs(train, test), verify.read_pairs(whole), strict=True):
+        assert one.tolist() == other.tolist()
+    assert verify.read_pairs(test, whole).fold.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_lfw_view_1(lfw_dir):
+    view = verify.read_pairs(lfw_dir / "pairsDevTrain.txt", lfw_dir / "pairsDevTest.txt")
+    assert np.bincount(view.fold).tolist() == [2200, 1000]
+    assert verify.people_of_fold(view, 0).isdisjoint(verify.people_of_fold(view, 1))
 
 
 def test_lfw_pairs(lfw_dir):

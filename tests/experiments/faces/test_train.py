@@ -72,7 +72,7 @@ def finished(folder, tmp_path_factory):
     """The folder of a run of all six updates on A and B: the other fold was left out."""
     out = tmp_path_factory.mktemp("run")
     recipe = replace(RECIPE, left_out_fold=1)
-    code = train_faces.train_faces(folder, out, recipe, folder / "pairs.txt", devices=1)
+    code = train_faces.train_faces(folder, out, recipe, (folder / "pairs.txt",), devices=1)
     assert code == 0
     return out
 
@@ -212,7 +212,7 @@ def test_recipes_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="size must be at least 32 x 32"):
         FaceRecipe(size=(16, 96))
     with pytest.raises(ValueError, match="pairs"):
-        train_faces.training_faces("anywhere", FaceRecipe(left_out_fold=1), None)
+        train_faces.training_faces("anywhere", FaceRecipe(left_out_fold=1), ())
 
 
 def test_embeddings_are_the_features_beside_the_mirrored_ones(folder, finished, tmp_path):
@@ -250,7 +250,7 @@ def test_a_file_of_something_else_is_no_embeddings(tmp_path, content):
 
 def test_verify_tests_only_folds_that_were_not_trained_on(folder, finished, tmp_path):
     out = tmp_path / "result.json"
-    verify_faces.verify_faces(folder / "pairs.txt", out, faces=folder, checkpoint=finished)
+    verify_faces.verify_faces((folder / "pairs.txt",), out, faces=folder, checkpoint=finished)
     result = json.loads(out.read_text())
     assert result["tested_folds"] == [1]
     assert result["pairs"] == 4
@@ -264,11 +264,11 @@ def test_verify_tests_only_folds_that_were_not_trained_on(folder, finished, tmp_
     of_both = tmp_path / "of both folds"
     run_for(folder, of_both, 1, without="BD")
     with pytest.raises(ValueError, match="trained on people of every fold"):
-        verify_faces.verify_faces(folder / "pairs.txt", out, faces=folder, checkpoint=of_both)
+        verify_faces.verify_faces((folder / "pairs.txt",), out, faces=folder, checkpoint=of_both)
 
 
 def test_verify_takes_embeddings_or_pixels(folder, tmp_path, capsys):
-    pairs, pixels = folder / "pairs.txt", tmp_path / "pixels.json"
+    pairs, pixels = (folder / "pairs.txt",), tmp_path / "pixels.json"
     verify_faces.verify_faces(pairs, pixels, faces=folder, pixels=True)
     by_pixels = json.loads(pixels.read_text())
     assert by_pixels["tested_folds"] == [0, 1]
