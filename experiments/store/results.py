@@ -66,19 +66,21 @@ def provenance(devices: int) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The clone's commit, with a mark if tracked files differ from it.
+    """The clone's commit, with a mark if tracked files differ from it; None outside a clone.
 
     Results are no part of what ran: a run of many writes the first before it begins the second.
-    A copy without its ``.git`` cannot say; there ``EXPERIMENTS_COMMIT`` does, else it is None.
+    A copy on another machine is told its commit by ``EXPERIMENTS_COMMIT``.
     """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    if told := os.environ.get("EXPERIMENTS_COMMIT"):
+        return told
     try:
         code = ":(top)", ":(top,exclude)experiments/results"
         changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("EXPERIMENTS_COMMIT")
+        return None

@@ -11,6 +11,8 @@ def test_a_changed_file_marks_the_commit_and_a_result_does_not(tmp_path, monkeyp
         said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         return said.stdout.strip()
 
+    monkeypatch.delenv("EXPERIMENTS_COMMIT", raising=False)
+
     def commit():
         return results.provenance(1)["commit"]
 
@@ -31,10 +33,10 @@ def test_a_changed_file_marks_the_commit_and_a_result_does_not(tmp_path, monkeyp
     assert commit() == f"{first}-changed"
 
 
-def test_a_copy_without_git_takes_the_commit_it_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.delenv("EXPERIMENTS_COMMIT", raising=False)
-    assert results.provenance(1)["commit"] is None
+def test_a_copy_takes_the_commit_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("EXPERIMENTS_COMMIT", "0123abc")
     assert results.provenance(1)["commit"] == "0123abc"
+    monkeypatch.delenv("EXPERIMENTS_COMMIT")
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert results.provenance(1)["commit"] is None
