@@ -1,4 +1,4 @@
-"""The paper's figures, drawn from results alone, as PNG.
+"""The paper's figures, drawn from results alone, as PNG; error against iteration for more data.
 
 Figs. 3 and 4 are computed from the loss and need no run; the others need the runs of their
 configurations, and are left out, by name, until those are there.
@@ -268,7 +268,7 @@ def draw_curves(lines: Mapping[str, Sequence[Outcome]]) -> Figure:
             low, high = errors.min(axis=0), errors.max(axis=0)
             panel.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
         panel.set(xlabel="iteration", xlim=(0, None), ylim=(0, None))
-        panel.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+        panel.yaxis.set_major_formatter(PercentFormatter())
         panel.grid(alpha=0.25)
     panels[0].set(title="Training", ylabel="training error, running mean over batches")
     panels[1].set(title="Test", ylabel="test error")
@@ -284,7 +284,7 @@ def running_mean(values: NDArray) -> NDArray:
 
 
 def draw_losses(found: Groups) -> Figure:
-    """Fig. 6: a line a loss."""
+    """Error against iteration, Fig. 6 and others: a line a loss."""
     groups = [group for here in found.values() for group in here]
     return draw_curves({label(group): group.runs for group in groups})
 
@@ -322,5 +322,7 @@ DRAWINGS: dict[str, Drawing] = {
     "fig5-cifar10plus": _fig5("cifar10plus"),
     "fig5-cifar100": _fig5("cifar100"),
     "fig6": Drawing(tuple(f"cifar100-{loss}" for loss in LOSSES), draw_losses, enough=2),
+    "error-mnist": Drawing(tuple(f"mnist-{loss}" for loss in LOSSES), draw_losses, enough=2),
+    "error-cifar10": Drawing(("cifar10-softmax", "cifar10-m4"), draw_losses, enough=2),
     "fig7": Drawing(_FIG7, draw_widths, enough=2, across="width"),
 }
