@@ -1,6 +1,7 @@
 """Results as the report reads them: loaded, checked, grouped by what they share."""
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ class Outcomes(NamedTuple):
       runs: of configurations, tested on the test images.
       validated: the same, tested on training images held out.
       tunings: λ by the error on the validation split.
-      verifications: of pairs of faces.
+      verifications: of pairs of faces; those that differ in the fold left out stand as one.
     """
 
     runs: list[Outcome]
@@ -78,7 +79,49 @@ def load_outcomes(out: Path) -> Outcomes:
     _check_different(out, found["verification"], ("config", "tested_folds", "protocol"))
     validated = [o for o in found["run"] if "validation" in o["changes"]]
     runs = [o for o in found["run"] if o not in validated]
-    return Outcomes(runs, validated, found["tuning"], found["verification"])
+    return Outcomes(runs, validated, found["tuning"], over_folds(found["verification"]))
+
+
+def over_folds(verifications: Sequence[Outcome]) -> list[Outcome]:
+    """One for all folds, where every fold was tested with a network of its own; else as they are.
+
+    Numbers and curve are means over the folds, since scores of different networks do not compare;
+    ``networks`` says of how many.
+    """
+    alike = defaultdict(list)
+    for outcome in verifications:
+        config = {n: v for n, v in outcome["config"].items() if n != "left_out_fold"}
+        alike[json.dumps([outcome["protocol"], config], sort_keys=True)].append(outcome)
+    return [same[0] if len(same) == 1 else _mean_of_folds(same) for same in alike.values()]
+
+
+def _mean_of_folds(same: Sequence[Outcome]) -> Outcome:
+    metrics, curves = ([outcome[name] for outcome in same] for name in ("metrics", "curve"))
+    accuracy = [value for seen in metrics for value in seen["fold_accuracy"]]
+
+    def mean(name: str) -> float:
+        return statistics.mean(seen[name] for seen in metrics)
+
+    return same[0] | {
+        "networks": len(same),
+        "tested_folds": sorted(fold for outcome in same for fold in outcome["tested_folds"]),
+        "pairs": sum(outcome["pairs"] for outcome in same),
+        "people_trained_on": min(outcome["people_trained_on"] for outcome in same),
+        "metrics": {
+            "accuracy": statistics.mean(accuracy),
+            "standard_error": statistics.stdev(accuracy) / math.sqrt(len(accuracy)),
+            "auc": mean("auc"),
+            "equal_error_rate": mean("equal_error_rate"),
+            "tar_at_far": {
+                far: statistics.mean(seen["tar_at_far"][far] for seen in metrics)
+                for far in metrics[0]["tar_at_far"]
+            },
+        },
+        "curve": {
+            name: [statistics.mean(at) for at in zip(*(c[name] for c in curves), strict=True)]
+            for name in curves[0]
+        },
+    }
 
 
 def _check(out: Path, kind: str, outcome: Outcome) -> None:

@@ -45,23 +45,28 @@ def face_title(outcome: dict[str, Any]) -> str:
         return config["embeddings"]
     loss = "softmax" if config["margin"] == 1 else f"m = {config['margin']}"
     width, updates = f"width {config['width']:g}", f"{config['steps']:,} updates"
-    said = [loss, lam_words(config), width, updates, f"seed {config['seed']}"]
+    said = [loss, face_words(outcome), width, updates, f"seed {config['seed']}"]
     return ", ".join(filter(None, said))
 
 
-def lam_words(config: dict[str, Any]) -> str:
-    """How λ fell in a face run: what it never fell below, or another pace; empty for softmax."""
-    if config["margin"] == 1:
-        return ""
-    if (pace := config.get("pace", "annealed")) != "annealed":
-        return f"λ {pace}"
-    lam = config["lam"]
-    return f"λ minimum {lam['minimum'] if isinstance(lam, dict) else lam[-1]:g}"
+def face_words(outcome: dict[str, Any]) -> str:
+    """How λ fell in a face run, and whether it went on from another; empty for a plain softmax.
+
+    Of λ what it never fell below, or another pace.
+    """
+    config, said = outcome["config"], []
+    if config["margin"] > 1:
+        lam, pace = config["lam"], config.get("pace", "annealed")
+        minimum = lam["minimum"] if isinstance(lam, dict) else lam[-1]
+        said.append(f"λ minimum {minimum:g}" if pace == "annealed" else f"λ {pace}")
+    if "--init-from" in (outcome.get("training") or {}).get("command", ""):
+        said.append("from softmax")
+    return ", ".join(said)
 
 
 def lowest_rate(outcome: dict[str, Any]) -> float:
-    """One false accept among a verification's different pairs, which are half of its pairs."""
-    return 2 / outcome["pairs"]
+    """One false accept among a network's different pairs, which are half of its pairs."""
+    return 2 * outcome.get("networks", 1) / outcome["pairs"]
 
 
 def _colors(count: int) -> list[str]:

@@ -20,6 +20,21 @@ def tfds() -> None:
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled() -> Iterator[None]:
+    """XLA optimises little: in runs of seconds that costs more than it saves.
+
+    The library's own tests are optimised as its users' programs are, and so is a module here that
+    asserts what the compiler makes of a program: it overrides this. Processes that a test starts
+    are told the same.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps compiled programs: a module often runs the same one again, and compiling dominates."""

@@ -9,7 +9,7 @@ import pytest
 from experiments.__main__ import main
 from experiments.paper.cells import run_name
 from experiments.paper.config import Config
-from experiments.report import outcomes
+from experiments.report import outcomes, roc
 from experiments.report.outcomes import RESULTS
 from experiments.store import results as result
 from made_up import run_of
@@ -119,3 +119,39 @@ def test_committed_results_lie_where_their_configuration_says():
     assert found.runs and candidates
     for outcome in (*found.runs, *candidates):
         assert outcome["file"] == f"{run_name(Config.from_json(outcome['config']))}.json"
+
+
+def test_folds_with_networks_of_their_own_are_one_verification(tmp_path):
+    def of_fold(fold, accuracy, **config):
+        return {
+            "kind": "verification",
+            "protocol": "LFW",
+            "pairs": 600,
+            "tested_folds": [fold],
+            "people_trained_on": 550 + fold,
+            "config": {"margin": 4, "left_out_fold": fold} | config,
+            "curve": {"false_accepts": [0.1, 1.0], "true_accepts": [accuracy - 0.1, 1.0]},
+            "metrics": {
+                "accuracy": accuracy,
+                "standard_error": None,
+                "fold_accuracy": [accuracy],
+                "auc": accuracy,
+                "equal_error_rate": 1 - accuracy,
+                "tar_at_far": {"0.1": accuracy},
+            },
+        }
+
+    written = [of_fold(0, 0.7), of_fold(2, 0.8), of_fold(5, 0.9), of_fold(0, 0.5, margin=1)]
+    write(tmp_path, written)
+    folds, alone = outcomes.load_outcomes(tmp_path).verifications
+    assert alone["config"]["margin"] == 1 and alone["metrics"]["accuracy"] == 0.5
+    assert folds["tested_folds"] == [0, 2, 5] and folds["pairs"] == 1800
+    assert folds["people_trained_on"] == 550
+    metrics = folds["metrics"]
+    assert metrics["standard_error"] == pytest.approx(0.1 / 3**0.5)
+    for name in ("accuracy", "auc"):
+        assert metrics[name] == pytest.approx(0.8)
+    assert metrics["equal_error_rate"] == pytest.approx(0.2)
+    assert metrics["tar_at_far"] == {"0.1": pytest.approx(0.8)}
+    assert folds["curve"]["true_accepts"] == pytest.approx([0.7, 1.0])
+    assert roc.lowest_rate(folds) == roc.lowest_rate(alone) == 2 / 600
