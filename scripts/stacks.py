@@ -96,7 +96,8 @@ def run(name: str, inside: Path, folder: Path, core: bool, arguments: list[str])
     # Of an earlier run.
     counted.unlink(missing_ok=True)
     began = time.monotonic()
-    command = [str(inside), "-m", "pytest", "-n", "2", f"--junitxml={counted}", *arguments]
+    command = [str(inside), "-m", "pytest", "-n", "2", "--dist", "loadscope"]
+    command += [f"--junitxml={counted}", *arguments]
     subprocess.run([*command, *(CORE if core else [])], cwd=CLONE, check=False)
     seconds = round(time.monotonic() - began)
     if not counted.exists():
