@@ -1,6 +1,7 @@
 """The guide's figures, drawn by the library itself, each for a light and a dark page."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from lsoftmax_jax.nnx import LSoftmaxDense
 COLORS = ("#0072B2", "#C98500", "#009E73", "#CC79A7", "#D55E00")
 DASHES: Sequence[Any] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (4, 1)))
 INKS = {"light": "#1f2328", "dark": "#e6e6e6"}
+
+# Of the margin, 1 / (1 + λ).
+SHARES = np.linspace(0, 1, 101)
 
 
 def style(ink: str) -> dict[Any, Any]:
@@ -212,32 +216,39 @@ def trained(
     )(state)
 
 
+@cache
+def plain_softmax(updates: int) -> tuple[nnx.GraphDef[Any], training.State, training.StepMetrics]:
+    """`trained` without a margin."""
+    return trained(lambda _: jnp.float32(jnp.inf), updates)
+
+
+@cache
+def forces(updates: int, margin: int) -> NDArray:
+    """The mean force on the lengths of features at every share, by autodiff; at most 1."""
+    graphdef, state, _ = plain_softmax(updates)
+    images, labels = digits()
+    features, _ = training.embed_step(graphdef)(state, images)
+    kernel = state.params["head"]["kernel"]
+
+    def force(share: jax.Array) -> jax.Array:
+        def loss(features: jax.Array) -> jax.Array:
+            lam = 1 / share - 1
+            return lsm.lsoftmax_loss(features, kernel, labels, margin=margin, lam=lam).mean()
+
+        return -jnp.sum(features * jax.grad(loss)(features))
+
+    along = np.asarray(jax.vmap(force)(jnp.asarray(SHARES).at[0].set(1e-6)))
+    # The loss falls by orders of magnitude; what counts is the sign.
+    return along / np.abs(along).max()
+
+
 def radial_force() -> Figure:
-    """The mean force on the lengths of features against the margin's share, by autodiff."""
+    """The mean force on the lengths of features against the margin's share."""
     figure = Figure(figsize=(8.6, 3.8), layout="constrained")
     panels = figure.subplots(1, 2)
-    shares = np.linspace(0, 1, 101)
-    images, labels = digits()
-
-    def forces(updates: int, margin: int) -> NDArray:
-        graphdef, state, _ = trained(lambda _: jnp.float32(jnp.inf), updates)
-        features, _ = training.embed_step(graphdef)(state, images)
-        kernel = state.params["head"]["kernel"]
-
-        def force(share: jax.Array) -> jax.Array:
-            def loss(features: jax.Array) -> jax.Array:
-                lam = 1 / share - 1
-                return lsm.lsoftmax_loss(features, kernel, labels, margin=margin, lam=lam).mean()
-
-            return -jnp.sum(features * jax.grad(loss)(features))
-
-        along = np.asarray(jax.vmap(force)(jnp.asarray(shares).at[0].set(1e-6)))
-        # The loss falls by orders of magnitude; what counts is the sign.
-        return along / np.abs(along).max()
-
     updates = {f"after {count} updates": forces(count, 4) for count in (20, 60, 200)}
-    lines(panels[0], shares, updates)
-    lines(panels[1], shares, {f"m = {margin}": forces(200, margin) for margin in (2, 4, 8)})
+    lines(panels[0], SHARES, updates)
+    lines(panels[1], SHARES, {f"m = {margin}": forces(200, margin) for margin in (2, 4, 8)})
     for panel, title in zip(panels, ("m = 4", "after 200 updates"), strict=True):
         panel.axhline(0, color="0.5", linewidth=1)
         panel.set(xlabel="share of the margin, 1 / (1 + λ)", xlim=(0, 1), title=title)
@@ -249,11 +260,9 @@ def radial_force() -> Figure:
     return figure
 
 
-def collapse() -> Figure:
-    """Runs that differ in λ alone: lengths of features, and how many labels are right."""
-    figure = Figure(figsize=(8.6, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps = 300
+@cache
+def paced(steps: int) -> dict[str, training.StepMetrics]:
+    """What runs that differ in λ alone saw."""
     released = schedule.MNIST._replace(gamma=schedule.MNIST.gamma * 18_000 / steps)
     named: dict[str, training.Schedule | lsm.SelfPaced] = {
         "self-paced": lsm.self_paced(),
@@ -261,7 +270,15 @@ def collapse() -> Figure:
         "released, stretched": lsm.annealed_lambda(*released),
         "λ = 0": lambda _: jnp.float32(0),
     }
-    metrics = {name: trained(lam, steps)[2] for name, lam in named.items()}
+    return {name: trained(lam, steps)[2] for name, lam in named.items()}
+
+
+def collapse() -> Figure:
+    """Runs that differ in λ alone: lengths of features, and how many labels are right."""
+    figure = Figure(figsize=(8.6, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = 300
+    metrics = paced(steps)
 
     def mean(of: str) -> dict[str, NDArray]:
         return {
