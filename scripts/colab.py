@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scripts.stacks import CLONE, interpreter, versions
+from scripts.stacks import CLONE, PAGE, interpreter, versions
 
 NOTEBOOKS = CLONE / "experiments" / "notebooks"
 NAMES = ("tour", "devices", "reproduce", "faces")
@@ -98,11 +98,13 @@ def run(name: str, came_with: Path, folder: Path) -> dict[str, Any]:
 
 
 def record(outcome: dict[str, Any]) -> None:
-    """Takes the place of the same notebook's earlier run."""
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    """Takes the place of the same notebook's earlier run, on the page too."""
+    before = table()
+    kept = json.loads(RESULTS.read_text())
     kept = [row for row in kept if row["notebook"] != outcome["notebook"]]
     kept = sorted([*kept, outcome], key=lambda row: NAMES.index(row["notebook"]))
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    PAGE.write_text(PAGE.read_text().replace(before, table()))
 
 
 def table() -> str:

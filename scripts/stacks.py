@@ -1,6 +1,7 @@
 """Runs the tests on the stacks that the library is declared for, each in an environment of its own.
 
-python scripts/stacks.py                  every test on every stack, what came out into stacks/
+python scripts/stacks.py                  every test on every stack; stacks/ and CONTRIBUTING.md
+                                          keep what came out
 python scripts/stacks.py --core colab     the tests of the library alone, on one stack
 python scripts/stacks.py --core --brief   without those that no version of JAX decides
 python scripts/stacks.py --table          what was run when, as a table
@@ -22,6 +23,7 @@ from xml.etree import ElementTree
 
 CLONE = Path(__file__).resolve().parents[1]
 RESULTS = CLONE / "stacks" / "results.json"
+PAGE = CLONE / "CONTRIBUTING.md"
 # With its doctests; what it needs is the extra `core`.
 CORE = ["lsoftmax_jax", "tests/lsoftmax_jax"]
 # Of these, what formulas, the words of an error or types decide, and no version of JAX: CI runs
@@ -122,13 +124,15 @@ def run(name: str, inside: Path, folder: Path, core: bool, arguments: list[str])
 
 
 def record(outcome: dict[str, Any]) -> None:
-    """Takes the place of the same stack's earlier run of the same tests."""
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    """Takes the place of the same stack's earlier run of the same tests, on the page too."""
+    before = table()
+    kept = json.loads(RESULTS.read_text())
     same = ("stack", "tests")
     kept = [row for row in kept if any(row[key] != outcome[key] for key in same)]
     order = list(STACKS)
     kept = sorted([*kept, outcome], key=lambda row: (order.index(row["stack"]), row["tests"]))
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    PAGE.write_text(PAGE.read_text().replace(before, table()))
 
 
 def table() -> str:

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib.metadata
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -165,6 +166,17 @@ def test_constraints_pin_every_dependency_within_its_declared_range(pins):
     for requirement in map(Requirement, PROJECT["dependencies"] + tested):
         if requirement.name != PROJECT["name"]:
             assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
+
+
+@pytest.mark.parametrize("script", [stacks, colab])
+def test_what_was_run_is_recorded_on_the_page_too(script, tmp_path, monkeypatch):
+    for name in ("RESULTS", "PAGE"):
+        file = tmp_path / name
+        file.write_text(getattr(script, name).read_text())
+        monkeypatch.setattr(script, name, file)
+    again = json.loads(script.RESULTS.read_text())[0] | {"seconds": 98765}
+    script.record(again)
+    assert " 98765 | " in script.table() and script.table() in script.PAGE.read_text()
 
 
 def test_the_tables_of_stacks_and_notebooks_are_what_was_run():
