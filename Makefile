@@ -12,8 +12,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
 STACKS_ARGS ?=
-# Test processes, a file to one of them: its tests share compiled programs. Compiling is most of the
-# work and keeps about one core busy.
+# Test processes, each with its share of the files, whose tests share compiled programs, until one is
+# done and takes from the other. Compiling is most of the work and keeps about one core busy.
 JOBS ?= 2
 
 .DELETE_ON_ERROR:
@@ -40,7 +40,7 @@ lint: $(VENV)/test.stamp
 	$(VENV)/bin/mypy
 
 pytest: $(VENV)/test.stamp
-	$(VENV)/bin/pytest -n $(JOBS) --dist loadscope $(COVERAGE) $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n $(JOBS) --dist worksteal $(COVERAGE) $(PYTEST_ARGS)
 
 test-slow:
 	$(MAKE) pytest PYTEST_ARGS="-m slow"

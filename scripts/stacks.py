@@ -98,7 +98,7 @@ def run(name: str, inside: Path, folder: Path, core: bool, arguments: list[str])
     # Of an earlier run.
     counted.unlink(missing_ok=True)
     began = time.monotonic()
-    command = [str(inside), "-m", "pytest", "-n", "2", "--dist", "loadscope"]
+    command = [str(inside), "-m", "pytest", "-n", "2", "--dist", "worksteal"]
     command += [f"--junitxml={counted}", *arguments]
     subprocess.run([*command, *(CORE if core else [])], cwd=CLONE, check=False)
     seconds = round(time.monotonic() - began)
