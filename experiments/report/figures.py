@@ -31,7 +31,7 @@ from experiments.report.outcomes import (
     seeds_words,
     words,
 )
-from experiments.report.roc import face_title, roc_figure
+from experiments.report.roc import face_title, for_choosing, roc_figure
 from experiments.report.style import COLORS, MARGINS, STYLE, mark_reduced, write
 
 # Of W1 and W2 in Fig. 4.
@@ -87,9 +87,10 @@ def figures(out: Path = RESULTS, reduced: bool = False) -> int:
             write(figure, folder / f"{name}.png")
         without = f", without {', '.join(missing)}" if missing else ""
         print(f"{folder / name}.png written{without}")
-    if outcomes.verifications and not reduced:
+    faces = [outcome for outcome in outcomes.verifications if not for_choosing(outcome)]
+    if faces and not reduced:
         with rc_context(STYLE):
-            write(roc_of_all(outcomes.verifications), folder / "roc.png")
+            write(roc_of_all(faces), folder / "roc.png")
         print(f"{folder / 'roc.png'} written")
     return 0
 

@@ -36,6 +36,11 @@ def roc_figure(outcomes: Mapping[str, dict[str, Any]]) -> Figure:
     return figure
 
 
+def for_choosing(outcome: dict[str, Any]) -> bool:
+    """Whether a verification is of LFW's view 1, whose numbers decide and are not reported."""
+    return "view 1" in outcome["protocol"]
+
+
 def face_title(outcome: dict[str, Any]) -> str:
     """What was verified: pixels, a file of embeddings, or a network and how far it was trained."""
     config = outcome["config"]

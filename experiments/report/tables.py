@@ -23,7 +23,7 @@ from experiments.report.outcomes import (
     text,
     words,
 )
-from experiments.report.roc import face_words, lowest_rate
+from experiments.report.roc import face_words, for_choosing, lowest_rate
 
 FULL = "Data set by loss: full runs"
 REDUCED = "Data set by loss: reduced runs, not comparable with the paper"
@@ -164,14 +164,14 @@ def _reduced_entry(name: str, groups: Sequence[Group], plans: Sequence[protocol.
 
 
 def _face_entries(faces: Sequence[Outcome], blank: Callable[[int], str] | None) -> list[str]:
-    """LFW's row: accuracies of verifications by margin; view 1 is for choosing."""
+    """LFW's row: accuracies of verifications by margin."""
     entries = [""]  # no hinge
     for loss, (number, standing) in LFW.items():
         margin = 1 if loss == "softmax" else int(loss[1:])
         lines = [
             ": ".join(filter(None, [_accuracy(outcome), face_words(outcome)]))
             for outcome in faces
-            if outcome["config"].get("margin") == margin and "view 1" not in outcome["protocol"]
+            if outcome["config"].get("margin") == margin and not for_choosing(outcome)
         ]
         if not lines and blank is not None:
             lines = [blank(margin)]

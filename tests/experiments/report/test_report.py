@@ -210,6 +210,24 @@ def test_verification_names_its_protocol_and_no_rate_it_did_not_measure(tmp_path
     assert list(shown.values())[4:] == ["90.00 (1 fold)", "11.00", "0.9500", "0.1: 80.00"]
 
 
+def test_view_1_is_listed_and_in_no_matrix(tmp_path):
+    chosen = FACES | {"protocol": "LFW view 1, unrestricted"}
+    found = sections(tmp_path, [chosen])
+    assert "LFW view 1" in found["LFW"]
+    assert set(row(found[tables.REDUCED], ["LFW, accuracy"]).values()) == {
+        "LFW, accuracy",
+        "a few hundred people of LFW",
+        "",
+    }
+
+
+def test_a_network_that_went_on_from_softmax_says_so(tmp_path):
+    went_on = FACES | {"training": {"command": "train-faces --margin 4 --init-from run"}}
+    table = sections(tmp_path, [went_on])[tables.REDUCED]
+    entry = row(table, ["LFW, accuracy"])["m = 4"]
+    assert entry == "98.71 / 90.00 (1 fold): λ minimum 30, from softmax"
+
+
 def test_report_writes_between_the_markers_and_checks(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
