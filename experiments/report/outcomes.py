@@ -91,7 +91,8 @@ def over_folds(verifications: Sequence[Outcome]) -> list[Outcome]:
     alike = defaultdict(list)
     for outcome in verifications:
         config = {n: v for n, v in outcome["config"].items() if n != "left_out_fold"}
-        alike[json.dumps([outcome["protocol"], config], sort_keys=True)].append(outcome)
+        went_on = "--init-from" in (outcome.get("training") or {}).get("command", "")
+        alike[json.dumps([outcome["protocol"], config, went_on], sort_keys=True)].append(outcome)
     return [same[0] if len(same) == 1 else _mean_of_folds(same) for same in alike.values()]
 
 
