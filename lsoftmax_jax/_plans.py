@@ -155,9 +155,12 @@ def _summary(setting: Setting, rows: Rows, columns: Columns) -> tuple[Others, ja
     """The other logits of a block, and exp(z - peak), 0 at the target."""
     _, logits = _other_logits(rows, columns)
     # The lowest finite number rather than -inf where there is no other class: no inf - inf.
-    # Before the reduction, or a GPU runs a kernel for it.
     lowest = jnp.finfo(logits.dtype).min
-    peak = jax.lax.stop_gradient(jnp.max(jnp.maximum(logits, lowest), axis=1))
+    peak = jax.lax.platform_dependent(
+        jax.lax.stop_gradient(logits),
+        cpu=lambda logits: jnp.maximum(jnp.max(logits, axis=1), lowest),  # no pass more
+        default=lambda logits: jnp.max(jnp.maximum(logits, lowest), axis=1),  # no kernel more
+    )
     below = logits - peak[:, None]
     exponentials = jnp.exp(below)
     total = moment = jnp.zeros_like(peak)

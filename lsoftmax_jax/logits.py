@@ -220,7 +220,7 @@ class Target(NamedTuple):
     plain: jax.Array  # u = n cos(theta_y), the logit without margin
     logit: jax.Array
     alpha: jax.Array
-    beta: jax.Array
+    beta: jax.Array | None  # None for the plain logit, where it is 0
     dlam: jax.Array  # dt/dlam
     cosine: jax.Array
     terms: LabelTerms
@@ -285,8 +285,7 @@ def annealed_target(head: Head, terms: LabelTerms, lam: jax.Array) -> Target:
         terms = terms._replace(column_norm=ones, inverse_column_norm=ones)
         u = terms.feature_norm * cosine
     if head.margin == 1:
-        zero = jnp.zeros_like(u)
-        return Target(u, u, jnp.ones_like(u), zero, zero, cosine, terms, unit)
+        return Target(u, u, jnp.ones_like(u), None, jnp.zeros_like(u), cosine, terms, unit)
     value, slope = value_and_slope(head.margin, cosine)
     # t = u + gap / (1 + lam) rather than the quotient of the formula also serves lam = infinity.
     share = 1 / (1 + lam)
@@ -319,8 +318,12 @@ def pulled_back(g: jax.Array, t: Target, dtype: jnp.dtype) -> Pull:
     the one and not the other, so what rounding takes off `plain` is given back along features
     and kernel; what stays lost is smaller by the sine of the angle.
     """
-    exact, beta = g * t.alpha, g * t.beta
-    rounded = exact
+    exact = g * t.alpha
+    zero = jnp.zeros_like(exact)
+    if t.beta is None and t.unit is None and dtype == exact.dtype:
+        # Nobody asks for the norms, which cost plain softmax a fifth of its time at ten classes.
+        return Pull(exact, zero, zero, zero)
+    rounded, beta = exact, zero if t.beta is None else g * t.beta
     if dtype != exact.dtype:
         # A cast there and back the compiler may drop.
         info = jnp.finfo(dtype)
