@@ -1,10 +1,12 @@
 """What every test shares: eight fake devices on a CPU, fixtures named after what they do.
 
-The suite runs on the CPU unless JAX_PLATFORMS names another platform.
+The suite runs on the CPU unless JAX_PLATFORMS names another platform. What it compiles is kept in
+.compiled, where the next run and the other test processes find it.
 """
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -14,6 +16,9 @@ from jax.sharding import AxisType, Mesh
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the processes that tests start read it
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)
+# Not for the processes that tests start and kill, perhaps in the middle of writing there.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 if not hasattr(jax, "enable_x64"):  # JAX 0.7 has it elsewhere
     jax.enable_x64 = jax.experimental.enable_x64
 

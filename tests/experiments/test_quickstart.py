@@ -12,8 +12,6 @@ from experiments.__main__ import main
 from experiments.paper.cells import run_name
 from experiments.run import train
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 @pytest.fixture
 def tiny(monkeypatch):

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from experiments.__main__ import main
@@ -36,21 +35,11 @@ PAIRS = "2\t2\nA\t1\t2\nA\t2\t3\nA\t1\tB\t1\nA\t2\tB\t2\nC\t1\t2\nC\t2\t3\nC\t1\
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny_network(tmp_path_factory):
-    """A network of one convolution; what all runs of this file compile alike is compiled once."""
-    cache = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in cache}
+def tiny_network():
+    """A network of one convolution."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.NETWORKS, "lfw", TINY)
-        for name, value in cache.items():
-            jax.config.update(name, value)
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

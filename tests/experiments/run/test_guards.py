@@ -19,8 +19,6 @@ from experiments.store.files import locked
 CONFIG = replace(CONFIGS["mnist-m4"], steps=8, batch=8, width=1 / 16, examples=16)
 FLAGS = ["--steps", "8", "--batch", "8", "--width", "0.0625", "--examples", "16", "--devices", "1"]
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 def write(folder, seed=0):
     rng = np.random.default_rng(seed)
@@ -36,7 +34,7 @@ def write(folder, seed=0):
 
 
 @pytest.fixture(scope="module")
-def stopped_once(compiled_once, tmp_path_factory):
+def stopped_once(tmp_path_factory):
     """A run stopped at step 4."""
     out = tmp_path_factory.mktemp("stopped")
     write(out)

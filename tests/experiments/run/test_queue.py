@@ -22,8 +22,6 @@ from experiments.store import ledger, logs
 from experiments.store import results as result
 from experiments.store.checkpoints import Checkpoints, steps_in
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 SEEDS = [replace(toy(CONFIGS["digits-m4"]), seed=seed) for seed in range(3)]
 OPTIONS = {"devices": 1, "evaluations": 2}
 ROOT = Path(__file__).parents[3]
@@ -35,7 +33,7 @@ def numbers(outcome):
 
 
 @pytest.fixture(scope="module")
-def pair(compiled_once, tmp_path_factory):
+def pair(tmp_path_factory):
     """Two seeds trained together."""
     out = tmp_path_factory.mktemp("pair")
     try:

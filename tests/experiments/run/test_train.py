@@ -31,9 +31,6 @@ CONFIG = replace(
 )
 
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
-
 def run(out, config=CONFIG, **keywords):
     return train.run(config, out=out, **({"devices": 1, "evaluations": 3} | keywords))
 
@@ -44,7 +41,7 @@ def numbers(outcome):
 
 
 @pytest.fixture(scope="module")
-def unbroken(compiled_once, tmp_path_factory):
+def unbroken(tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken")
     return out, run(out)
 

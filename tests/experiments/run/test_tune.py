@@ -9,8 +9,6 @@ from experiments.run import queue, train, tune
 from experiments.store import results as result
 from lsoftmax_jax.schedule import LambdaPreset
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 CONFIGURATION = ["digits-m4", "--steps", "4", "--batch", "16", "--width", "0.0625"]
 FILE = "digits-m4/steps4-batch16-width0.0625-tuned.json"
 

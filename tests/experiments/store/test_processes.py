@@ -131,7 +131,7 @@ def assert_numbers_of_one(outcome, one):
 
 
 @pytest.fixture(scope="module")
-def one(compiled_once, tmp_path_factory):
+def one(tmp_path_factory):
     """The run in this process, on as many devices as the two have together."""
     return train.run(CONFIG, out=tmp_path_factory.mktemp("one"), devices=4)
 
