@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import optax
 import tyro
-from flax import nnx
 from jax.sharding import Mesh
 
 from experiments.faces.images import FaceImages, Faces, list_faces, training_batches
@@ -23,7 +22,7 @@ from experiments.faces.protocol import people_of_fold, read_pairs
 from experiments.faces.recipe import FaceRecipe, Plateau
 from experiments.paper import networks as models
 from experiments.run import loop
-from experiments.run.program import check_batch, network_state, per_update, replicated
+from experiments.run.program import check_batch, network_state, per_update
 from experiments.run.session import Clock, Shared, Task, Values
 from experiments.store import processes
 from experiments.store.checkpoints import last_state
@@ -137,7 +136,7 @@ def prepare(
     faces, clock = images.faces, Clock()
     people, init = list(faces.people), init_from and init_from.name
     with clock.spent("setup"):
-        graphdef, create = network_of(recipe, len(people), mesh)
+        graphdef, create = network_state(recipe, recipe.built_network, len(people), mesh)
         step = training.train_step(graphdef, recipe.optimizer, recipe.lam_policy)
         update = compile_step(step, mesh)
         source = FaceBatches(recipe, images, mesh)
@@ -186,12 +185,6 @@ def prepare(
         return partial(updates, length=length)
 
     return task, Shared(recipe.steps, recipe.batch, mesh, clock, compile, values)
-
-
-def network_of(recipe: FaceRecipe, people: int, mesh: Mesh) -> tuple[nnx.GraphDef[Any], Any]:
-    """The structure of a recipe's network, and seed -> its first state, whole on every device."""
-    graphdef, create = network_state(recipe, recipe.built_network, people)
-    return graphdef, replicated(create, mesh)
 
 
 def fingerprint(faces: Faces) -> str:
@@ -256,7 +249,8 @@ def load_run(run: Path, mesh: Mesh | None = None) -> TrainedRun:
     if "recipe" not in settings:
         raise ValueError(f"{run} is no run of train-faces")
     recipe, people = FaceRecipe.from_json(settings["recipe"]), frozenset(settings["people"])
-    graphdef, create = network_of(recipe, len(people), mesh or data_mesh())
+    network, mesh = recipe.built_network, mesh or data_mesh()
+    graphdef, create = network_state(recipe, network, len(people), mesh)
     state = last_state(run, jax.eval_shape(create, 0))
     model = training.restore_model(graphdef, state)
     return TrainedRun(recipe, there["begun"], people, state, model)

@@ -58,7 +58,15 @@ def verify_faces(
       batch: images at a time, on all devices together.
     """
     listed = read_pairs(*pairs)
-    source = _source(listed, faces, embeddings, checkpoint, pixels, batch)
+    if (embeddings is not None) + (checkpoint is not None) + pixels != 1:
+        raise ValueError("expected exactly one of --embeddings, --checkpoint and --pixels")
+    if embeddings is not None:
+        seen = embed.load_embeddings(embeddings)
+        source = Source(seen, frozenset(), {"embeddings": embeddings.name})
+    elif faces is None:
+        raise ValueError("--checkpoint and --pixels need --faces, the folder of person/image.jpg")
+    else:
+        source = embedded(listed, faces, checkpoint, batch)
     tested = untrained_folds(listed, source.trained_on)
     names, vectors = source.embeddings
     first, second = (vectors[rows] for rows in rows_of(listed, names))
@@ -150,22 +158,9 @@ def print_table(result: Verification, tested: list[int]) -> None:
     Console().print(table)
 
 
-def _source(
-    pairs: Pairs,
-    faces: Path | None,
-    embeddings: Path | None,
-    checkpoint: Path | None,
-    pixels: bool,
-    batch: int,
-) -> Source:
-    if (embeddings is not None) + (checkpoint is not None) + pixels != 1:
-        raise ValueError("expected exactly one of --embeddings, --checkpoint and --pixels")
-    if embeddings is not None:
-        seen = embed.load_embeddings(embeddings)
-        return Source(seen, frozenset(), {"embeddings": embeddings.name})
-    if faces is None:
-        raise ValueError("--checkpoint and --pixels need --faces, the folder of person/image.jpg")
-    named = _only(pairs, list_faces(faces))
+def embedded(pairs: Pairs, folder: Path, checkpoint: Path | None, batch: int) -> Source:
+    """The images that pairs name, embedded by a run's network or, without one, as pixels."""
+    named = _only(pairs, list_faces(folder))
     if checkpoint is None:
         seen = embed.embed_faces(FaceImages(named, PIXELS), embed.grey_pixels, batch)
         return Source(seen, frozenset(), {"pixels": list(PIXELS)})

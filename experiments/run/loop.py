@@ -98,8 +98,7 @@ class Group:
     """
 
     def __init__(self, sessions: Sequence[Session], shared: Shared, pace: Pace) -> None:
-        self.sessions = list(sessions)
-        self._shared, self._pace = shared, pace
+        self.sessions, self._shared, self._pace = sessions, shared, pace
         self._compiled: dict[tuple[int, int], Any] = {}
         shared.clock.add(self.sessions[0].log.seconds)
 

@@ -23,16 +23,23 @@ from lsoftmax_jax.devices import DATA_AXIS, compile_step, put, repeat
 
 
 def network_state(
-    recipe: Recipe, network: models.Network, classes: int
+    recipe: Recipe, network: models.Network, classes: int, mesh: Mesh | None = None
 ) -> tuple[nnx.GraphDef[Any], Callable[[Any], training.State]]:
-    """A network's structure, and seed -> its first state."""
+    """A network's structure, and seed -> its first state, whole on every device of the mesh.
+
+    `jax.eval_shape` of the latter says where the arrays lie, too.
+    """
 
     def model(seed: Any) -> models.ConvNet:
         dtype, rngs = recipe.activation_dtype, nnx.Rngs(jax.random.key(seed))
         return models.ConvNet(network, classes, margin=recipe.margin, dtype=dtype, rngs=rngs)
 
+    def create(seed: Any) -> training.State:
+        return training.create(model(seed), recipe.optimizer)[1]
+
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: model(0)))
-    return graphdef, lambda seed: training.create(model(seed), recipe.optimizer)[1]
+    whole = None if mesh is None else jax.NamedSharding(mesh, jax.P())
+    return graphdef, jax.jit(create, out_shardings=whole)
 
 
 def check_batch(batch: int, mesh: Mesh, examples: int) -> None:
@@ -43,11 +50,6 @@ def check_batch(batch: int, mesh: Mesh, examples: int) -> None:
         raise ValueError(
             f"batch must divide over the {mesh.size} devices, got {batch}; see --devices"
         )
-
-
-def replicated(create: Callable[[Any], training.State], mesh: Mesh) -> Any:
-    """What creates a state, jitted so that `jax.eval_shape` too gives it whole on every device."""
-    return jax.jit(create, out_shardings=jax.NamedSharding(mesh, jax.P()))
 
 
 class Program:
@@ -78,7 +80,7 @@ class Program:
             train.images.mean(axis=0, dtype=np.float64) if config.mean is None else config.mean,
             np.float32,
         )
-        graphdef, create = network_state(config, network, config.classes)
+        graphdef, self.create = network_state(config, network, config.classes, mesh)
         loss = optax.losses.multiclass_hinge_loss if config.hinge else None
         step = training.train_step(graphdef, config.optimizer, config.lam_policy, loss=loss)
         batch = partial(data.batch, size=config.batch, crop=config.crop, mirror=config.mirror)
@@ -88,7 +90,6 @@ class Program:
             images = data.centred(images, jnp.asarray(self.mean))
             return evaluate(state, images, labels, where), embed(state, images)
 
-        self.create = replicated(create, mesh)
         self.updates = _of_seeds(repeat(step, batch, mesh), mesh)
         self._examine = compile_step(examine, mesh, donate=False)
 
