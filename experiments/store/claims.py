@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flax.traverse_util import flatten_dict
-
 from experiments.store import results
 from experiments.store.checkpoints import steps_in
 
@@ -57,15 +55,18 @@ def claimed(folder: Path) -> dict[str, Any]:
     return results.load(folder / NAME, ("settings", "begun"))
 
 
-def differing(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def differing(there: Any, wanted: Any, name: str = "") -> list[str]:
     """What differs between two settings, each as NAME old -> new."""
-    flat, differences = [flatten_dict(settings, sep=".") for settings in (there, wanted)], []
-    for name in flat[0] | flat[1]:
-        old, new = (settings.get(name) for settings in flat)
-        if old != new:
-            short = max(len(str(old)), len(str(new))) < 60
-            differences.append(f"{name} {old} -> {new}" if short else f"other {name}")
-    return differences
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        return [
+            difference
+            for key in [*there, *(key for key in wanted if key not in there)]
+            for difference in differing(there.get(key), wanted.get(key), f"{name}.{key}".strip("."))
+        ]
+    if there == wanted:
+        return []
+    short = all(len(str(value)) < 60 for value in (there, wanted))
+    return [f"{name} {there} -> {wanted}" if short else f"other {name}"]
 
 
 def command_line() -> str:
