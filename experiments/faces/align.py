@@ -6,7 +6,7 @@ the template's in least squares; the aligned face is the original seen through i
 
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from skimage.transform import estimate_transform, warp
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from experiments.faces.images import BROKEN, list_faces, open_face
 from experiments.store.files import read_text, replacing
@@ -71,11 +71,13 @@ def read_landmarks(path: Path) -> dict[str, NDArray[np.float64]]:
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if line.strip():
             name, *numbers = line.strip().rsplit(maxsplit=10)
-            points = _points(numbers)
-            if points is None:
-                expected = "`person/image.jpg` and ten numbers"
-                raise ValueError(f"{path}, line {number}: expected {expected}; got {line!r}")
-            landmarks[name] = points
+            with suppress(ValueError):
+                points = np.array(numbers, np.float64).reshape(5, 2)
+                if np.isfinite(points).all():
+                    landmarks[name] = points
+                    continue
+            expected = "`person/image.jpg` and ten numbers"
+            raise ValueError(f"{path}, line {number}: expected {expected}; got {line!r}")
     return landmarks
 
 
@@ -105,8 +107,7 @@ def align(faces: Path, landmarks: Path, out: Path, size: Size = "112x96") -> Non
             Image.fromarray(aligned).save(file, kind, quality=95)
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        reasons = list(tqdm(threads.map(attempt, todo), "align", len(todo), unit=" images"))
+    reasons = thread_map(attempt, todo, max_workers=os.cpu_count(), desc="align", unit=" images")
     skipped = {name: reason for name, reason in zip(todo, reasons, strict=True) if reason}
     aligned = len(todo) - len(skipped)
     skipped |= dict.fromkeys(sorted(names - points.keys()), "no landmarks")
@@ -117,11 +118,3 @@ def align(faces: Path, landmarks: Path, out: Path, size: Size = "112x96") -> Non
         f"{aligned} images aligned into {out}, {len(known) - len(todo)} were there already, "
         f"{len(skipped)} skipped"
     )
-
-
-def _points(numbers: list[str]) -> NDArray[np.float64] | None:
-    try:
-        points = np.array(numbers, np.float64).reshape(5, 2)
-    except ValueError:
-        return None
-    return points if np.isfinite(points).all() else None

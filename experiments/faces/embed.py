@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
 from experiments.faces.images import FaceImages, list_faces, ordered_batches
@@ -50,16 +48,20 @@ def embed_faces(images: FaceImages, features: Features, batch_size: int) -> Embe
     return Embeddings(np.array(names), np.concatenate(rows))
 
 
-def mirrored_features(model: nnx.Module, mesh: Mesh, batch_size: int) -> Features:
-    """Features of images beside those of their mirror images, on all of the mesh's devices.
+def run_features(run: TrainedRun, batch_size: int) -> tuple[Features, int]:
+    """A trained run's features of images beside those of their mirror images, on all devices.
 
     Args:
-      model: images (batch, height, width, 3) -> features (batch, D); set to inference.
-      mesh: has a "data" axis, along which a batch is split.
-      batch_size: the most images of a call, a multiple of the axis; smaller batches are padded.
+      run: of train-faces.
+      batch_size: the most images of a call; smaller batches are padded.
+
+    Returns:
+      the function, and its batch size, a multiple of the devices.
     """
-    graphdef, arrays = nnx.split(model)
-    replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(DATA_AXIS))
+    mesh = data_mesh()
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    graphdef, arrays = nnx.split(run.model)
+    replicated, split = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P(DATA_AXIS))
 
     def both(arrays: nnx.State, images: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, arrays)
@@ -68,23 +70,15 @@ def mirrored_features(model: nnx.Module, mesh: Mesh, batch_size: int) -> Feature
     compiled = jax.jit(both, in_shardings=(replicated, split), out_shardings=replicated)
 
     def features(images: Floats) -> Floats:
-        padded = np.zeros((batch_size, *images.shape[1:]), np.float32)
-        padded[: len(images)] = images
+        padded = np.pad(images, ((0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)))
         return np.asarray(compiled(arrays, padded), np.float32)[: len(images)]
 
-    return features
+    return features, batch_size
 
 
 def grey_pixels(images: Floats) -> Floats:
     """The images themselves, in grey: the floor that any learned feature should clear."""
     return images.mean(axis=-1).reshape(len(images), -1)
-
-
-def run_features(run: TrainedRun, batch_size: int) -> tuple[Features, int]:
-    """`mirrored_features` of a trained run on all devices, and its batch, a multiple of them."""
-    mesh = data_mesh()
-    batch_size = -(-batch_size // mesh.size) * mesh.size
-    return mirrored_features(run.model, mesh, batch_size), batch_size
 
 
 def save_embeddings(path: Path, embeddings: Embeddings) -> None:
@@ -121,7 +115,7 @@ def embed(checkpoint: Path, faces: Path, out: Path, batch: int = 256) -> None:
     """
     run = load_run(checkpoint)
     images = FaceImages(list_faces(faces), run.recipe.size)
-    names, embeddings = embed_faces(images, *run_features(run, batch))
-    save_embeddings(out, Embeddings(names, embeddings))
-    count, length = embeddings.shape
+    embedded = embed_faces(images, *run_features(run, batch))
+    save_embeddings(out, embedded)
+    count, length = embedded.embeddings.shape
     print(f"{out}: {count} embeddings of {length}, {len(images.broken)} broken images skipped")

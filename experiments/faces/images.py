@@ -122,25 +122,20 @@ class FaceImages:
         try:
             image = read_face(self.faces.root / name, self.size)
         except BROKEN as error:
-            self._report(name, error)
+            if name not in self.broken:
+                self.broken[name] = str(error)
+                logger.warning(
+                    "skipped broken image %s (%d so far): %s", name, len(self.broken), error
+                )
+            if len(self.broken) == len(self):
+                message = f"faces: all {len(self)} images in {self.faces.root} are broken"
+                raise ValueError(message) from None
             return None
         return {"image": image, "label": self.faces.labels[index], "index": np.int32(index)}
 
-    def _report(self, name: str, error: Exception) -> None:
-        if name not in self.broken:
-            self.broken[name] = str(error)
-            logger.warning("skipped broken image %s (%d so far): %s", name, len(self.broken), error)
-        if len(self.broken) == len(self):
-            raise ValueError(f"faces: all {len(self)} images in {self.faces.root} are broken")
-
 
 def training_batches(
-    images: FaceImages,
-    batch_size: int,
-    *,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    images: FaceImages, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.IterDataset[dict[str, Any]]:
     """Endless shuffled, randomly mirrored batches of this process.
 

@@ -18,9 +18,8 @@ import math
 import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -157,24 +156,25 @@ def verify(
     tested = folds if tested is None else np.unique(list(tested))
     if not len(tested) or not np.isin(tested, folds).all():
         raise ValueError(f"tested must be some of the folds {folds}; got {tested}")
-    accuracy, thresholds, seen_scores, seen_same = [], [], [], []
-    tests = [fold == held_out for held_out in tested]
+
+    def of_fold(held_out: Any) -> tuple[NDArray, NDArray, float, np.floating]:
+        """Its pairs' kinds and scores, the threshold fitted on the others, its accuracy."""
+        test = fold == held_out
+        scores = pair_scores(first, second, fitted_on=~test, components=components)
+        threshold = best_threshold(scores[~test], same[~test])
+        right = (scores[test] >= threshold) == same[test]
+        return same[test], scores[test], threshold, np.mean(right)
+
     # One BLAS thread a fold: where cores are shared, several spend their time on waiting.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as threads:
-        scored = partial(pair_scores, first, second, components=components)
-        fold_scores = list(threads.map(lambda test: scored(fitted_on=~test), tests))
-    for test, scores in zip(tests, fold_scores, strict=True):
-        threshold = best_threshold(scores[~test], same[~test])
-        thresholds.append(threshold)
-        accuracy.append(np.mean((scores[test] >= threshold) == same[test]))
-        seen_scores.append(scores[test])
-        seen_same.append(same[test])
-    pooled = np.concatenate(seen_same), np.concatenate(seen_scores)
+        *seen, thresholds, accuracy = zip(*threads.map(of_fold, tested), strict=True)
+    pooled = [np.concatenate(of_folds) for of_folds in seen]
     _check_kinds(pooled[0])
     false_accepts, true_accepts, _ = roc_curve(*pooled, drop_intermediate=False)
+    n = len(accuracy)
     return Verification(
         accuracy=float(np.mean(accuracy)),
-        standard_error=_standard_error(accuracy),
+        standard_error=float(np.std(accuracy, ddof=1) / math.sqrt(n)) if n > 1 else math.nan,
         fold_accuracy=np.array(accuracy),
         fold_threshold=np.array(thresholds),
         auc=float(roc_auc_score(*pooled)),
@@ -246,12 +246,6 @@ def equal_error_rate(
 def _check_kinds(same: NDArray[np.bool_]) -> None:
     if same.all() or not same.any():
         raise ValueError("same must hold pairs of one person and of two; got only one kind")
-
-
-def _standard_error(accuracy: list[np.floating]) -> float:
-    if len(accuracy) == 1:
-        return math.nan
-    return float(np.std(accuracy, ddof=1) / math.sqrt(len(accuracy)))
 
 
 def _checked(name: str, embeddings: ArrayLike) -> NDArray[np.floating]:

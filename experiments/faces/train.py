@@ -7,14 +7,15 @@ continues in the middle of an epoch.
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 import tyro
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from experiments.faces.images import FaceImages, Faces, list_faces, training_batches
 from experiments.faces.protocol import people_of_fold, read_pairs
@@ -24,9 +25,8 @@ from experiments.run import loop
 from experiments.run.program import check_batch, network_state, per_update
 from experiments.run.session import Clock, Shared, Task, Values
 from experiments.store import processes
-from experiments.store.checkpoints import Checkpoints, replicated
+from experiments.store.checkpoints import last_state
 from experiments.store.claims import claim, claimed
-from experiments.store.processes import Meeting
 from lsoftmax_jax import training
 from lsoftmax_jax.devices import DATA_AXIS, compile_step, data_mesh
 
@@ -47,16 +47,10 @@ class FaceBatches:
 
     def __init__(self, recipe: FaceRecipe, images: FaceImages, mesh: Mesh) -> None:
         self._recipe, self.plateau, self._losses = recipe, Plateau(), list[float]()
-        self._rows = NamedSharding(mesh, P(DATA_AXIS))
-        self._stream = iter(
-            training_batches(
-                images,
-                recipe.batch // jax.process_count(),
-                seed=recipe.seed,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-        )
+        self._rows = jax.NamedSharding(mesh, jax.P(DATA_AXIS))
+        process, count = jax.process_index(), jax.process_count()
+        size = recipe.batch // count
+        self._stream = iter(training_batches(images, size, recipe.seed, process, count))
 
     def feed(self, step: int) -> "FaceBatches":
         return self
@@ -64,11 +58,8 @@ class FaceBatches:
     def __next__(self) -> tuple[jax.Array, jax.Array]:
         """Images and labels of the next update, of all processes together."""
         batch = next(self._stream)
-        images, labels = (
-            jax.make_array_from_process_local_data(self._rows, batch[key])
-            for key in ("image", "label")
-        )
-        return images, labels
+        local = batch["image"], batch["label"]
+        return jax.make_array_from_process_local_data((self._rows, self._rows), local)
 
     def position(self) -> dict[str, Any]:
         stream = self._stream.get_state()
@@ -94,11 +85,9 @@ class FaceBatches:
         """The state with the plateau's factor of the learning rate."""
         if self._recipe.schedule == "steps":
             return state
-        *parts, scale = state.opt_state
-        old = scale.hyperparams["step_size"]
+        old = optax.tree.get(state.opt_state, "step_size")
         factor = jax.device_put(np.asarray(0.1**self.plateau.drops, old.dtype), old.sharding)
-        scale = scale._replace(hyperparams=scale.hyperparams | {"step_size": factor})
-        return state._replace(opt_state=(*parts, scale))
+        return state._replace(opt_state=optax.tree.set(state.opt_state, step_size=factor))
 
 
 def train_faces(
@@ -109,7 +98,7 @@ def train_faces(
     init_from: Path | None = None,
     devices: int | None = None,
     checkpoint_seconds: float = 60.0,
-    meeting: Annotated[Meeting, tyro.conf.arg(name="")] = processes.ALONE,
+    meeting: Annotated[processes.Meeting, tyro.conf.arg(name="")] = processes.ALONE,
 ) -> int:
     """Trains a face network on a folder of person/image.jpg, or continues such a run.
 
@@ -145,60 +134,56 @@ def prepare(
 ) -> tuple[Task, Shared]:
     """A run on faces and its functions."""
     faces, clock = images.faces, Clock()
-    people = len(faces.people)
+    people, init = list(faces.people), init_from and init_from.name
     with clock.spent("setup"):
-        graphdef, create = network_state(recipe, recipe.built_network, people)
-        like = replicated(jax.eval_shape(create, recipe.seed), mesh)
+        graphdef, create = network_state(recipe, recipe.built_network, len(people), mesh)
         step = training.train_step(graphdef, recipe.optimizer, recipe.lam_policy)
         update = compile_step(step, mesh)
         source = FaceBatches(recipe, images, mesh)
         seen = fingerprint(faces)
 
     def first_state() -> training.State:
-        fresh = jax.jit(create, out_shardings=NamedSharding(mesh, P()))(recipe.seed)
+        fresh = create(recipe.seed)
         return fresh if init_from is None else warm_start(fresh, init_from, mesh)
 
-    def compile(states: Any, feeds: Any, length: int) -> Any:
-        def updates(states: Any, feeds: Any) -> Any:
-            (batches,) = feeds
-            state, metrics = batches.at_rate(states[0]), []
-            for _ in range(length):
-                state, of_one = update(state, *next(batches))
-                metrics.append(of_one)
-            return [state], [metrics]
-
-        return updates
+    def updates(states: Any, feeds: Any, length: int) -> Any:
+        (batches,) = feeds
+        state, metrics = batches.at_rate(states[0]), []
+        for _ in range(length):
+            state, of_one = update(state, *next(batches))
+            metrics.append(of_one)
+        return [state], [metrics]
 
     def values(metrics: list[training.StepMetrics]) -> Values:
         return per_update(jax.tree.map(lambda *entries: np.stack(entries), *metrics))
 
+    saved = recipe.to_json()
     facts = {
         "kind": "faces",
         "name": out.name,
         "seed": recipe.seed,
-        "config": recipe.to_json(),
+        "config": saved,
         "ran": recipe.ran,
-        "data": {"name": faces.root.name, "fingerprint": seen, "people": people},
-        "parameters": models.parameter_count(recipe.built_network, people),
-        "init_from": init_from and init_from.name,
+        "data": {"name": faces.root.name, "fingerprint": seen, "people": len(people)},
+        "parameters": models.parameter_count(recipe.built_network, len(people)),
+        "init_from": init,
     }
     task = Task(
         name=out.name,
         folder=out,
-        settings={
-            "recipe": recipe.to_json(),
-            "images": seen,
-            "people": list(faces.people),
-            "init_from": init_from and init_from.name,
-        },
+        settings={"recipe": saved, "images": seen, "people": people, "init_from": init},
         facts=facts,
         source=source,
-        like=like,
+        like=jax.eval_shape(create, recipe.seed),
         create=first_state,
         test=lambda state: {},
         measure=lambda state, log: {"broken_images": len(images.broken)},
         watch=source.watch,
     )
+
+    def compile(states: Any, feeds: Any, length: int) -> Any:
+        return partial(updates, length=length)
+
     return task, Shared(recipe.steps, recipe.batch, mesh, clock, compile, values)
 
 
@@ -233,7 +218,7 @@ def warm_start(fresh: training.State, run: Path, mesh: Mesh) -> training.State:
 
     Its head too, if it has as many people.
     """
-    _, _, state = _latest(run, mesh)
+    state = load_run(run, mesh).state
     params = state.params
     if params["head"]["kernel"].shape != fresh.params["head"]["kernel"].shape:
         params = params | {"head": fresh.params["head"]}
@@ -244,38 +229,28 @@ def warm_start(fresh: training.State, run: Path, mesh: Mesh) -> training.State:
 
 
 class TrainedRun(NamedTuple):
-    """A run's recipe, where and how it was begun, its people, and its network at inference."""
+    """A run's recipe, how it was begun, its people, its last state, its network at inference."""
 
     recipe: FaceRecipe
     begun: dict[str, Any]
-    step: int
     people: frozenset[str]
+    state: training.State
     model: models.ConvNet
 
 
-def load_run(run: Path) -> TrainedRun:
-    """What a run's folder holds, with the weights of its latest checkpoint.
+def load_run(run: Path, mesh: Mesh | None = None) -> TrainedRun:
+    """What a run's folder holds, with its latest checkpoint on a mesh, by default of all devices.
 
     Raises:
       FileNotFoundError: if the folder holds no run or no checkpoint yet.
     """
-    there, recipe, state = _latest(run, data_mesh())
-    people = there["settings"]["people"]
-    graphdef, _ = network_state(recipe, recipe.built_network, len(people))
-    model = training.restore_model(graphdef, state)
-    return TrainedRun(recipe, there["begun"], int(state.step), frozenset(people), model)
-
-
-def _latest(run: Path, mesh: Mesh) -> tuple[dict[str, Any], FaceRecipe, training.State]:
-    """The claim, the recipe and the last state of a run on faces."""
     there = claimed(run)
-    if "recipe" not in there["settings"]:
+    settings = there["settings"]
+    if "recipe" not in settings:
         raise ValueError(f"{run} is no run of train-faces")
-    recipe = FaceRecipe.from_json(there["settings"]["recipe"])
-    people = len(there["settings"]["people"])
-    _, create = network_state(recipe, recipe.built_network, people)
-    with Checkpoints(run / "checkpoints", writes=False) as checkpoints:
-        state = checkpoints.latest(replicated(jax.eval_shape(create, 0), mesh))
-    if state is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint yet; train-faces writes them")
-    return there, recipe, state
+    recipe, people = FaceRecipe.from_json(settings["recipe"]), frozenset(settings["people"])
+    network, mesh = recipe.built_network, mesh or data_mesh()
+    graphdef, create = network_state(recipe, network, len(people), mesh)
+    state = last_state(run, jax.eval_shape(create, 0))
+    model = training.restore_model(graphdef, state)
+    return TrainedRun(recipe, there["begun"], people, state, model)

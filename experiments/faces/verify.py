@@ -11,13 +11,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from experiments.faces.embed import (
-    Embeddings,
-    embed_faces,
-    grey_pixels,
-    load_embeddings,
-    run_features,
-)
+from experiments.faces import embed
 from experiments.faces.images import FaceImages, Faces, list_faces
 from experiments.faces.protocol import Pairs, Verification, people_of_fold, read_pairs, verify
 from experiments.faces.train import load_run
@@ -32,7 +26,7 @@ LOWEST_RATE = 1e-3
 class Source(NamedTuple):
     """Embeddings, the people they were learned from, and what they are, for the record."""
 
-    embeddings: Embeddings
+    embeddings: embed.Embeddings
     trained_on: frozenset[str]
     config: dict[str, Any]
     training: dict[str, Any] | None = None
@@ -64,11 +58,18 @@ def verify_faces(
       batch: images at a time, on all devices together.
     """
     listed = read_pairs(*pairs)
-    source = _source(listed, faces, embeddings, checkpoint, pixels, batch)
+    if (embeddings is not None) + (checkpoint is not None) + pixels != 1:
+        raise ValueError("expected exactly one of --embeddings, --checkpoint and --pixels")
+    if embeddings is not None:
+        seen = embed.load_embeddings(embeddings)
+        source = Source(seen, frozenset(), {"embeddings": embeddings.name})
+    elif faces is None:
+        raise ValueError("--checkpoint and --pixels need --faces, the folder of person/image.jpg")
+    else:
+        source = embedded(listed, faces, checkpoint, batch)
     tested = untrained_folds(listed, source.trained_on)
-    first, second = (
-        source.embeddings.embeddings[rows] for rows in rows_of(listed, source.embeddings.names)
-    )
+    names, vectors = source.embeddings
+    first, second = (vectors[rows] for rows in rows_of(listed, names))
     result = verify(first, second, listed.same, listed.fold, components=components, tested=tested)
     outcome = {
         "kind": "verification",
@@ -138,11 +139,8 @@ def curve(result: Verification) -> dict[str, list[float]]:
     """The ROC at rates of false accepts evenly apart on a logarithmic axis."""
     rates = np.geomspace(LOWEST_RATE, 1, CURVE_POINTS)
     last = np.searchsorted(result.false_accepts, rates, side="right") - 1
-    true_accepts = result.true_accepts[last]
-    return {
-        "false_accepts": rates.round(6).tolist(),
-        "true_accepts": true_accepts.round(6).tolist(),
-    }
+    accepts = result.true_accepts[last]
+    return {"false_accepts": rates.round(6).tolist(), "true_accepts": accepts.round(6).tolist()}
 
 
 def print_table(result: Verification, tested: list[int]) -> None:
@@ -160,27 +158,16 @@ def print_table(result: Verification, tested: list[int]) -> None:
     Console().print(table)
 
 
-def _source(
-    pairs: Pairs,
-    faces: Path | None,
-    embeddings: Path | None,
-    checkpoint: Path | None,
-    pixels: bool,
-    batch: int,
-) -> Source:
-    if (embeddings is not None) + (checkpoint is not None) + pixels != 1:
-        raise ValueError("expected exactly one of --embeddings, --checkpoint and --pixels")
-    if embeddings is not None:
-        return Source(load_embeddings(embeddings), frozenset(), {"embeddings": embeddings.name})
-    if faces is None:
-        raise ValueError("--checkpoint and --pixels need --faces, the folder of person/image.jpg")
-    named = _only(pairs, list_faces(faces))
+def embedded(pairs: Pairs, folder: Path, checkpoint: Path | None, batch: int) -> Source:
+    """The images that pairs name, embedded by a run's network or, without one, as pixels."""
+    named = _only(pairs, list_faces(folder))
     if checkpoint is None:
-        seen = embed_faces(FaceImages(named, PIXELS), grey_pixels, batch)
+        seen = embed.embed_faces(FaceImages(named, PIXELS), embed.grey_pixels, batch)
         return Source(seen, frozenset(), {"pixels": list(PIXELS)})
     run = load_run(checkpoint)
-    seen = embed_faces(FaceImages(named, run.recipe.size), *run_features(run, batch))
-    return Source(seen, run.people, run.recipe.to_json(), run.begun | {"updates": run.step})
+    images, updates = FaceImages(named, run.recipe.size), {"updates": int(run.state.step)}
+    seen = embed.embed_faces(images, *embed.run_features(run, batch))
+    return Source(seen, run.people, run.recipe.to_json(), run.begun | updates)
 
 
 def _only(pairs: Pairs, faces: Faces) -> Faces:

@@ -24,6 +24,7 @@ from experiments.run.session import Session, Shared, Task, Values, result_file
 from experiments.store import processes, results
 from experiments.store.checkpoints import steps_in
 from experiments.store.progress import Progress
+from lsoftmax_jax.training import State
 
 Outcome = dict[str, Any]
 Stop = Callable[[], bool]
@@ -82,8 +83,9 @@ def train(tasks: Sequence[Task], shared: Shared, pace: Pace, stop: Stop) -> list
     alone = len(tasks) == 1
     kept, step = (1, None) if alone else (2, common_step([task.folder for task in tasks]))
     with ExitStack() as running:
-        sessions = [running.enter_context(Session(t, shared, kept, step)) for t in tasks]
-        return Group(sessions, shared, pace).train(stop)
+        sessions = [Session(task, shared, running, kept, step) for task in tasks]
+        ended = Group(sessions, shared, pace).train(stop)
+        return [session.outcome for session in sessions] if ended else None
 
 
 class Group:
@@ -96,10 +98,8 @@ class Group:
     """
 
     def __init__(self, sessions: Sequence[Session], shared: Shared, pace: Pace) -> None:
-        self.sessions = list(sessions)
-        self._shared, self._pace = shared, pace
+        self.sessions, self._shared, self._pace = sessions, shared, pace
         self._compiled: dict[tuple[int, int], Any] = {}
-        self._outcomes: dict[str, Outcome] = {}
         shared.clock.add(self.sessions[0].log.seconds)
 
     @property
@@ -110,11 +110,12 @@ class Group:
     def seeds(self) -> list[int]:
         return [session.task.facts["seed"] for session in self.sessions]
 
-    def train(self, stop: Stop) -> list[Outcome] | None:
-        steps, pace = self._shared.steps, self._pace
+    def train(self, stop: Stop) -> bool:
+        """Whether every session came to its outcome; false if they were stopped."""
+        steps, pace, saved = self._shared.steps, self._pace, time.monotonic()
         every = pace.dispatch * -(-steps // (pace.dispatch * max(pace.evaluations, 1)))
-        names, saved = [s.task.name for s in self.sessions], time.monotonic()
-        title = names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
+        title, others = self.sessions[0].task.name, len(self.sessions) - 1
+        title += f" and {others} more" if others else ""
         if pace.starts_tested and self.step == 0:
             # A start that ended before its first checkpoint has left this point in the log.
             self._each(lambda session: None if session.log.lines else session.test())
@@ -123,7 +124,7 @@ class Group:
                 if processes.agreed(stop()):
                     self._each(Session.save)
                     progress.say(f"stopped at step {self.step}; the same command continues there")
-                    return None
+                    return False
                 self._advance(progress)
                 last = not self.sessions or self.step == steps
                 if pace.evaluations and (last or self.step % every == 0):
@@ -132,10 +133,8 @@ class Group:
                 if (last and pace.keeps_last) or (not last and processes.agreed(due)):
                     self._each(Session.save)
                     saved = time.monotonic()
-        seeds = self.seeds
-        for session in self.sessions:
-            self._outcomes[session.task.name] = session.finish(None, seeds)
-        return [self._outcomes[name] for name in names]
+        self._each(lambda session: session.finish(None, self.seeds))
+        return True
 
     def _each(self, does: Callable[[Session], None]) -> None:
         for session in self.sessions:
@@ -143,10 +142,10 @@ class Group:
 
     def _advance(self, progress: Progress) -> None:
         """One dispatch."""
-        shared, dispatch, first = self._shared, self._pace.dispatch, self.step
-        length = min(dispatch - first % dispatch, shared.steps - first)
+        shared, dispatch = self._shared, self._pace.dispatch
+        length = min(dispatch - self.step % dispatch, shared.steps - self.step)
         states = [session.state for session in self.sessions]
-        feeds = [session.task.source.feed(first) for session in self.sessions]
+        feeds = [session.task.source.feed(self.step) for session in self.sessions]
         shape = len(states), length
         if shape not in self._compiled:
             with shared.clock.spent("compilation"):
@@ -155,35 +154,27 @@ class Group:
             states, metrics = jax.block_until_ready(self._compiled[shape](states, feeds))
         seen = [shared.values(of_one) for of_one in jax.device_get(metrics)]
         progress.advance(length, shown(seen[0], len(seen) * shared.batch * progress.rate))
-        seeds = self.seeds
-        for session, state, values in zip(tuple(self.sessions), states, seen, strict=True):
-            skipped = session.skipped
-            session.advanced(state, values)
-            self._look(session, values, first, skipped, seeds, progress)
+        for session, state, values in zip(self.sessions, states, seen, strict=True):
+            self._look(session, state, values, progress)
+        self.sessions = [session for session in self.sessions if not session.outcome]
 
-    def _look(
-        self,
-        session: Session,
-        values: Values,
-        first: int,
-        skipped: int,
-        seeds: list[int],
-        progress: Progress,
-    ) -> None:
+    def _look(self, session: Session, state: State, values: Values, progress: Progress) -> None:
         """The one place that judges what updates saw: a run that diverged ends with that result."""
-        name = session.task.name
-        for i in np.flatnonzero(values.get("skipped", np.zeros(0))).tolist():
+        name, first = session.task.name, session.step
+        diverged = divergence(values, first, session.skipped)
+        session.advanced(state, values)
+        for i in np.flatnonzero(values.get("skipped", 0)).tolist():
             seen = numbers(of_update(values, first, i))
             progress.say(f"{name} skipped update {first + i}, which was not finite: {seen}")
-        if not session.collapsed and np.any(values.get("collapsing", 0)):
+        for i in np.flatnonzero(values.get("collapsing", 0)).tolist():
+            if not session.collapsed:
+                seen = numbers(of_update(values, first, i))
+                progress.say(f"warning: {name} is collapsing at step {first + i}: {seen}\n{CURE}")
             session.collapsed = True
-            i = int(np.argmax(values["collapsing"]))
-            seen = numbers(of_update(values, first, i))
-            progress.say(f"warning: {name} is collapsing at step {first + i}: {seen}\n{CURE}")
-        if diverged := divergence(values, first, skipped):
-            progress.say(f"{name} {described(diverged)}")
-            self._outcomes[session.task.name] = session.finish(diverged, seeds)
-            self.sessions.remove(session)
+        if diverged:
+            seen = numbers(diverged)
+            progress.say(f"{name} diverged at step {diverged['step']}: {seen}\n{ADVICE}")
+            session.finish(diverged, self.seeds)
 
 
 def divergence(values: Values, first: int, skipped: int = 0) -> dict[str, float] | None:
@@ -209,11 +200,6 @@ def numbers(seen: dict[str, float]) -> str:
     """What an update saw, for people."""
     titles = {"loss": "loss", "lam": "λ", "feature_norm": "|features|", "kernel_norm": "|kernel|"}
     return ", ".join(f"{title} {seen[name]:.4g}" for name, title in titles.items() if name in seen)
-
-
-def described(diverged: dict[str, float]) -> str:
-    """A divergence, with what to try against it."""
-    return f"diverged at step {diverged['step']}: {numbers(diverged)}\n{ADVICE}"
 
 
 def shown(values: Values, speed: float) -> str:
@@ -260,9 +246,7 @@ def common_step(folders: Sequence[Path]) -> int:
 
 def exit_code(outcome: Outcome | None) -> int:
     """0 for a finished run, 1 for a diverged one, 130 for one that was stopped."""
-    if outcome is None:
-        return INTERRUPTED
-    return 1 if outcome["status"] == "diverged" else 0
+    return INTERRUPTED if outcome is None else int(outcome["status"] == "diverged")
 
 
 @contextmanager
@@ -277,10 +261,9 @@ def interruptible() -> Iterator[Stop]:
         asked = True
         print("\nstopping after this dispatch", file=sys.stderr)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, ask) for number in numbers]
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)

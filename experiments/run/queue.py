@@ -1,14 +1,14 @@
 """Runs what the results lack, cheapest first, inside a budget of time."""
 
+import fnmatch
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 
@@ -47,10 +47,25 @@ def reproduce(
       devices: how many to train on, the first ones; by default all.
       checkpoint_seconds: seconds between two checkpoints.
     """
-    for name, value in (("seeds", seeds), ("together", together)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
     wanted, out = runs(only, seeds, toy), out / "toy" if toy else out
+    return train_missing(wanted, out, together, budget_minutes, data, devices, checkpoint_seconds)
+
+
+def train_missing(
+    wanted: Sequence[Config],
+    out: Path,
+    together: int,
+    budget_minutes: float,
+    data: Path | None,
+    devices: int | None,
+    checkpoint_seconds: float,
+) -> int:
+    """Trains those of the wanted runs, in order, that out lacks; the exit code.
+
+    The arguments are those of `reproduce`.
+    """
+    if together < 1:
+        raise ValueError(f"together must be >= 1, got {together}")
     keep_compiled()
     with loop.interruptible() as asked:
         queue = Queue(wanted, out, Budget(60 * budget_minutes, asked))
@@ -66,17 +81,20 @@ def runs(only: Sequence[str], seeds: int, toy: bool) -> list[Config]:
     Raises:
       ValueError: if a pattern names none.
     """
+    named: set[str] = set()
     for pattern in only:
-        if not any(fnmatchcase(name, pattern) for name in CONFIGS):
+        if not (names := fnmatch.filter(CONFIGS, pattern)):
             raise ValueError(f"--only {pattern!r} names no configuration; list prints them")
-    found = [
-        cells.toy(config) if toy else config
-        for name, config in CONFIGS.items()
-        if any(fnmatchcase(name, pattern) for pattern in only)
-    ]
-    return [
-        replace(config, seed=seed) for config in sorted(found, key=work) for seed in range(seeds)
-    ]
+        named.update(names)
+    found = [cells.toy(c) if toy else c for name, c in CONFIGS.items() if name in named]
+    return [run for config in sorted(found, key=work) for run in of_seeds(config, seeds)]
+
+
+def of_seeds(config: Config, seeds: int) -> list[Config]:
+    """A configuration with so many seeds, from 0 on; ValueError if there are none."""
+    if seeds < 1:
+        raise ValueError(f"seeds must be >= 1, got {seeds}")
+    return [replace(config, seed=seed) for seed in range(seeds)]
 
 
 def work(config: Config) -> float:
@@ -106,9 +124,7 @@ class Budget:
             raise ValueError(f"budget-minutes must be >= 0, got {seconds / 60}")
         self._deadline = time.perf_counter() + seconds
         self._asked = asked
-        self._questions, self._last = 0, 0.0
-        self._longest = 0.0
-        self._ended = False
+        self._questions, self._last, self._longest, self._ended = 0, 0.0, 0.0, False
 
     def allows(self, seconds: float) -> bool:
         """Whether a run may begin whose first update comes after so many seconds."""
@@ -136,9 +152,7 @@ class Queue:
     """
 
     def __init__(self, wanted: Sequence[Config], out: Path, budget: Budget) -> None:
-        self._out, self._budget = out, budget
-        self._wanted = len(wanted)
-        self._all_work = sum(map(work, wanted))
+        self._wanted, self._out, self._budget = wanted, out, budget
         self._missing = [c for c in wanted if not (out / f"{run_name(c)}.json").exists()]
         self._measured = finished_here(out)
         self.failed: dict[str, str] = {}
@@ -153,32 +167,15 @@ class Queue:
         for config in self._missing[1:]:
             if len(group) == together or replace(config, seed=group[0].seed) != group[0]:
                 break
-            shared = steps & self._steps(config)
-            if shared:
+            if shared := steps & self._steps(config):
                 group, steps = [*group, config], shared
         return group
 
-    def train(
-        self,
-        group: list[Config],
-        *,
-        folder: Path | None = None,
-        devices: int | None = None,
-        evaluations: int | None = None,
-        checkpoint_seconds: float = 60.0,
-    ) -> None:
+    def train(self, group: list[Config], **options: Unpack[train.Options]) -> None:
         """Trains a group and takes it off the queue, unless it was stopped."""
         self._print_progress(group)
         try:
-            outcomes = train.run_seeds(
-                group,
-                folder=folder,
-                out=self._out,
-                devices=devices,
-                evaluations=evaluations,
-                checkpoint_seconds=checkpoint_seconds,
-                stop=self._budget.over,
-            )
+            outcomes = train.run_seeds(group, out=self._out, stop=self._budget.over, **options)
         except Exception as error:  # whatever it is, the other runs go on
             message = str(error) or type(error).__name__
             if message not in self.failed.values():
@@ -187,12 +184,11 @@ class Queue:
         else:
             if outcomes is None:
                 return
-            self._measured += [o for o in outcomes if o["status"] == "finished"]
-            self.diverged += [
-                run_name(config)
-                for config, outcome in zip(group, outcomes, strict=True)
-                if outcome["status"] == "diverged"
-            ]
+            for config, outcome in zip(group, outcomes, strict=True):
+                if outcome["status"] == "diverged":
+                    self.diverged.append(run_name(config))
+                else:
+                    self._measured.append(outcome)
         self._missing = [config for config in self._missing if config not in group]
 
     def _steps(self, config: Config) -> set[int]:
@@ -203,18 +199,19 @@ class Queue:
             print(f"diverged: {name}")
         for name, message in self.failed.items():
             print(f"failed: {name}: {message.splitlines()[0]}")
+        count = len(self._wanted)
         if self._missing:
-            print(f"{len(self._missing)} of {self._wanted} runs left; the same command continues")
+            print(f"{len(self._missing)} of {count} runs left; the same command continues")
         else:
-            print(f"{self._wanted - len(self.failed)} of {self._wanted} runs are done: {self._out}")
+            print(f"{count - len(self.failed)} of {count} runs are done: {self._out}")
 
     def _print_progress(self, group: list[Config]) -> None:
-        left = sum(map(work, self._missing))
+        count, left = len(self._wanted), sum(map(work, self._missing))
         name = run_name(group[0]) + (f" and {len(group) - 1} more" if group[1:] else "")
         print(
-            f"run {self._wanted - len(self._missing) + 1} of {self._wanted}: {name}, "
+            f"run {count - len(self._missing) + 1} of {count}: {name}, "
             f"about {_shown(expected(group, self._measured))}; "
-            f"{100 * (1 - left / self._all_work):.0f} % of all done, "
+            f"{100 * (1 - left / sum(map(work, self._wanted))):.0f} % of all done, "
             f"about {_shown(expected(self._missing, self._measured))} to go",
             flush=True,
         )
@@ -238,9 +235,9 @@ def expected(missing: Sequence[Config], measured: Sequence[dict[str, Any]]) -> f
         return None
     speeds = {}
     for outcome in measured:
-        config, loop = Config.from_json(outcome["config"]), outcome["seconds"]["wall"]
-        loop -= startup(outcome)
-        speeds[config.network] = work(config) * len(outcome.get("together", "1")) / loop
+        config = Config.from_json(outcome["config"])
+        seconds = outcome["seconds"]["wall"] - startup(outcome)
+        speeds[config.network] = work(config) * len(outcome.get("together", "1")) / seconds
     slowest = min(speeds.values())
     updating = sum(work(config) / speeds.get(config.network, slowest) for config in missing)
     return updating + len(missing) * sum(map(startup, measured)) / len(measured)

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,15 +13,19 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from experiments.store import ledger, logs, processes, results
-from experiments.store.checkpoints import Checkpoints, steps_in
-from experiments.store.claims import claim
-from experiments.store.files import locked, read_text, replacing
-from experiments.store.logs import Log, Seconds, finite
+from experiments.store import checkpoints, claims, files, ledger, logs, processes, results
 from lsoftmax_jax.training import State
 
 Values = dict[str, NDArray[np.float32]]
 """What updates saw, by name; (updates,) each."""
+
+
+# What a line of the log says of several updates, where that is not their mean.
+OF_A_LINE: dict[str, Callable[[NDArray[np.float32]], Any]] = {
+    "lam": lambda lam: lam[-1],
+    "skipped": np.sum,
+    "collapsing": np.max,
+}
 
 
 class Source(Protocol):
@@ -42,25 +46,24 @@ class Clock:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._seconds = Seconds()
+        self._seconds = asdict(logs.Seconds())
 
-    def add(self, earlier: Seconds) -> None:
+    def add(self, earlier: logs.Seconds) -> None:
         """The time of earlier sessions."""
         self._started -= earlier.wall
         for name, value in asdict(earlier).items():
-            setattr(self._seconds, name, getattr(self._seconds, name) + value)
+            self._seconds[name] += value
 
     @contextmanager
     def spent(self, name: str) -> Iterator[None]:
         """Adds what a block takes to one of the entries."""
         begun = time.perf_counter()
         yield
-        elapsed = time.perf_counter() - begun
-        setattr(self._seconds, name, getattr(self._seconds, name) + elapsed)
+        self._seconds[name] += time.perf_counter() - begun
 
-    def read(self) -> Seconds:
-        self._seconds.wall = time.perf_counter() - self._started
-        return self._seconds
+    def read(self) -> logs.Seconds:
+        self._seconds["wall"] = time.perf_counter() - self._started
+        return logs.Seconds(**self._seconds)
 
 
 class Shared(NamedTuple):
@@ -108,61 +111,47 @@ class Task(NamedTuple):
     like: State
     create: Callable[[], State]
     test: Callable[[State], dict[str, float]]
-    measure: Callable[[State, Log], dict[str, Any]]
+    measure: Callable[[State, logs.Log], dict[str, Any]]
     watch: Callable[[int, Values], None] = lambda step, values: None
 
 
 class Session:
-    """A task's run in this process; a context manager.
+    """A task's run in this process.
 
     Args:
       task: what to train.
       shared: what it has in common with others.
+      running: closes, at its end, what the session opens.
       kept: how many checkpoints to keep.
       step: that of the checkpoint to continue at, by default the newest; later ones are deleted.
     """
 
-    def __init__(self, task: Task, shared: Shared, kept: int = 1, step: int | None = None) -> None:
-        self.task, self._shared = task, shared
-        self._lock = locked(task.folder) if processes.is_first() else None
-        try:
-            self._begin(kept, step)
-        except BaseException:
-            self._unlock()
-            raise
-
-    def _begin(self, kept: int, step: int | None) -> None:
-        task, shared = self.task, self._shared
+    def __init__(
+        self, task: Task, shared: Shared, running: ExitStack, kept: int, step: int | None
+    ) -> None:
+        self.task, self._shared, first = task, shared, processes.is_first()
+        self.outcome: dict[str, Any] = {}
+        if first:
+            running.callback(files.locked(task.folder).release)
         with shared.clock.spent("setup"):
-            claim(task.folder, task.settings, shared.mesh.size, writes=processes.is_first())
-            self._checkpoints = Checkpoints(task.folder / "checkpoints", kept)
+            claims.claim(task.folder, task.settings, shared.mesh.size, writes=first)
+            saved = checkpoints.Checkpoints(task.folder / "checkpoints", kept)
+            self._checkpoints = running.enter_context(saved)
             lines = logs.read(task.folder)
-            ledger.check(task.folder, self._checkpoints.latest_step, lines)
+            ledger.check(task.folder, saved.latest_step(), lines)
             if step is not None:
-                if processes.is_first():
+                if first:
                     ledger.rewound(task.folder, step, lines)
-                self._checkpoints.rewind(step)
-            restored = self._checkpoints.latest(task.like)
+                saved.rewind(step)
+            restored = saved.latest(task.like)
             self.state = task.create() if restored is None else restored
             self.step = int(self.state.step)
             if restored is not None:
                 self._restore_position()
-            self.log = Log(task.folder, self.step, writes=processes.is_first())
-        lines = self.log.lines
-        self.skipped = int(sum(line.get("skipped") or 0 for line in lines))
-        self.collapsed = any(line.get("collapsing") for line in lines)
-
-    def __enter__(self) -> "Session":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.log.close()
-        self._checkpoints.close()
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+            self.log = logs.Log(task.folder, self.step, writes=first)
+            running.callback(self.log.close)
+        self.skipped = int(sum(line.get("skipped") or 0 for line in self.log.lines))
+        self.collapsed = any(line.get("collapsing") for line in self.log.lines)
 
     def advanced(self, state: State, values: Values) -> None:
         """Takes in the updates of one dispatch: a line of their means, λ of the last one.
@@ -171,15 +160,9 @@ class Session:
         """
         self.state, self.step = state, self.step + len(values["loss"])
         self.task.watch(self.step, values)
-        means = {name: float(value.mean()) for name, value in values.items()}
-        if "lam" in values:
-            means["lam"] = values["lam"][-1]
-        if "skipped" in values:
-            means["skipped"] = float(values["skipped"].sum())
-        if "collapsing" in values:
-            means["collapsing"] = float(values["collapsing"].max())
-        self._write("train", **means)
-        self.skipped += int(np.sum(values.get("skipped", 0)))
+        line = {name: float(OF_A_LINE.get(name, np.mean)(seen)) for name, seen in values.items()}
+        self._write("train", **line)
+        self.skipped += int(line.get("skipped", 0))
 
     def test(self) -> None:
         """Adds a point to the test curve."""
@@ -191,18 +174,21 @@ class Session:
         """A checkpoint; the source's position first, so that none is without one."""
         position = self.task.source.position()
         if position is not None:
-            with replacing(self._position(self.step)) as file:
+            with files.replacing(self._position(self.step)) as file:
                 file.write(json.dumps(position).encode())
-        self._checkpoints.save(self.state)
+        self._checkpoints.add(self.state)
         if processes.is_first():
             ledger.note(self.task.folder, self.step, len(self.log.lines))
         if position is not None:
-            kept = {self._position(step) for step in steps_in(self.task.folder / "checkpoints")}
+            kept = {
+                self._position(step)
+                for step in checkpoints.steps_in(self.task.folder / "checkpoints")
+            }
             for old in set(self._position(0).parent.glob(self._position("*").name)) - kept:
                 old.unlink()
 
-    def finish(self, diverged: dict[str, Any] | None, together: Sequence[int]) -> dict[str, Any]:
-        """Measures the last iterate; writes the result, and returns it.
+    def finish(self, diverged: dict[str, Any] | None, together: Sequence[int]) -> None:
+        """Measures the last iterate; writes the result, the session's ``outcome`` from now on.
 
         Args:
           diverged: what is known about a divergence.
@@ -213,10 +199,10 @@ class Session:
             with self._shared.clock.spent("evaluation"):
                 measured = self.task.measure(self.state, self.log)
         seconds, examples = self._shared.clock.read(), self.step * self._shared.batch
-        outcome = {
+        self.outcome = {
             **self.task.facts,
             "status": "diverged" if diverged else "finished",
-            "diverged": diverged and finite(diverged),
+            "diverged": diverged and logs.finite(diverged),
             "skipped": self.skipped,
             **results.provenance(self._shared.mesh.size),
             "together": list(together),
@@ -227,9 +213,8 @@ class Session:
             "curves": {kind: self.log.curve(kind) for kind in ("train", "test")},
         }
         if processes.is_first():
-            results.save(result_file(self.task.folder), outcome)
+            results.save(result_file(self.task.folder), self.outcome)
         processes.wait("result")
-        return outcome
 
     def _write(self, kind: str, **values: float) -> None:
         self.log.write(kind, self.step, self._shared.clock.read(), **values)
@@ -241,7 +226,7 @@ class Session:
         file = self._position(self.step)
         if file.exists():
             try:
-                self.task.source.restore(json.loads(read_text(file)))
+                self.task.source.restore(json.loads(files.read_text(file)))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file} must say where the batches stood: {error}") from error
         elif self.task.source.position() is not None:

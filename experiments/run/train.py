@@ -4,65 +4,53 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from experiments.paper import data
 from experiments.paper import networks as models
 from experiments.paper.cells import changes_of, command_of, run_name
 from experiments.paper.config import Config
 from experiments.run import loop
-from experiments.run.program import (
-    Program,
-    averages,
-    build,
-    evaluate,
-    load,
-    measures,
-    per_update,
-)
+from experiments.run.program import Program, averages, per_update
 from experiments.run.session import Clock, Shared, Task
 from experiments.store import processes
-from experiments.store.checkpoints import Checkpoints, replicated
+from experiments.store.checkpoints import last_state
 from experiments.store.claims import claimed
 from lsoftmax_jax import SelfPaced, training
 from lsoftmax_jax.devices import data_mesh, put
 
 
+class Options(TypedDict, total=False):
+    """What `run_seeds` may be told besides, as it says."""
+
+    folder: Path | None
+    devices: int | None
+    dispatch: int | None
+    evaluations: int | None
+    checkpoint_seconds: float
+
+
 def run(
     config: Config,
     *,
-    folder: Path | None = None,
     out: Path = loop.RUNS,
-    devices: int | None = None,
-    dispatch: int | None = None,
-    evaluations: int | None = None,
-    checkpoint_seconds: float = 60.0,
     stop: loop.Stop = lambda: False,
+    **options: Unpack[Options],
 ) -> loop.Outcome | None:
     """Trains a configuration, or continues it, and writes its result.
 
     Args:
       config: what to train.
-      folder, out, devices, dispatch, evaluations, checkpoint_seconds, stop: as in `run_seeds`.
+      out, stop, options: as in `run_seeds`.
 
     Returns:
       What the result's file holds; None if the run was stopped.
     """
-    outcomes = run_seeds(
-        [config],
-        folder=folder,
-        out=out,
-        devices=devices,
-        dispatch=dispatch,
-        evaluations=evaluations,
-        checkpoint_seconds=checkpoint_seconds,
-        stop=stop,
-    )
+    outcomes = run_seeds([config], out=out, stop=stop, **options)
     return None if outcomes is None else outcomes[0]
 
 
@@ -100,11 +88,8 @@ def run_seeds(
             warn_if_lam_stays(missing[0])
         mesh = data_mesh(devices)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
-        pace = loop.Pace(
-            dispatch=dispatch or (1 if on_cpu else 100),
-            evaluations=evaluations or (6 if on_cpu else 36),
-            checkpoint_seconds=checkpoint_seconds,
-        )
+        updates, points = (1, 6) if on_cpu else (100, 36)
+        pace = loop.Pace(dispatch or updates, evaluations or points, checkpoint_seconds)
         tasks, shared = prepare(missing, folder, out, mesh, pace.dispatch)
         trained = loop.train(tasks, shared, pace, stop)
         if trained is None:
@@ -119,60 +104,54 @@ def prepare(
     """The seeds' runs and what they share, the data on the devices and the evaluation compiled."""
     config, clock = configs[0], Clock()
     with clock.spent("setup"):
-        dataset = load(config, folder)
-        program = build(config, dataset.train, mesh)
+        program = Program(config, folder, mesh)
+        dataset = program.dataset
         processes.check_same(dataset.fingerprint, "data")
-        train = data.Split(*put(tuple(dataset.train), mesh, P()))
-        like = replicated(jax.eval_shape(program.create, 0), mesh)
-
-    def test(state: training.State) -> dict[str, float]:
-        return averages(evaluate(program, state, dataset.test, mesh)[0])
+        train = data.Split(*put(tuple(dataset.train), mesh, jax.P()))
+        like = program.like
 
     def task(config: Config) -> Task:
+        name, saved, changes = run_name(config), config.to_json(), changes_of(config)
         facts = {
             "name": config.name,
             "seed": config.seed,
-            "reduced": bool(changes_of(config)),
-            "changes": {name: config.to_json()[name] for name in changes_of(config)},
+            "reduced": bool(changes),
+            "changes": {field: saved[field] for field in changes},
             "command": command_of(config),
-            "config": config.to_json(),
+            "config": saved,
             "ran": config.ran,
             "data": {"name": config.dataset, "fingerprint": dataset.fingerprint},
             "parameters": models.parameter_count(config.built_network, config.classes),
         }
         return Task(
-            name=run_name(config),
-            folder=out / run_name(config),
-            settings={"config": config.to_json(), "data": dataset.fingerprint},
+            name=name,
+            folder=out / name,
+            settings={"config": saved, "data": dataset.fingerprint},
             facts=facts,
             source=data.ArrayBatches(
                 config.seed, train, program.mean, mesh, size=config.batch, steps=dispatch
             ),
             like=like,
-            create=partial(first_state, config, program, out, mesh),
-            test=test,
-            measure=lambda state, log: measures(program, state, dataset, mesh),
+            create=partial(first_state, config, program, out),
+            test=lambda state: averages(program.evaluate(state, dataset.test)[0]),
+            measure=lambda state, log: program.measures(state),
         )
 
     def compile(states: Any, feeds: Any, length: int) -> Any:
         # The evaluation too: its first call would count as evaluating.
-        evaluate(program, states[0], dataset.test.rows(slice(1)), mesh)
+        program.evaluate(states[0], dataset.test.rows(slice(1)))
         return program.updates.lower(states, feeds, length).compile()
 
     shared = Shared(config.steps, config.batch, mesh, clock, compile, per_update)
     return [task(config) for config in configs], shared
 
 
-def first_state(config: Config, program: Program, out: Path, mesh: Mesh) -> training.State:
+def first_state(config: Config, program: Program, out: Path) -> training.State:
     """A fresh state, with the weights and statistics of the run to start from, if there is one."""
-    fresh = jax.jit(program.create, out_shardings=NamedSharding(mesh, P()))(config.seed)
+    fresh = program.create(config.seed)
     if config.init is None:
         return fresh
-    folder = out / config.init
-    with Checkpoints(folder / "checkpoints", writes=False) as checkpoints:
-        source = checkpoints.latest(fresh)
-    if source is None:
-        raise FileNotFoundError(f"--init: {folder} has no checkpoint; train that run first")
+    source = last_state(out / config.init, fresh, "--init: ")
     return fresh._replace(params=source.params, other=source.other)
 
 
@@ -185,14 +164,9 @@ def evaluate_run(run: Path, folder: Path | None, devices: int | None) -> tuple[i
       devices: how many to compute on, the first ones; by default all.
     """
     config = Config.from_json(claimed(run)["settings"]["config"])
-    mesh = data_mesh(devices)
-    dataset = load(config, folder)
-    program = build(config, dataset.train, mesh)
-    with Checkpoints(run / "checkpoints", writes=False) as checkpoints:
-        state = checkpoints.latest(replicated(jax.eval_shape(program.create, 0), mesh))
-    if state is None:
-        raise FileNotFoundError(f"{run} has no checkpoint yet")
-    return int(state.step), measures(program, state, dataset, mesh)
+    program = Program(config, folder, data_mesh(devices))
+    state = last_state(run, program.like)
+    return int(state.step), program.measures(state)
 
 
 def warn_if_lam_stays(config: Config) -> None:

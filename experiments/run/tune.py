@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments.paper.cells import Named, command_of, run_name
 from experiments.paper.config import Config
 from experiments.run import loop
-from experiments.run.queue import Budget, Queue, keep_compiled
+from experiments.run.queue import of_seeds, train_missing
 from experiments.store import results as result
 from lsoftmax_jax.devices import data_mesh
 from lsoftmax_jax.schedule import LambdaPreset
@@ -82,23 +82,13 @@ def tune(
     """
     if config.margin == 1:
         raise ValueError(f"{config.name} has no margin, so that λ changes nothing")
-    for name, value in (("seeds", seeds), ("together", together)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
     out = out / "tune"
-    schedules = grid(config.lam, bases, gammas, powers, minimums)
     candidates = [
-        [replace(config, lam=lam, validation=True, seed=seed) for seed in range(seeds)]
-        for lam in schedules
+        of_seeds(replace(config, lam=lam, validation=True), seeds)
+        for lam in grid(config.lam, bases, gammas, powers, minimums)
     ]
-    keep_compiled()
-    with loop.interruptible() as asked:
-        wanted = [run for runs in candidates for run in runs]
-        queue = Queue(wanted, out, Budget(60 * budget_minutes, asked))
-        while group := queue.next_group(together):
-            queue.train(group, folder=data, devices=devices, checkpoint_seconds=checkpoint_seconds)
-        queue.print_summary()
-        interrupted = asked()
+    wanted = [run for runs in candidates for run in runs]
+    code = train_missing(wanted, out, together, budget_minutes, data, devices, checkpoint_seconds)
     found = summary(config, [judged(runs, out) for runs in candidates])
     found |= result.provenance(data_mesh(devices).size)
     file = out / f"{run_name(replace(config, seed=0)).removesuffix('seed0')}tuned.json"
@@ -107,7 +97,7 @@ def tune(
     if found["best"]:
         print(f"best: {command_of(replace(config, lam=LambdaPreset(**found['best'])))}")
     print(f"{file} written")
-    return loop.INTERRUPTED if interrupted else 1 if queue.failed or found["best"] is None else 0
+    return code or int(found["best"] is None)
 
 
 def judged(runs: Sequence[Config], out: Path) -> dict[str, Any]:
@@ -142,17 +132,16 @@ def summary(config: Config, candidates: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> Table:
     """Candidates in the order of the grid; the best is marked."""
-    shown = Table(title=f"{found['name']}, validation error, %")
-    for header in ("base", "gamma", "power", "minimum", "error", "seeds", "diverged"):
-        shown.add_column(header, justify="right")
+    headers = (*LambdaPreset._fields, "error", "seeds", "diverged")
+    columns = (Column(header, justify="right") for header in headers)
+    shown = Table(*columns, title=f"{found['name']}, validation error, %")
     for candidate in found["candidates"]:
         error, lam = candidate["validation_error"], candidate["lam"]
-        mark = "bold green" if lam == found["best"] else ""
         shown.add_row(
             *(f"{constant:g}" for constant in lam.values()),
             "" if error is None else f"{error:.3f}",
             str(len(candidate["validation_errors"])),
             str(candidate["diverged"] or ""),
-            style=mark,
+            style="bold green" if lam == found["best"] else "",
         )
     return shown

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from lsoftmax_jax.training import State
 
 
-class Checkpoints:
-    """The checkpoints in a folder; a context manager, so that nothing is left half written.
+class Checkpoints(ocp.CheckpointManager):
+    """Orbax's manager of the states in a folder; a context manager, so that none is half written.
 
     Args:
       folder: made if it is not there.
@@ -22,39 +20,27 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, kept: int = 1, writes: bool = True) -> None:
-        self._folder = folder
-        # Not asynchronous: the next dispatch reuses the memory that is being written.
-        options = (
-            ocp.CheckpointManagerOptions(max_to_keep=kept, enable_async_checkpointing=False)
-            if writes
-            else ocp.CheckpointManagerOptions(read_only=True)
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=kept if writes else None,
+            # The next dispatch reuses the memory that is being written.
+            enable_async_checkpointing=False,
+            read_only=not writes,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        super().__init__(folder.absolute(), options=options)
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._manager.close()
-
-    def save(self, state: State) -> None:
+    def add(self, state: State) -> None:
+        """Saves a state, unless it is there."""
         step = int(state.step)
-        if step != self._manager.latest_step():
-            with _named(self._folder, "no checkpoint could be written"):
-                self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
-
-    @property
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        if step != self.latest_step():
+            with _named(self.folder, "no checkpoint could be written"):
+                self.save(step, args=ocp.args.StandardSave(state._asdict()))
 
     def rewind(self, step: int) -> None:
         """Deletes the checkpoints of later steps."""
-        for later in self._manager.all_steps():
+        for later in self.all_steps():
             if later > step:
-                self._manager.delete(later)
+                self.delete(later)
 
     def latest(self, like: State) -> State | None:
         """The newest state; None if there is none.
@@ -63,15 +49,11 @@ class Checkpoints:
           like: a state, abstract or not, of the same model and optimizer: its shapes, dtypes and
             where its arrays lie.
         """
-        step = self._manager.latest_step()
+        step = self.latest_step()
         if step is None:
             return None
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-            like._asdict(),
-        )
-        with _named(self._folder, f"the checkpoint of step {step} cannot be read"):
-            return State(**self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
+        with _named(self.folder, f"the checkpoint of step {step} cannot be read"):
+            return State(**self.restore(step, args=ocp.args.StandardRestore(like._asdict())))
 
 
 @contextmanager
@@ -86,12 +68,17 @@ def _named(folder: Path, what: str) -> Iterator[None]:
         raise ValueError(f"{folder}: {what}: {reason:.300}") from error
 
 
-def replicated(state: State, mesh: Mesh) -> State:
-    """An abstract state, such as `jax.eval_shape` gives, with all of it on every device."""
-    whole = NamedSharding(mesh, P())
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), state
-    )
+def last_state(run: Path, like: State, flag: str = "") -> State:
+    """The newest state of a run's folder, as `Checkpoints.latest`; writes nothing.
+
+    Raises:
+      FileNotFoundError: if there is none; the flag that named the run stands before the message.
+    """
+    with Checkpoints(run / "checkpoints", writes=False) as checkpoints:
+        state = checkpoints.latest(like)
+    if state is None:
+        raise FileNotFoundError(f"{flag}{run} has no checkpoint yet; train that run first")
+    return state
 
 
 def steps_in(folder: Path) -> set[int]:

@@ -25,17 +25,24 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         # Not through whatever lies under this name, which others can foresee.
         unfinished.unlink(missing_ok=True)
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+        with naming(path), unfinished.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Makes an error for which the system names no file, as when the disk is full, name path."""
+    try:
+        yield
     except OSError as error:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from experiments.store.files import replacing
+from experiments.store.files import naming, replacing
 
 
 @dataclass
@@ -39,19 +40,17 @@ class Log:
 
     def __init__(self, folder: Path, step: int, writes: bool = True) -> None:
         self.lines = [line for line in read(folder) if line["step"] <= step]
-        self._writes = writes
-        if not writes:
-            return
-        with replacing(folder / "metrics.jsonl") as file:
-            file.writelines(map(_encode, self.lines))
-        self._file = (folder / "metrics.jsonl").open("ab")
-        self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1)
+        self._writes, self._path = writes, folder / "metrics.jsonl"
+        if writes:
+            with replacing(self._path) as file:
+                file.writelines(map(_encode, self.lines))
+            self._file = self._path.open("ab")
+            self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1)
 
     def close(self) -> None:
-        if not self._writes:
-            return
-        self._file.close()
-        self._events.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
 
     @property
     def seconds(self) -> Seconds:
@@ -63,28 +62,23 @@ class Log:
         rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
         line = {"kind": kind, "step": step, **finite(rounded), "seconds": asdict(seconds)}
         self.lines.append(line)
-        if not self._writes:
-            return
-        try:
-            self._file.write(_encode(line))
-            self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._file.name) from error
-        for name, value in values.items():
-            if not math.isfinite(value):  # λ is infinite while a head paces itself as softmax
-                continue
-            try:
-                self._events.add_scalar(f"{kind}/{name}", value, step)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, self._events.logdir) from error
+        if self._writes:
+            with naming(self._path):
+                self._file.write(_encode(line))
+                self._file.flush()
+            with naming(Path(self._events.logdir)):
+                for name, value in values.items():
+                    if math.isfinite(value):  # λ is infinite while a head paces itself as softmax
+                        self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def curve(self, kind: str, points: int = 200) -> dict[str, list[Any]]:
         """Lists by name of every value of a kind, thinned to about so many points."""
         lines = [line for line in self.lines if line["kind"] == kind]
-        kept = lines[:: math.ceil(len(lines) / points)] if lines else []
-        if kept and kept[-1] is not lines[-1]:
-            kept.append(lines[-1])
-        names = [name for name in (lines[0] if lines else {}) if name not in ("kind", "seconds")]
+        if not lines:
+            return {}
+        every = math.ceil(len(lines) / points)
+        kept = [*lines[:-1:every], lines[-1]]
+        names = [name for name in lines[0] if name not in ("kind", "seconds")]
         return {name: [line[name] for line in kept] for name in names}
 
 
@@ -111,10 +105,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def _decode(file: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
+    with suppress(ValueError, AttributeError):
         decoded = json.loads(line)
         if {"kind", "step", "seconds"} <= decoded.keys():
             return dict(decoded)
-    except (ValueError, AttributeError):
-        pass
     raise ValueError(f"{file}, line {number}: expected a line of a run's log, got {line[:40]!r}")

@@ -55,30 +55,24 @@ def joined(meeting: Meeting) -> Iterator[None]:
         yield
         return
     where = meeting.coordinator or "the cluster's own place"
-    print(
-        f"waiting for {meeting.processes or 'all'} processes at {where}, at most "
-        f"{meeting.heartbeat_seconds} seconds (--heartbeat-seconds)",
-        file=sys.stderr,
-        flush=True,
-    )
+    seconds = f"{meeting.heartbeat_seconds} seconds (--heartbeat-seconds)"
+    _say(f"waiting for {meeting.processes or 'all'} processes at {where}, at most {seconds}")
     # XLA ends a process whose partners do not come by abort, so this one gives up before.
-    late = threading.Timer(meeting.heartbeat_seconds, _given_up, (meeting, where))
+    number = f" {meeting.processes}" if meeting.processes else ""
+    given_up = f"error: not all{number} processes came to {where} within {seconds}"
+    late = threading.Timer(meeting.heartbeat_seconds, _end, (2, given_up))
     late.daemon = True
     late.start()
     try:
         jax.distributed.initialize(
-            meeting.coordinator,
-            meeting.processes,
-            meeting.process,
+            *meeting[:3],
             initialization_timeout=meeting.heartbeat_seconds + GRACE_SECONDS,
             heartbeat_timeout_seconds=meeting.heartbeat_seconds,
             shutdown_timeout_seconds=meeting.heartbeat_seconds,
         )
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f"no meeting of {meeting.processes or 'all'} processes at {where}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        said, of = str(error).splitlines()[0], number or " all"
+        raise ValueError(f"no meeting of{of} processes at {where}: {said}") from error
     except ValueError as error:
         if not meeting.cluster:
             raise
@@ -88,32 +82,29 @@ def joined(meeting: Meeting) -> Iterator[None]:
     finally:
         late.cancel()
     try:
-        if is_first():
+        with (
+            open(os.devnull, "w") as nowhere,
+            redirect_stdout(sys.stdout if is_first() else nowhere),
+        ):
             yield
-        else:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-                yield
     except jax.errors.JaxRuntimeError as error:
-        print(
+        # An ordinary exit would wait for the lost process, and then abort.
+        _end(
+            1,
             f"error: process {jax.process_index()} of {jax.process_count()} cannot go on, most "
             "likely because another one ended; the same command on any number of processes "
             f"continues from the last checkpoint\n{error}",
-            file=sys.stderr,
-            flush=True,
         )
-        # An ordinary exit would wait for the lost process, and then abort.
-        os._exit(1)
 
 
-def _given_up(meeting: Meeting, where: str) -> None:
-    """Ends the process with exit code 2; no exception of another thread ends XLA's wait."""
-    print(
-        f"error: not all {meeting.processes or ''} processes came to {where} within "
-        f"{meeting.heartbeat_seconds} seconds (--heartbeat-seconds)".replace("  ", " "),
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(2)
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _end(code: int, text: str) -> None:
+    """Ends the process at once, from any thread: no exception of one ends XLA's wait in another."""
+    _say(text)
+    os._exit(code)
 
 
 def _wanted(meeting: Meeting) -> bool:

@@ -105,7 +105,7 @@ def run(tmp_path):
         log.write("train", step, Seconds(), loss=1.0)
         if step == 4:
             with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-                checkpoints.save(state(4))
+                checkpoints.add(state(4))
             ledger.note(tmp_path, 4, len(log.lines))
     log.close()
     return tmp_path
