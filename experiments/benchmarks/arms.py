@@ -77,16 +77,13 @@ ARCFACE_MARGIN, ARCFACE_SCALE = 0.5, 64.0
 def problem(shape: Shape, dtype: jnp.dtype, lam: float) -> Problem:
     """Features of unit scale and a kernel of the usual initialisation."""
     rng = np.random.default_rng(0)
-    features = rng.standard_normal((shape.batch, shape.dim), np.float32)
-    kernel = rng.standard_normal((shape.dim, shape.classes), np.float32)
+    features: Any = rng.standard_normal((shape.batch, shape.dim), np.float32)
+    kernel: Any = rng.standard_normal((shape.dim, shape.classes), np.float32)
     kernel *= np.float32(shape.dim**-0.5)
-    return Problem(
-        jnp.asarray(features, dtype),
-        jnp.asarray(kernel, dtype),
-        jnp.asarray(rng.integers(shape.classes, size=shape.batch), jnp.int32),
-        jnp.full(shape.batch, 1 / shape.batch, jnp.float32),
-        jnp.float32(lam),
-    )
+    labels = jnp.asarray(rng.integers(shape.classes, size=shape.batch), jnp.int32)
+    weights = jnp.full(shape.batch, 1 / shape.batch, jnp.float32)
+    features, kernel = (jnp.asarray(array, dtype) for array in (features, kernel))
+    return Problem(features, kernel, labels, weights, jnp.float32(lam))
 
 
 def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
@@ -138,15 +135,14 @@ def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
     ]
     if shape.classes >= 2 * class_block:
         by_rows = loss_sum(margin, row_block=rows_at_once)
-        recomputed = loss_sum(margin, class_block=class_block, keep_exponentials=False)
-        stored = loss_sum(margin, class_block=class_block, keep_exponentials=True)
+        blocks = {"class_block": class_block, "keep_exponentials": False}
+        stored = blocks | {"keep_exponentials": True}
         listed += [
             Arm("loss_sum, row blocks", 3, "margin", gradients(by_rows)),
-            Arm(RECOMPUTED, 4, "margin", gradients(recomputed)),
-            Arm(STORED, 3, "margin", gradients(stored)),
+            Arm(RECOMPUTED, 4, "margin", gradients(loss_sum(margin, **blocks))),
+            Arm(STORED, 3, "margin", gradients(loss_sum(margin, **stored))),
+            Arm(ARCFACE_BLOCKS, 4, "arcface", gradients(arcface(**blocks))),
         ]
-        blocks = arcface(class_block=class_block, keep_exponentials=False)
-        listed.append(Arm(ARCFACE_BLOCKS, 4, "arcface", gradients(blocks)))
     listed += [
         Arm("lsoftmax_logits, optax", 3, "margin", gradients(logits)),
         Arm(LITERAL, 3, "margin", gradients(literal)),

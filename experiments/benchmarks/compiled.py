@@ -27,7 +27,7 @@ from experiments.benchmarks import hlo, scale, tables
 from experiments.benchmarks.arms import Shape
 from experiments.benchmarks.records import earlier, heading
 from experiments.benchmarks.tables import amount
-from experiments.benchmarks.targets import Target, TooLarge, compilers, target
+from experiments.benchmarks.targets import Target, compilers, target
 from experiments.faces.recipe import FaceRecipe
 from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
@@ -132,23 +132,19 @@ def compile_part(part: Part, only: str, out: Path) -> None:
     }
     saved = earlier(file, result, ("versions", "compilers"), "programs")
     rows = {f"{row['name']} {row['size']}": row for row in saved["programs"]} if saved else {}
-    asked = [case for case in part.cases if only in case.title]
-    chosen = [case for case in asked if not is_done(rows.get(case.title), result["commit"])]
+    asked, commit = [case for case in part.cases if only in case.title], result["commit"]
+    # What is of a commit, without changes to it, is done.
+    clean = commit is not None and not commit.endswith("-changed")
+    done = {title for title, row in rows.items() if clean and row["commit"] == commit}
+    chosen = [case for case in asked if case.title not in done]
     for case in tqdm(chosen, f"{part.name} {part.kind}", unit=" programs", leave=False):
-        rows[case.title] = compiled_row(on, case) | {"commit": result["commit"]}
+        rows[case.title] = compiled_row(on, case) | {"commit": commit}
         # Written one by one: an interrupted run goes on where it was.
         programs = [rows[case.title] for case in part.cases if case.title in rows]
         save(file, result | {"programs": programs})
     if asked:
         tables.show(table(part.name, [rows[case.title] for case in asked]), 132)
         print(f"{file} {'written' if chosen else 'was complete'}")
-
-
-def is_done(row: dict[str, Any] | None, commit: str | None) -> bool:
-    """Whether a row is of a commit, without changes to it."""
-    if row is None or commit is None:
-        return False
-    return row["commit"] == commit and not commit.endswith("-changed")
 
 
 # One program.
@@ -158,10 +154,9 @@ def compiled_row(on: Target, case: Case) -> dict[str, Any]:
     """A program's row: what it takes, or by how much it does not fit."""
     begun = time.perf_counter()
     row = {"name": case.name, "size": case.size, "devices": case.devices}
-    try:
-        compiled = on.compile(case.lower())
-    except TooLarge as error:
-        return row | {"fits": False, "refused": str(error)}
+    compiled = on.compile(case.lower())
+    if isinstance(compiled, str):
+        return row | {"fits": False, "refused": compiled}
     facts = hlo.facts(compiled, case.elements or sys.maxsize)
     text = compiled.as_text() or ""
     found = hlo.collectives(compiled, case.devices)
@@ -300,8 +295,7 @@ class Network(NamedTuple):
     @property
     def parts(self) -> tuple[Any, Any]:
         """Its structure and its state."""
-        recipe = self.recipe
-        graphdef, create = network_state(recipe, recipe.built_network, self.classes)
+        graphdef, create = network_state(self.recipe, self.recipe.built_network, self.classes)
         return graphdef, jax.eval_shape(create, 0)
 
     @property

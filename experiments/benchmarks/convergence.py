@@ -241,26 +241,23 @@ class Network(linen.Module):
         return self.head.loss(self.features(inputs), labels, lam, where=counts).mean(where=counts)
 
 
-class Start(NamedTuple):
-    """What does not depend on λ or margin, one of each a seed."""
+def start_of(setting: Setting, split: Split, seeds: int) -> tuple[Any, jax.Array]:
+    """What does not depend on λ or margin, one of each a seed.
 
-    params: Any
-    rows: jax.Array  # (seeds, steps, batch): of the training set
-
-
-def start_of(setting: Setting, split: Split, seeds: int) -> Start:
+    That is parameters, and the rows (steps, batch) of the training set that the updates see.
+    """
     network, size = Network(setting, split.classes, margin=1), split.train[0].shape
 
-    def of(key: jax.Array) -> Start:
+    def of(key: jax.Array) -> tuple[Any, jax.Array]:
         first, second = jax.random.split(key)
         rows = jax.random.randint(second, (setting.steps, setting.batch), 0, size[0])
-        return Start(network.init(first, jnp.zeros((1, size[1]))), rows)
+        return network.init(first, jnp.zeros((1, size[1]))), rows
 
     return compiled(jax.vmap(of), jax.random.split(jax.random.key(1), seeds))
 
 
 def errors(
-    setting: Setting, split: Split, start: Start, margin: int, lams: jax.Array | None
+    setting: Setting, split: Split, start: tuple, margin: int, lams: jax.Array | None
 ) -> NDArray[np.float64]:
     """Test errors in %, (lams, seeds); lams (number, steps), or None for one, self-paced."""
     network, rate = Network(setting, split.classes, margin), setting.rate
@@ -268,18 +265,16 @@ def errors(
     optimizer = OPTIMIZERS[setting.optimizer](decreasing)
     (inputs, labels), (test_inputs, test_labels) = jax.tree.map(jnp.asarray, split[:2])
 
-    def trained(start: Start, lams: jax.Array | None) -> jax.Array:
+    def trained(start: tuple[Any, jax.Array], lams: jax.Array | None) -> jax.Array:
         def update(carry: Any, at: Any) -> tuple[Any, None]:
             (params, state), (rows, lam) = carry, at
-            grads = jax.grad(network.apply)(
-                params, inputs[rows], labels[rows], lam, method=Network.loss
-            )
+            seen = inputs[rows], labels[rows], lam
+            grads = jax.grad(network.apply)(params, *seen, method=Network.loss)
             updates, state = optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        params = start.params
-        carry = params, optimizer.init(params)
-        (params, _), _ = jax.lax.scan(update, carry, (start.rows, lams))
+        params, rows = start
+        (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), (rows, lams))
         logits: Any = network.apply(params, test_inputs)
         return 100 * (logits.argmax(axis=-1) != test_labels).mean()
 

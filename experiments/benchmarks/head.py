@@ -79,14 +79,9 @@ def bench(
         after = peer_times(peers_python, given, margin, half)
         rows = [summary(arm, runs) for arm in listed if arm.name in runs]
         rows += peer_rows(before, after, runs)
-        measured.append(
-            {
-                "shape": shape,
-                "load": [load, os.getloadavg()[0]],
-                "arms": rows,
-                "targets": [judge(target, shape, rows) for target in targets(shape, dtype)],
-            }
-        )
+        judged = [judge(target, shape, rows) for target in targets(shape, dtype)]
+        loads = [load, os.getloadavg()[0]]
+        measured.append({"shape": shape, "load": loads, "arms": rows, "targets": judged})
         # Appended shape by shape: an interrupted benchmark keeps what it has.
         save(file, result | {"shapes": measured})
         tables.show(arms_table(measured[-1], dtype), 132)

@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 import os
-import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from jax.stages import Compiled, Lowered
 from rich.table import Table
 
 import lsoftmax_jax as lsm
-from experiments.benchmarks import hlo, tables, targets
+from experiments.benchmarks import hlo, peers, tables, targets
 from experiments.benchmarks.hlo import Collective
 from experiments.benchmarks.records import earlier, heading
 from experiments.benchmarks.tables import amount
@@ -242,7 +241,8 @@ def sgd_step(job: Job, loss: Callable[..., jax.Array]) -> Callable[..., Any]:
     def step(features: Any, kernel: Any, momentum: Any, labels: Any) -> tuple[jax.Array, ...]:
         value, (dfeatures, dkernel) = jax.value_and_grad(loss, (0, 1))(features, kernel, labels)
         wide = kernel.astype(jnp.float32)
-        momentum = MOMENTUM * momentum + (dkernel.astype(jnp.float32) + DECAY * wide)
+        gradient = dkernel.astype(jnp.float32) + DECAY * wide
+        momentum = MOMENTUM * momentum + gradient
         kernel = (wide - job.learning_rate * momentum).astype(kernel.dtype)
         return value, dfeatures, kernel, momentum
 
@@ -281,12 +281,11 @@ def accuracy(
     job: Job, mesh: Mesh, features: jax.Array, kernel: jax.Array, labels: jax.Array
 ) -> jax.Array:
     """The margin-free accuracy, in blocks of classes and without gradients."""
-    measure: Callable[..., Any] = lsm.lsoftmax_loss_and_statistics
-    if job.devices > 1:
-        layout = lsm.ClassParallel("model", AXES, mesh, job.classes)
-        measure = functools.partial(lsm.sharded.lsoftmax_loss_and_statistics, layout=layout)
+    layout = lsm.ClassParallel("model", AXES, mesh, job.classes)
     plan = lsm.Plan(class_block=job.class_block, keep_exponentials=False)
-    _, seen = measure(features, kernel, labels, margin=1, lam=0.0, plan=plan)
+    _, seen = lsm.sharded.lsoftmax_loss_and_statistics(
+        features, kernel, labels, margin=1, lam=0.0, layout=layout, plan=plan
+    )
     return jnp.mean(seen.plain_logit > seen.max_logit, dtype=jnp.float32)
 
 
@@ -296,13 +295,11 @@ def chips_mesh(on: targets.Target, job: Job) -> Mesh:
 
 def compiled_for(on: targets.Target, job: Job, *, plain: bool = False) -> Compiled | str:
     """The step for chips that are not here, or how much of their memory it would have needed."""
-    try:
-        compiled = on.compile(lower_step(job, chips_mesh(on, job), plain=plain))
-    except targets.TooLarge as error:
-        return str(error)
-    needed = hlo.facts(compiled, sys.maxsize).needed_bytes
-    if needed > on.chip.memory:
-        return f"{amount(needed)} of {amount(on.chip.memory)}"
+    compiled = on.compile(lower_step(job, chips_mesh(on, job), plain=plain))
+    if not isinstance(compiled, str):
+        needed = hlo.facts(compiled, sys.maxsize).needed_bytes
+        if needed > on.chip.memory:
+            return f"{amount(needed)} of {amount(on.chip.memory)}"
     return compiled
 
 
@@ -435,14 +432,11 @@ def train(job: Job, steps: int, out: Path, checkpoint_seconds: float) -> int:
     share = jax.jit(functools.partial(accuracy, job, mesh))
     key = jax.random.key(0)
 
-    def compile(states: Any, feeds: Any, length: int) -> Any:
-        def updates(states: Any, feeds: Any) -> Any:
-            (state,), ((features, labels),) = states, feeds
-            kernel = state.params["head"]["kernel"]
-            loss, _, kernel, momentum = step(features, kernel, state.opt_state, labels)
-            return [state_of(state.step + 1, kernel, momentum)], [{"loss": loss.reshape(1)}]
-
-        return updates
+    def updates(states: Any, feeds: Any) -> Any:
+        (state,), ((features, labels),) = states, feeds
+        kernel = state.params["head"]["kernel"]
+        loss, _, kernel, momentum = step(features, kernel, state.opt_state, labels)
+        return [state_of(state.step + 1, kernel, momentum)], [{"loss": loss.reshape(1)}]
 
     def test(state: State) -> dict[str, float]:
         features, labels = examples(steps)  # that no update sees
@@ -474,7 +468,7 @@ def train(job: Job, steps: int, out: Path, checkpoint_seconds: float) -> int:
         test=test,
         measure=measure,
     )
-    shared = Shared(steps, job.batch, mesh, clock, compile, lambda seen: seen)
+    shared = Shared(steps, job.batch, mesh, clock, lambda *_: updates, lambda seen: seen)
     # The state may be as large as the machine's memory: it is written when asked for.
     pace = loop.Pace(1, 1, checkpoint_seconds, starts_tested=True, keeps_last=False)
     with loop.interruptible() as stop:
@@ -523,8 +517,7 @@ def peak_bytes(devices: int) -> int:
     stats = [device.memory_stats() for device in jax.devices()[:devices]]
     if all(stats):
         return max(each["peak_bytes_in_use"] for each in stats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return peers.peak_bytes()
 
 
 # The tables.
@@ -532,22 +525,20 @@ def peak_bytes(devices: int) -> int:
 
 def result_table(job: Job, result: dict[str, Any]) -> Table:
     view = tables.table(described(job), ["", ""])
-    seconds, losses, accuracy = (result[k] for k in ("seconds_per_step", "losses", "accuracy"))
+    seconds, losses = result["seconds_per_step"], result["losses"]
+    before, after = (f"{100 * result['accuracy'][key]:.2f} %" for key in ("before", "after"))
+    sent, by_formula = (amount(result[key]) for key in ("sent_bytes", "sent_bytes_by_formula"))
     whole = "process" if jax.default_backend() == "cpu" else "device"
     rows = {
         "steps/s": f"{1 / seconds:.4g} ({seconds:.4g} s a step, median)",
         "examples/s": f"{job.batch / seconds:.4g}",
         "matrix products, a device": amount(result["flops_by_formula"] / seconds, "FLOP/s"),
         "loss": f"{losses[0]:.4f} to {losses[-1]:.4f}",
-        "margin-free accuracy, unseen examples": (
-            f"{100 * accuracy['before']:.2f} % to {100 * accuracy['after']:.2f} %"
-        ),
+        "margin-free accuracy, unseen examples": f"{before} to {after}",
         f"peak memory of the {whole}": amount(result["peak_bytes"]),
         "kernel and momentum, a device": amount(result["state_bytes"]),
         "temporary memory of the step, a device": amount(result["temporary_bytes"]),
-        "sent a step and device": (
-            f"{amount(result['sent_bytes'])} (by formula {amount(result['sent_bytes_by_formula'])})"
-        ),
+        "sent a step and device": f"{sent} (by formula {by_formula})",
     }
     for row in rows.items():
         view.add_row(*row)

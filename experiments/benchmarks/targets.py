@@ -89,10 +89,6 @@ _NEEDED = {
 }
 
 
-class TooLarge(Exception):
-    """A program needs more memory than a chip has; the message says how much of how much."""
-
-
 def how_much(message: str) -> str:
     """Of a compiler's complaint, how much of how much."""
     found = re.search(r"Used (\S+) of (\S+) hbm", message) or re.search(
@@ -109,27 +105,20 @@ class Target(NamedTuple):
     devices: list[Any]
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Of the compiler: a GPU's would time kernels on the device."""
-        return {"xla_gpu_autotune_level": 0} if self.chip.platform == "cuda" else {}
-
-    @property
     def one(self) -> SingleDeviceSharding:
         """On its first chip."""
         return SingleDeviceSharding(self.devices[0])
 
-    def compile(self, lowered: Lowered) -> Compiled:
-        """A program for this target.
-
-        Raises:
-          TooLarge: a TPU's compiler says that it does not fit; a GPU's only counts.
-        """
+    def compile(self, lowered: Lowered) -> Compiled | str:
+        """A program for this target, or how much of how much memory a TPU's compiler refuses it."""
+        # A GPU's would time kernels on the device.
+        options: dict[str, Any] = {"xla_gpu_autotune_level": 0} if self.chip.config else {}
         try:
-            return lowered.compile(compiler_options=self.options)
+            return lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise TooLarge(how_much(str(error))) from error
+            return how_much(str(error))
 
     def mesh(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
         """Chips in the order that they are listed."""
