@@ -12,6 +12,7 @@ from jax.stages import Lowered
 
 import lsoftmax_jax as lsm
 
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 RATE, MOMENTUM, DECAY = 1e-3, 0.9, 5e-4
 UNLIMITED = 2**60
 

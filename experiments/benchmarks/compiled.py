@@ -193,7 +193,7 @@ def slice_head_cases(on: Target) -> Iterator[Case]:
     chips = len(on.devices)
     for classes, data in itertools.product(SHARDED_CLASSES, (1, 2) if chips < 64 else (1, 4, 16)):
         job = scale.Job(classes, 512, SHARDED_BATCH, data, chips // data, "bf16")
-        size = f"({job.batch}, {job.dim}, {job.classes}) bf16, {job.data} x {job.model}"
+        size = f"{Shape(job.batch, job.dim, classes)} bf16, {data} x {job.model}"
         held = job.devices, job.dim * job.columns
         yield Case("class-parallel step", size, partial(lower_job, on, job), *held)
         if data in (2, 16):
@@ -208,7 +208,7 @@ def lower_arm(on: Target, arm: every.Arm, shape: Shape, dtype: str) -> Lowered:
 
 def operands(shape: Shape, dtype: str) -> every.Problem:
     """Those of `arms.problem`, abstract."""
-    numbers = scale.DTYPES[dtype]
+    numbers = every.DTYPES[dtype]
     abstract: Any = jax.ShapeDtypeStruct
     return every.Problem(
         abstract((shape.batch, shape.dim), numbers),
@@ -260,11 +260,9 @@ def lower_job(on: Target, job: scale.Job) -> Lowered:
 
 
 def step_cases(on: Target) -> Iterator[Case]:
-    for network in NETWORKS:
-        for dtype in ("f32", "bf16"):
-            for kind in ("softmax", "m4"):
-                config = replace(CONFIGS[f"{network}-{kind}"], dtype=dtype)
-                yield _step(on, _of(config), "training step", _train)
+    for network, dtype, kind in itertools.product(NETWORKS, ("f32", "bf16"), ("softmax", "m4")):
+        config = replace(CONFIGS[f"{network}-{kind}"], dtype=dtype)
+        yield _step(on, _of(config), "training step", _train)
     large, small = _of(CONFIGS["cifar100-m4"]), _of(CONFIGS["mnist-m4"])
     yield _step(on, large, "evaluation", _evaluate)
     yield _step(on, large, "features and logits", _embed)

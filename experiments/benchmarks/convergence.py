@@ -179,8 +179,7 @@ def setting_of(entry: dict[str, Any]) -> Setting:
 def measure(setting: Setting, margins: Collection[int], seeds: int) -> dict[str, Any]:
     """Test errors in % of every way to choose λ, one a seed."""
     begun, split, steps = time.perf_counter(), split_of(setting.data), np.arange(setting.steps)
-    released = schedule.MNIST
-    released = released._replace(gamma=released.gamma * RELEASED_STEPS / setting.steps)
+    released = schedule.MNIST._replace(gamma=schedule.MNIST.gamma * RELEASED_STEPS / setting.steps)
     given = {RELEASED: lsm.annealed_lambda(*released)(steps)}
     given |= {f"λ = {lam:g}": jnp.full(setting.steps, lam) for lam in CONSTANTS}
     start = start_of(setting, split, seeds)
@@ -329,20 +328,22 @@ class Outcome(NamedTuple):
 
 
 def outcome(entries: Iterable[dict[str, Any]], policy: str, margins: Collection[int]) -> Outcome:
-    found = []
-    for entry in entries:
-        softmax = np.mean(next(r["errors"] for r in entry["runs"] if r["policy"] == SOFTMAX))
-        for run in entry["runs"]:
-            if run["policy"] == policy and run["margin"] in margins:
-                found.append((np.array(run["errors"]), softmax))
-    above = [round(float(errors.mean() - softmax), 6) for errors, softmax in found]
+    found = [
+        (run["errors"], next(r["errors"] for r in entry["runs"] if r["policy"] == SOFTMAX))
+        for entry in entries
+        for run in entry["runs"]
+        if run["policy"] == policy and run["margin"] in margins
+    ]
+    errors = np.array([of for of, _ in found])
+    softmax = np.array([np.mean(of) for _, of in found])
+    above = (errors.mean(axis=1) - softmax).round(6)
     return Outcome(
-        runs=sum(len(errors) for errors, _ in found),
-        collapsed=sum(int(np.sum(errors > softmax + COLLAPSED)) for errors, softmax in found),
-        error=float(np.mean([errors.mean() for errors, _ in found])),
+        runs=errors.size,
+        collapsed=int(np.sum(errors > softmax[:, None] + COLLAPSED)),
+        error=float(errors.mean(axis=1).mean()),
         settings=len(found),
-        no_worse=sum(points <= 0 for points in above),
-        worst=max(above),
+        no_worse=int(np.sum(above <= 0)),
+        worst=float(above.max()),
     )
 
 

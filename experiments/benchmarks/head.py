@@ -28,7 +28,6 @@ from experiments.benchmarks.rounds import TOLERANCE, Run, check, quartiles, take
 from experiments.store.results import save
 
 SHAPES = ((256, 256, 10), (256, 512, 100), (512, 512, 10575), (512, 256, 102400))
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 WARM_UP = 3
 
 
@@ -70,7 +69,7 @@ def bench(
     measured: list[dict[str, Any]] = []
     half = -(-repetitions // 2)
     for shape in map(Shape._make, shapes):
-        given = every.problem(shape, DTYPES[dtype], lam)
+        given = every.problem(shape, every.DTYPES[dtype], lam)
         load = os.getloadavg()[0]
         before = peer_times(peers_python, given, margin, half)
         listed = every.arms(shape, margin, class_block)

@@ -28,6 +28,7 @@ from rich.table import Table
 
 import lsoftmax_jax as lsm
 from experiments.benchmarks import hlo, peers, tables, targets
+from experiments.benchmarks.arms import DECAY, DTYPES, MOMENTUM
 from experiments.benchmarks.hlo import Collective
 from experiments.benchmarks.records import earlier, heading
 from experiments.benchmarks.tables import amount
@@ -38,10 +39,8 @@ from experiments.store.logs import Log
 from experiments.store.results import save
 from lsoftmax_jax.training import State
 
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 AXES = ("data", "model")
 ROWS, COLUMNS = P(AXES), P(None, "model")
-MOMENTUM, DECAY = 0.9, 5e-4
 NOISE = 0.5
 # What the class-parallel loss exchanges of every row: the label's logit and its column's length,
 # the other logits' peak and sum.

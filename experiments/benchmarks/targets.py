@@ -4,11 +4,9 @@ Their compilers are ordinary packages that run on any x86-64 Linux CPU. What the
 collectives, kernels, is the program that would run; how fast it would run they do not say.
 """
 
-import contextlib
 import importlib.util
 import os
 import re
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,6 +14,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 from jax.stages import Compiled, Lowered
+
+from experiments.benchmarks import peers
 
 # libtpu looks for the host it is on; with these it does not.
 _NO_HOST = {
@@ -136,11 +136,7 @@ def installed(platform: str) -> bool:
 
 def compilers() -> dict[str, str]:
     """The versions of the compilers that are installed."""
-    found = {}
-    for package in ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    return peers.versions(("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"))
 
 
 def target(name: str) -> Target:
