@@ -260,9 +260,11 @@ def lower_job(on: Target, job: scale.Job) -> Lowered:
 
 
 def step_cases(on: Target) -> Iterator[Case]:
-    for network, dtype, kind in itertools.product(NETWORKS, ("f32", "bf16"), ("softmax", "m4")):
-        config = replace(CONFIGS[f"{network}-{kind}"], dtype=dtype)
-        yield _step(on, _of(config), "training step", _train)
+    for network in NETWORKS:
+        for dtype in ("f32", "bf16"):
+            for kind in ("softmax", "m4"):
+                config = replace(CONFIGS[f"{network}-{kind}"], dtype=dtype)
+                yield _step(on, _of(config), "training step", _train)
     large, small = _of(CONFIGS["cifar100-m4"]), _of(CONFIGS["mnist-m4"])
     yield _step(on, large, "evaluation", _evaluate)
     yield _step(on, large, "features and logits", _embed)
