@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from numpy.typing import NDArray
+from jax.stages import Lowered
 
 import lsoftmax_jax as lsm
 
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 RATE, MOMENTUM, DECAY = 1e-3, 0.9, 5e-4
 UNLIMITED = 2**60
 
@@ -35,6 +36,10 @@ class Problem(NamedTuple):
     lam: jax.Array
 
 
+Loss = Callable[[Problem], jax.Array]
+Step = Callable[..., tuple[jax.Array, jax.Array, Any]]
+
+
 class Arm(NamedTuple):
     """One way to compute a step.
 
@@ -46,9 +51,14 @@ class Arm(NamedTuple):
     name: str
     products: int  # of batch x dim x classes multiply-adds
     loss: Literal["none", "plain", "margin", "arcface"]
-    step: Callable[..., tuple[jax.Array, jax.Array, Any]]
+    step: Step
     updates: bool = False
     start: Callable[[jax.Array], Any] = lambda kernel: kernel
+
+    def lower(self, features: Any, state: Any, *rest: Any) -> Lowered:
+        """The step's program, for arrays or for shapes of them."""
+        donated = (1,) if self.updates else ()
+        return jax.jit(self.step, donate_argnums=donated).lower(features, state, *rest)
 
 
 PLAIN = "optax softmax"
@@ -68,80 +78,49 @@ ARCFACE_MARGIN, ARCFACE_SCALE = 0.5, 64.0
 def problem(shape: Shape, dtype: jnp.dtype, lam: float) -> Problem:
     """Features of unit scale and a kernel of the usual initialisation."""
     rng = np.random.default_rng(0)
-    features = rng.standard_normal((shape.batch, shape.dim), np.float32)
-    kernel = rng.standard_normal((shape.dim, shape.classes), np.float32)
+    features: Any = rng.standard_normal((shape.batch, shape.dim), np.float32)
+    kernel: Any = rng.standard_normal((shape.dim, shape.classes), np.float32)
     kernel *= np.float32(shape.dim**-0.5)
-    return Problem(
-        jnp.asarray(features, dtype),
-        jnp.asarray(kernel, dtype),
-        jnp.asarray(rng.integers(shape.classes, size=shape.batch), jnp.int32),
-        jnp.full(shape.batch, 1 / shape.batch, jnp.float32),
-        jnp.float32(lam),
-    )
+    labels = jnp.asarray(rng.integers(shape.classes, size=shape.batch), jnp.int32)
+    weights = jnp.full(shape.batch, 1 / shape.batch, jnp.float32)
+    features, kernel = (jnp.asarray(array, dtype) for array in (features, kernel))
+    return Problem(features, kernel, labels, weights, jnp.float32(lam))
 
 
 def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
     """All arms for a shape, the baseline first; blocks only where they make sense."""
 
-    def loss_sum(margin: Any, scale: float | None = None, **plan: Any) -> Callable[..., jax.Array]:
-        def loss(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
-            return lsm.lsoftmax_loss_sum(
-                features,
-                kernel,
-                labels,
-                weights,
-                margin=margin,
-                lam=lam,
-                scale=scale,
-                plan=lsm.Plan(**plan),
-            )
+    def loss_sum(margin: Any, scale: float | None = None, **plan: Any) -> Loss:
+        options = {"margin": margin, "scale": scale, "plan": lsm.Plan(**plan)}
+        return lambda given: lsm.lsoftmax_loss_sum(*given[:4], lam=given.lam, **options)
 
-        return loss
+    def per_example(given: Problem) -> jax.Array:
+        plan = lsm.Plan(memory_budget=UNLIMITED)
+        losses = lsm.lsoftmax_loss(*given[:3], margin=margin, lam=given.lam, plan=plan)
+        return jnp.sum(given.weights * losses)
 
-    def per_example(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
-        losses = lsm.lsoftmax_loss(
-            features,
-            kernel,
-            labels,
-            margin=margin,
-            lam=lam,
-            plan=lsm.Plan(memory_budget=UNLIMITED),
-        )
-        return jnp.sum(weights * losses)
+    def logits(given: Problem) -> jax.Array:
+        return cross_entropy(lsm.lsoftmax_logits(*given[:3], margin=margin, lam=given.lam), given)
 
-    def logits(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
-        z = lsm.lsoftmax_logits(features, kernel, labels, margin=margin, lam=lam)
-        return cross_entropy(z, labels, weights)
+    def literal(given: Problem) -> jax.Array:
+        return cross_entropy(literal_logits(given, margin), given)
 
-    def literal(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
-        z = literal_logits(features, kernel, labels, lam, margin)
-        return cross_entropy(z, labels, weights)
-
-    def literal_scan(features: Any, kernel: Any, labels: Any, weights: Any, lam: Any) -> jax.Array:
+    def literal_scan(given: Problem) -> jax.Array:
         @jax.checkpoint
         def body(total: Any, rows: Any) -> tuple[Any, None]:
             features, labels, weights = rows
-            return total + literal(features, kernel, labels, weights, lam), None
+            of_rows = given._replace(features=features, labels=labels, weights=weights)
+            return total + literal(of_rows), None
 
-        rows = features, labels, weights
+        rows = given.features, given.labels, given.weights
         pieces = jax.tree.map(lambda r: r.reshape(-1, rows_at_once, *r.shape[1:]), rows)
         return jax.lax.scan(body, jnp.float32(0), pieces)[0]
 
     def fused_sgd(features: Any, state: Any, labels: Any, weights: Any, lam: Any) -> Any:
+        options: dict[str, Any] = {"margin": margin, "lam": lam, "class_block": class_block}
+        options |= {"learning_rate": RATE, "decay": MOMENTUM, "weight_decay": DECAY}
         kernel, momentum = state
-        done = lsm.lsoftmax_sgd(
-            features,
-            kernel,
-            momentum,
-            labels,
-            weights,
-            margin=margin,
-            lam=lam,
-            learning_rate=RATE,
-            decay=MOMENTUM,
-            weight_decay=DECAY,
-            class_block=class_block,
-        )
+        done = lsm.lsoftmax_sgd(features, kernel, momentum, labels, weights, **options)
         return done.loss, done.dfeatures, (done.kernel, done.momentum)
 
     one_shot = loss_sum(margin, memory_budget=UNLIMITED)
@@ -157,15 +136,14 @@ def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
     ]
     if shape.classes >= 2 * class_block:
         by_rows = loss_sum(margin, row_block=rows_at_once)
-        recomputed = loss_sum(margin, class_block=class_block, keep_exponentials=False)
-        stored = loss_sum(margin, class_block=class_block, keep_exponentials=True)
+        blocks = {"class_block": class_block, "keep_exponentials": False}
+        stored = blocks | {"keep_exponentials": True}
         listed += [
             Arm("loss_sum, row blocks", 3, "margin", gradients(by_rows)),
-            Arm(RECOMPUTED, 4, "margin", gradients(recomputed)),
-            Arm(STORED, 3, "margin", gradients(stored)),
+            Arm(RECOMPUTED, 4, "margin", gradients(loss_sum(margin, **blocks))),
+            Arm(STORED, 3, "margin", gradients(loss_sum(margin, **stored))),
+            Arm(ARCFACE_BLOCKS, 4, "arcface", gradients(arcface(**blocks))),
         ]
-        blocks = arcface(class_block=class_block, keep_exponentials=False)
-        listed.append(Arm(ARCFACE_BLOCKS, 4, "arcface", gradients(blocks)))
     listed += [
         Arm("lsoftmax_logits, optax", 3, "margin", gradients(logits)),
         Arm(LITERAL, 3, "margin", gradients(literal)),
@@ -179,15 +157,18 @@ def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
     return listed
 
 
-def gradients(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
-    def step(*operands: Any) -> tuple[jax.Array, jax.Array, Any]:
-        value, (dfeatures, dkernel) = jax.value_and_grad(loss, (0, 1))(*operands)
+def gradients(loss: Loss) -> Step:
+    def step(features: Any, kernel: Any, *rest: Any) -> tuple[jax.Array, jax.Array, Any]:
+        def of(features: Any, kernel: Any) -> jax.Array:
+            return loss(Problem(features, kernel, *rest))
+
+        value, (dfeatures, dkernel) = jax.value_and_grad(of, (0, 1))(features, kernel)
         return value, dfeatures, dkernel
 
     return step
 
 
-def with_sgd(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
+def with_sgd(loss: Loss) -> Step:
     def step(features: Any, state: Any, *rest: Any) -> tuple[jax.Array, jax.Array, Any]:
         kernel, state = state
         value, dfeatures, dkernel = gradients(loss)(features, kernel, *rest)
@@ -205,21 +186,19 @@ def sgd_state(kernel: jax.Array) -> Any:
     return jnp.copy(kernel), sgd().init(kernel)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, given: Problem) -> jax.Array:
     logits = logits.astype(jnp.float32)
-    return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, given.labels)
+    return jnp.sum(given.weights * losses)
 
 
-def plain_loss(
-    features: jax.Array, kernel: jax.Array, labels: jax.Array, weights: jax.Array, lam: jax.Array
-) -> jax.Array:
-    return cross_entropy(features @ kernel, labels, weights)
+def plain_loss(given: Problem) -> jax.Array:
+    return cross_entropy(given.features @ given.kernel, given)
 
 
-def literal_logits(
-    features: jax.Array, kernel: jax.Array, labels: jax.Array, lam: jax.Array, margin: int
-) -> jax.Array:
+def literal_logits(given: Problem, margin: int) -> jax.Array:
     """The paper's formula as it is usually written: every cosine, an arccos, a scatter."""
+    features, kernel, labels, _, lam = given
     rows = jnp.arange(features.shape[0])
     plain = (features @ kernel).astype(jnp.float32)
     feature_norm = jnp.linalg.norm(features.astype(jnp.float32), axis=1)
@@ -233,10 +212,9 @@ def literal_logits(
     return plain.at[rows, labels].set(target)
 
 
-def literal_arcface(
-    features: jax.Array, kernel: jax.Array, labels: jax.Array, weights: jax.Array, lam: jax.Array
-) -> jax.Array:
+def literal_arcface(given: Problem) -> jax.Array:
     """As it is usually written: both normalised, the addition formula, a scatter."""
+    features, kernel, labels, _, lam = given
     rows = jnp.arange(features.shape[0])
     wide = features.astype(jnp.float32), kernel.astype(jnp.float32)
     unit = wide[0] / jnp.linalg.norm(wide[0], axis=1, keepdims=True)
@@ -246,20 +224,16 @@ def literal_arcface(
     m = ARCFACE_MARGIN
     raised = own * np.cos(m) - jnp.sqrt(1 - own**2) * np.sin(m)
     target = (lam * own + raised) / (1 + lam)
-    return cross_entropy(ARCFACE_SCALE * cosine.at[rows, labels].set(target), labels, weights)
+    return cross_entropy(ARCFACE_SCALE * cosine.at[rows, labels].set(target), given)
 
 
-def three_products(
-    features: jax.Array, kernel: jax.Array, labels: jax.Array, weights: jax.Array, lam: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def three_products(features: Any, kernel: Any, *_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The least that exact gradients can cost: the products alone."""
     z = features @ kernel
     return z[0, 0], z @ kernel.T, features.T @ z
 
 
-def four_products(
-    features: jax.Array, kernel: jax.Array, labels: jax.Array, weights: jax.Array, lam: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def four_products(features: Any, kernel: Any, *_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Where the logits are not kept: another product of that size."""
     # Of other rows, or the compiler would find the two logits equal.
     again = features[::-1]
@@ -274,23 +248,17 @@ def literal_loss(given: Problem, margin: int | None) -> float:
     losses = []
     for start in range(0, len(labels), 64):
         rows, y = features[start : start + 64], labels[start : start + 64]
-        z, columns = rows @ kernel, kernel[:, y].T
-        norms = np.sqrt(np.sum(rows**2, axis=1)) * np.sqrt(np.sum(columns**2, axis=1))
-        cosine = np.sum(rows * columns, axis=1) / norms
-        here = np.arange(len(y)), y
+        z, here = rows @ kernel, (np.arange(len(y)), y)
+        norms = np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
+        cosine = np.clip((z / norms)[here], -1, 1)
+        theta = np.arccos(cosine)
         if margin is None:
-            lengths = np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
-            z, norms, theta = ARCFACE_SCALE * z / lengths, ARCFACE_SCALE, np.arccos(cosine)
-            replaced = np.cos(theta + ARCFACE_MARGIN)
+            z *= ARCFACE_SCALE / norms
+            large = ARCFACE_SCALE * (lam * cosine + np.cos(theta + ARCFACE_MARGIN))
         else:
-            replaced = literal_psi(cosine, margin)
-        z[here] = norms * (lam * cosine + replaced) / (1 + lam)
-        peak = z.max(axis=1)
-        losses.append(peak + np.log(np.sum(np.exp(z - peak[:, None]), axis=1)) - z[here])
+            k = np.clip(np.floor(margin * theta / np.pi), 0, margin - 1)
+            psi = (-1.0) ** k * np.cos(margin * theta) - 2 * k
+            large = norms[here] * (lam * cosine + psi)
+        z[here] = large / (1 + lam)
+        losses.append(np.logaddexp.reduce(z, axis=1) - z[here])
     return float(np.concatenate(losses) @ np.asarray(given.weights, np.float64))
-
-
-def literal_psi(cosine: NDArray[np.float64], margin: int) -> NDArray[np.float64]:
-    theta = np.arccos(np.clip(cosine, -1, 1))
-    k = np.clip(np.floor(margin * theta / np.pi), 0, margin - 1)
-    return (-1.0) ** k * np.cos(margin * theta) - 2 * k

@@ -3,34 +3,37 @@
 Nothing runs and no accelerator is needed. A table for people, a JSON with everything.
 """
 
+import itertools
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.stages import Compiled, Lowered
-from rich.console import Console
+from jax.stages import Lowered
 from rich.table import Table
 from tqdm import tqdm
 
 import lsoftmax_jax as lsm
 from experiments.benchmarks import arms as every
-from experiments.benchmarks import hlo, scale
+from experiments.benchmarks import hlo, scale, tables
 from experiments.benchmarks.arms import Shape
-from experiments.benchmarks.targets import Target, TooLarge, compilers, target
+from experiments.benchmarks.records import earlier, heading
+from experiments.benchmarks.tables import amount
+from experiments.benchmarks.targets import Target, compilers, target
 from experiments.faces.recipe import FaceRecipe
 from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
 from experiments.run.program import network_state
-from experiments.store.results import load, provenance, save
+from experiments.store.claims import command_line
+from experiments.store.results import save
 from lsoftmax_jax import devices, training
 
 OUT = Path(__file__).parents[1] / "results" / "compiled"
@@ -92,12 +95,8 @@ def compile_(
       only: a part of a name; only such cases are compiled.
       out: folder of the results, two files a chip and two a slice.
     """
-    parts = [
-        part
-        for name in targets
-        for part in parts_of(target(name))
-        if (heads if part.kind == "heads" else steps)
-    ]
+    wanted = {"heads": heads, "steps": steps}
+    parts = [part for name in targets for part in parts_of(target(name)) if wanted[part.kind]]
     if not any(only in case.title for part in parts for case in part.cases):
         raise ValueError(f"only: no program has {only!r} in its name or size")
     for part in parts:
@@ -113,66 +112,39 @@ class Part(NamedTuple):
     cases: list[Case]
 
 
-def parts_of(on: Target) -> list[Part]:
+def parts_of(on: Target) -> Iterator[Part]:
     chip = on.name.partition(":")[0]
-    parts = [
-        Part(on, chip, "heads", [*head_cases(on)]),
-        Part(on, chip, "steps", [*step_cases(on)]),
-    ]
+    yield Part(on, chip, "heads", [*head_cases(on)])
+    yield Part(on, chip, "steps", [*step_cases(on)])
     if len(on.devices) > 1:
-        parts += [
-            Part(on, on.name, "heads", [*slice_head_cases(on)]),
-            Part(on, on.name, "steps", [*slice_step_cases(on)]),
-        ]
-    return parts
+        yield Part(on, on.name, "heads", [*slice_head_cases(on)])
+        yield Part(on, on.name, "steps", [*slice_step_cases(on)])
 
 
 def compile_part(part: Part, only: str, out: Path) -> None:
     """Compiles what is not done yet, prints the part's table and writes its file."""
     on, file = part.on, out / f"{part.name.replace(':', '-')}-{part.kind}.json"
-    result = {
-        "kind": f"compile {part.kind}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "-m", "experiments", *sys.argv[1:]]),
-        **provenance(1),
+    result = heading(f"compile {part.kind}", command_line()) | {
         "compilers": compilers(),
         "device": "none: compiled, not run",
         "target": part.name,
         "chip": on.chip._asdict() | {"config": " ".join(on.chip.config.split())},
     }
-    rows, commit = kept_rows(file, result), result["commit"]
-    chosen = [
-        case
-        for case in part.cases
-        if only in case.title and not is_done(rows.get(case.title), commit)
-    ]
+    saved = earlier(file, result, ("versions", "compilers"), "programs")
+    rows = {f"{row['name']} {row['size']}": row for row in saved["programs"]} if saved else {}
+    asked, commit = [case for case in part.cases if only in case.title], result["commit"]
+    # What is of a commit, without changes to it, is done.
+    clean = commit is not None and not commit.endswith("-changed")
+    done = {title for title, row in rows.items() if clean and row["commit"] == commit}
+    chosen = [case for case in asked if case.title not in done]
     for case in tqdm(chosen, f"{part.name} {part.kind}", unit=" programs", leave=False):
         rows[case.title] = compiled_row(on, case) | {"commit": commit}
         # Written one by one: an interrupted run goes on where it was.
         programs = [rows[case.title] for case in part.cases if case.title in rows]
         save(file, result | {"programs": programs})
-    shown = [rows[c.title] for c in part.cases if only in c.title and c.title in rows]
-    if shown:
-        # Piped, a console takes itself for 80 characters wide.
-        Console(width=max(Console().width, 132)).print(table(part.name, shown))
+    if asked:
+        tables.show(table(part.name, [rows[case.title] for case in asked]), 132)
         print(f"{file} {'written' if chosen else 'was complete'}")
-
-
-def kept_rows(file: Path, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rows of a file by their titles; none if other versions wrote it."""
-    if not file.exists():
-        return {}
-    saved = load(file, ("programs", "versions", "compilers"))
-    if any(saved[key] != result[key] for key in ("versions", "compilers")):
-        return {}
-    return {f"{row['name']} {row['size']}": row for row in saved["programs"]}
-
-
-def is_done(row: dict[str, Any] | None, commit: str | None) -> bool:
-    """Whether a row is of a commit, without changes to it."""
-    if row is None or commit is None:
-        return False
-    return row["commit"] == commit and not commit.endswith("-changed")
 
 
 # One program.
@@ -182,13 +154,13 @@ def compiled_row(on: Target, case: Case) -> dict[str, Any]:
     """A program's row: what it takes, or by how much it does not fit."""
     begun = time.perf_counter()
     row = {"name": case.name, "size": case.size, "devices": case.devices}
-    try:
-        compiled = on.compile(case.lower())
-    except TooLarge as error:
-        return row | {"fits": False, "refused": str(error)}
+    compiled = on.compile(case.lower())
+    if isinstance(compiled, str):
+        return row | {"fits": False, "refused": compiled}
     facts = hlo.facts(compiled, case.elements or sys.maxsize)
     text = compiled.as_text() or ""
     found = hlo.collectives(compiled, case.devices)
+    counted: Any = compiled.cost_analysis() or {}  # a loop's body once; a GPU's compiler does not
     return row | {
         # A TPU's compiler has refused what does not fit; a GPU's only counts.
         "fits": facts.needed_bytes <= on.chip.memory,
@@ -197,15 +169,9 @@ def compiled_row(on: Target, case: Case) -> dict[str, Any]:
         "float64": "f64[" in text,
         "collectives": [c._asdict() for c in found],
         "sent_bytes": sum(c.sent for c in found),
-        "flops": flops(compiled),
+        "flops": counted.get("flops"),
         "compile_seconds": round(time.perf_counter() - begun, 1),
     }
-
-
-def flops(compiled: Compiled) -> float | None:
-    """As the compiler counts them, a loop's body once; a GPU's does not."""
-    analysis: Any = compiled.cost_analysis()
-    return analysis.get("flops") if analysis else None
 
 
 # Heads.
@@ -213,38 +179,43 @@ def flops(compiled: Compiled) -> float | None:
 
 def head_cases(on: Target) -> Iterator[Case]:
     for shape, dtype in SIZES:
-        elements = shape.dim * shape.classes
         for arm in every.arms(shape, MARGIN, BLOCK):
             if arm.name in ARMS:
-                lower = lower_arm(on, arm, shape, dtype)
-                yield Case(arm.name, f"{shape} {dtype}", lower, 1, elements)
-    yield _sampled(on, Shape(4096, 512, 1_000_000))
+                lower = partial(lower_arm, on, arm, shape, dtype)
+                yield Case(arm.name, f"{shape} {dtype}", lower, 1, shape.dim * shape.classes)
+    shape, name = Shape(4096, 512, 1_000_000), f"sampled, {NEGATIVES:,} others"
+    lower = partial(lower_sampled, on, shape)
+    yield Case(name, f"{shape} bf16", lower, 1, shape.dim * shape.classes)
 
 
 def slice_head_cases(on: Target) -> Iterator[Case]:
-    for job in sharded_jobs(len(on.devices)):
-        yield from sharded_cases(on, job)
+    """Heads over all chips of a slice: the classes over all of them, or with a data axis."""
+    chips = len(on.devices)
+    for classes, data in itertools.product(SHARDED_CLASSES, (1, 2) if chips < 64 else (1, 4, 16)):
+        job = scale.Job(classes, 512, SHARDED_BATCH, data, chips // data, "bf16")
+        size = f"{Shape(job.batch, job.dim, classes)} bf16, {data} x {job.model}"
+        held = job.devices, job.dim * job.columns
+        yield Case("class-parallel step", size, partial(lower_job, on, job), *held)
+        if data in (2, 16):
+            yield Case("class-parallel gradients", size, partial(lower_gradients, on, job), *held)
 
 
-def lower_arm(on: Target, arm: every.Arm, shape: Shape, dtype: str) -> Callable[[], Lowered]:
-    def lower() -> Lowered:
-        features, kernel, *rest = operands(shape, dtype)
-        state = jax.eval_shape(arm.start, kernel)
-        jitted = jax.jit(arm.step, donate_argnums=(1,) if arm.updates else ())
-        return jitted.lower(*placed((features, state, *rest), on.one))
-
-    return lower
+def lower_arm(on: Target, arm: every.Arm, shape: Shape, dtype: str) -> Lowered:
+    given = operands(shape, dtype)
+    state = jax.eval_shape(arm.start, given.kernel)
+    return arm.lower(*placed(given._replace(kernel=state), on.one))
 
 
-def operands(shape: Shape, dtype: str) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Features, kernel, labels, weights and λ, as of `arms.problem`."""
-    numbers = scale.DTYPES[dtype]
-    return (
-        jax.ShapeDtypeStruct((shape.batch, shape.dim), numbers),
-        jax.ShapeDtypeStruct((shape.dim, shape.classes), numbers),
-        jax.ShapeDtypeStruct((shape.batch,), jnp.int32),
-        jax.ShapeDtypeStruct((shape.batch,), jnp.float32),
-        jax.ShapeDtypeStruct((), jnp.float32),
+def operands(shape: Shape, dtype: str) -> every.Problem:
+    """Those of `arms.problem`, abstract."""
+    numbers = every.DTYPES[dtype]
+    abstract: Any = jax.ShapeDtypeStruct
+    return every.Problem(
+        abstract((shape.batch, shape.dim), numbers),
+        abstract((shape.dim, shape.classes), numbers),
+        abstract((shape.batch,), jnp.int32),
+        abstract((shape.batch,), jnp.float32),
+        abstract((), jnp.float32),
     )
 
 
@@ -252,7 +223,7 @@ def placed(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
-def _sampled(on: Target, shape: Shape) -> Case:
+def lower_sampled(on: Target, shape: Shape) -> Lowered:
     """A step of the sampled loss: draw, take the columns, their gradient, put them back."""
 
     def step(key: Any, features: Any, kernel: Any, labels: Any) -> Any:
@@ -267,56 +238,22 @@ def _sampled(on: Target, shape: Shape) -> Case:
         changed = columns - jnp.asarray(0.1, columns.dtype) * dcolumns
         return loss, dfeatures, lsm.sampled.put_columns(kernel, sample, changed)
 
-    def lower() -> Lowered:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        given = placed((key, *operands(shape, "bf16")[:3]), on.one)
-        return jax.jit(step, donate_argnums=2).lower(*given)
-
-    elements = shape.dim * shape.classes
-    return Case(f"sampled, {NEGATIVES:,} others", f"{shape} bf16", lower, 1, elements)
-
-
-def sharded_jobs(chips: int) -> Iterator[scale.Job]:
-    """Heads over all chips of a slice: the classes over all of them, or with a data axis."""
-    for classes in SHARDED_CLASSES:
-        for data in (1, 2) if chips < 64 else (1, 4, 16):
-            yield scale.Job(classes, 512, SHARDED_BATCH, data, chips // data, "bf16")
-
-
-def sharded_cases(on: Target, job: scale.Job) -> Iterator[Case]:
-    size = f"({job.batch}, {job.dim}, {job.classes}) bf16, {job.data} x {job.model}"
-    held = job.devices, job.dim * job.columns
-    yield Case("class-parallel step", size, lambda: lower_job(on, job), *held)
-    if job.data in (2, 16):
-        yield Case("class-parallel gradients", size, lambda: lower_gradients(on, job), *held)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return _on_one(on, step, key, *operands(shape, "bf16")[:3], donate_argnums=2)
 
 
 def lower_gradients(on: Target, job: scale.Job) -> Lowered:
     """The class-parallel loss and its gradients, without an update."""
-    layout = lsm.ClassParallel("model", scale.AXES, job_mesh(on, job), job.classes)
-    plan = lsm.Plan(class_block=job.class_block, keep_exponentials=False)
-
-    def loss(features: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-        return lsm.sharded.lsoftmax_loss_sum(
-            features, kernel, labels, margin=job.margin, lam=job.lam, layout=layout, plan=plan
-        )
-
-    mesh, dtype = job_mesh(on, job), scale.DTYPES[job.dtype]
+    mesh = scale.chips_mesh(on, job)
+    loss, (features, kernel, _, labels) = scale.class_parallel_loss(job, mesh), scale.abstract(job)
     rows, columns = (NamedSharding(mesh, spec) for spec in (scale.ROWS, scale.COLUMNS))
-    return jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=(rows, columns, rows)).lower(
-        jax.ShapeDtypeStruct((job.batch, job.dim), dtype),
-        jax.ShapeDtypeStruct(job.kernel_shape, dtype),
-        jax.ShapeDtypeStruct((job.batch,), jnp.int32),
-    )
-
-
-def job_mesh(on: Target, job: scale.Job) -> Mesh:
-    return on.mesh((job.data, job.model), scale.AXES)
+    gradients = jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=(rows, columns, rows))
+    return gradients.lower(features, kernel, labels)
 
 
 def lower_job(on: Target, job: scale.Job) -> Lowered:
     """The step of `scale`, on one chip or on a slice."""
-    return scale.lower_step(job, scale.programs(job, job_mesh(on, job)).step)
+    return scale.lower_step(job, scale.chips_mesh(on, job))
 
 
 # Whole steps.
@@ -358,8 +295,7 @@ class Network(NamedTuple):
     @property
     def parts(self) -> tuple[Any, Any]:
         """Its structure and its state."""
-        recipe = self.recipe
-        graphdef, create = network_state(recipe, recipe.built_network, self.classes)
+        graphdef, create = network_state(self.recipe, self.recipe.built_network, self.classes)
         return graphdef, jax.eval_shape(create, 0)
 
     @property
@@ -388,21 +324,23 @@ def _step(
     return Case(name, size, lambda: lower(on, network), chips)
 
 
+def _on_one(on: Target, step: Callable[..., Any], *operands: Any, **options: Any) -> Lowered:
+    return jax.jit(step, **options).lower(*placed(operands, on.one))
+
+
 def _train(on: Target, network: Network) -> Lowered:
     step, state = network.train_step()
-    return jax.jit(step, donate_argnums=0).lower(*placed((state, *network.batch), on.one))
+    return _on_one(on, step, state, *network.batch, donate_argnums=0)
 
 
 def _evaluate(on: Target, network: Network) -> Lowered:
     graphdef, state = network.parts
-    given = placed((state, *network.batch), on.one)
-    return jax.jit(training.eval_step(graphdef)).lower(*given)
+    return _on_one(on, training.eval_step(graphdef), state, *network.batch)
 
 
 def _embed(on: Target, network: Network) -> Lowered:
     graphdef, state = network.parts
-    given = placed((state, network.batch[0]), on.one)
-    return jax.jit(training.embed_step(graphdef)).lower(*given)
+    return _on_one(on, training.embed_step(graphdef), state, network.batch[0])
 
 
 def _repeat(on: Target, network: Network) -> Lowered:
@@ -422,31 +360,26 @@ def _data_parallel(on: Target, network: Network) -> Lowered:
 def _pmap(on: Target, network: Network) -> Lowered:
     step, state = network.train_step(axis_name=devices.DATA_AXIS)
     mapped = jax.pmap(step, devices.DATA_AXIS, devices=on.devices, donate_argnums=0)
-    chips = len(on.devices)
+    chips, recipe = len(on.devices), network.recipe
+    of_one = network._replace(recipe=replace(recipe, batch=recipe.batch // chips))
 
-    def on_each(array: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((chips, *shape), array.dtype)
+    def on_each(array: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((chips, *array.shape), array.dtype)
 
-    images, labels = network.batch
-    rows = network.recipe.batch // chips
-    return mapped.lower(
-        jax.tree.map(lambda array: on_each(array, *array.shape), state),
-        on_each(images, rows, *images.shape[1:]),
-        on_each(labels, rows),
-    )
+    return mapped.lower(*jax.tree.map(on_each, (state, *of_one.batch)))
 
 
 # The table.
 
 
 def table(target: str, rows: list[dict[str, Any]]) -> Table:
-    title = f"{target}, each device; compiled, not run"
-    view = Table(title=title, caption="kernels: a loop's count once")
-    view.add_column("program")
-    view.add_column("size")
-    for header in ("arguments", "temporary", "kernels", "sent"):
-        view.add_column(header, justify="right", no_wrap=True)
-    view.add_column("collectives, large moves")
+    view = tables.table(
+        f"{target}, each device; compiled, not run",
+        ["program", "size"],
+        ["arguments", "temporary", "kernels", "sent"],
+        "collectives, large moves",
+        caption="kernels: a loop's count once",
+    )
     for row in rows:
         if "refused" in row:
             view.add_row(row["name"], row["size"], "does not fit:", row["refused"])
@@ -456,10 +389,10 @@ def table(target: str, rows: list[dict[str, Any]]) -> Table:
         view.add_row(
             row["name"],
             row["size"],
-            scale.amount(row["argument_bytes"], "B"),
-            scale.amount(row["temporary_bytes"], "B") + ("" if row["fits"] else ", too large"),
+            amount(row["argument_bytes"]),
+            amount(row["temporary_bytes"]) + ("" if row["fits"] else ", too large"),
             str(row["kernels"]),
-            scale.amount(row["sent_bytes"], "B") if row["devices"] > 1 else "",
+            amount(row["sent_bytes"]) if row["devices"] > 1 else "",
             ", ".join(f"{count} {name}" for name, count in (kinds | moves).items()),
         )
     return view

@@ -7,8 +7,8 @@ more than 20 points above softmax's mean in its setting.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,14 +18,14 @@ import numpy as np
 import optax
 from flax import linen
 from numpy.typing import NDArray
-from rich.console import Console
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 import lsoftmax_jax as lsm
-from experiments.benchmarks.head import OUT
-from experiments.store.results import load, provenance, save
+from experiments.benchmarks.records import OUT, earlier, heading
+from experiments.benchmarks.tables import verdict
+from experiments.store.results import save
 from lsoftmax_jax import schedule
 from lsoftmax_jax.linen import LSoftmaxDense
 
@@ -36,6 +36,14 @@ CONSTANTS = (0.0, 5.0, 20.0)
 COMPARED = 4  # the margin with which every way to choose λ is tried
 COLLAPSED = 20.0  # points above softmax's mean error
 RELEASED_STEPS = 18_000  # that the released constants are for
+
+
+OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "adam": optax.adam,
+    "adamw": partial(optax.adamw, weight_decay=0.05),
+    "sgd": optax.sgd,
+    "momentum": partial(optax.sgd, momentum=0.9),
+}
 
 
 class Data(NamedTuple):
@@ -140,35 +148,26 @@ def bench(quick: bool = False, again: bool = False, out: Path = OUT) -> None:
       again: start over even if there is a result.
       out: folder of the result.
     """
-    settings, seeds = (QUICK, 2) if quick else (SETTINGS, SEEDS)
-    margins = (4,) if quick else MARGINS
-    name = f"convergence{'-quick' * quick}-{jax.default_backend()}.json"
-    result = {
-        "kind": "bench convergence",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python -m experiments bench convergence{' --quick' * quick}",
-        **provenance(1),
-        "seeds": seeds,
-    }
+    settings, margins, seeds = (QUICK, (4,), 2) if quick else (SETTINGS, MARGINS, SEEDS)
+    file = out / f"convergence{'-quick' * quick}-{jax.default_backend()}.json"
+    command = f"python -m experiments bench convergence{' --quick' * quick}"
+    result = heading("bench convergence", command) | {"seeds": seeds}
+    kept: dict[Setting, dict[str, Any]] = {}
+    # Other versions may have other numbers; a later commit continues what an earlier began.
+    if not again and (saved := earlier(file, result, ("versions",), "settings")):
+        result |= {key: saved[key] for key in ("date", "commit", "device")}
+        kept = {setting_of(entry): entry for entry in saved["settings"]}
     done: list[dict[str, Any]] = []
-    if (out / name).exists() and not again:
-        saved = load(out / name)
-        # Other versions may have other numbers; a later commit continues what an earlier began.
-        if saved["versions"] == result["versions"]:
-            result |= {key: saved[key] for key in ("date", "commit", "device")}
-            done = [entry for entry in saved["settings"] if setting_of(entry) in settings]
-    kept = {setting_of(entry): entry for entry in done}
-    done = []
     for setting in tqdm(settings, unit=" settings"):
         done.append(kept.get(setting) or measure(setting, margins, seeds))
-        save(out / name, result | {"settings": done})
-    console = Console(width=max(Console().width, 120))
-    console.print(f"{summary_table(done)}\n\n{settings_table(done)}\n", markup=False)
-    for target in targets(done):
-        met = "met" if target["met"] else "not met"
-        console.print(f"{target['measure']}: {target['reached']} of {target['limit']}, {met}")
-    save(out / name, result | {"settings": done, "targets": targets(done)})
-    print(f"{out / name} written")
+        save(file, result | {"settings": done})
+    print(f"{summary_table(done)}\n\n{settings_table(done)}\n")
+    found = targets(done)
+    for target in found:
+        met = verdict(target["met"])
+        print(f"{target['measure']}: {target['reached']} of {target['limit']}, {met}")
+    save(file, result | {"settings": done, "targets": found})
+    print(f"{file} written")
 
 
 def setting_of(entry: dict[str, Any]) -> Setting:
@@ -177,25 +176,21 @@ def setting_of(entry: dict[str, Any]) -> Setting:
     return Setting(**fields | {"data": Data(*entry["setting"]["data"])})
 
 
-def measure(setting: Setting, margins: Sequence[int], seeds: int) -> dict[str, Any]:
+def measure(setting: Setting, margins: Collection[int], seeds: int) -> dict[str, Any]:
     """Test errors in % of every way to choose λ, one a seed."""
     begun, split, steps = time.perf_counter(), split_of(setting.data), np.arange(setting.steps)
-    released = schedule.MNIST._replace(
-        gamma=schedule.MNIST.gamma * RELEASED_STEPS / max(setting.steps, 1)
-    )
-    given = {
-        RELEASED: lsm.annealed_lambda(*released)(steps),
-    } | {f"λ = {lam:g}": jnp.full(setting.steps, lam) for lam in CONSTANTS}
+    released = schedule.MNIST._replace(gamma=schedule.MNIST.gamma * RELEASED_STEPS / setting.steps)
+    given = {RELEASED: lsm.annealed_lambda(*released)(steps)}
+    given |= {f"λ = {lam:g}": jnp.full(setting.steps, lam) for lam in CONSTANTS}
     start = start_of(setting, split, seeds)
-    (softmax,) = errors(setting, split, start, 1, jnp.full((1, setting.steps), jnp.inf))
-    rows = [row(SOFTMAX, 1, softmax)]
+    infinite = jnp.full((1, setting.steps), jnp.inf)
+    rows = [row(SOFTMAX, 1, *errors(setting, split, start, 1, infinite))]
     for margin in margins:
-        (paced,) = errors(setting, split, start, margin, None)
         lams = {RAMP: lsm.margin_schedule(setting.steps, margin=margin)(steps)}
         if margin == COMPARED:
             lams |= given
+        rows.append(row(SELF_PACED, margin, *errors(setting, split, start, margin, None)))
         found = errors(setting, split, start, margin, jnp.stack(list(lams.values())))
-        rows.append(row(SELF_PACED, margin, paced))
         rows += [row(policy, margin, of) for policy, of in zip(lams, found, strict=True)]
     return {
         "setting": setting._asdict(),
@@ -245,44 +240,40 @@ class Network(linen.Module):
         return self.head.loss(self.features(inputs), labels, lam, where=counts).mean(where=counts)
 
 
-class Start(NamedTuple):
-    """What does not depend on λ or margin, one of each a seed."""
+def start_of(setting: Setting, split: Split, seeds: int) -> tuple[Any, jax.Array]:
+    """What does not depend on λ or margin, one of each a seed.
 
-    params: Any
-    rows: jax.Array  # (seeds, steps, batch): of the training set
-
-
-def start_of(setting: Setting, split: Split, seeds: int) -> Start:
+    That is parameters, and the rows (steps, batch) of the training set that the updates see.
+    """
     network, size = Network(setting, split.classes, margin=1), split.train[0].shape
 
-    def of(key: jax.Array) -> Start:
+    def of(key: jax.Array) -> tuple[Any, jax.Array]:
         first, second = jax.random.split(key)
         rows = jax.random.randint(second, (setting.steps, setting.batch), 0, size[0])
-        return Start(network.init(first, jnp.zeros((1, size[1]))), rows)
+        return network.init(first, jnp.zeros((1, size[1]))), rows
 
     return compiled(jax.vmap(of), jax.random.split(jax.random.key(1), seeds))
 
 
 def errors(
-    setting: Setting, split: Split, start: Start, margin: int, lams: jax.Array | None
+    setting: Setting, split: Split, start: tuple, margin: int, lams: jax.Array | None
 ) -> NDArray[np.float64]:
     """Test errors in %, (lams, seeds); lams (number, steps), or None for one, self-paced."""
-    network = Network(setting, split.classes, margin)
-    optimizer = optimizer_of(setting)
+    network, rate = Network(setting, split.classes, margin), setting.rate
+    decreasing = optax.cosine_decay_schedule(rate, setting.steps) if setting.cosine else rate
+    optimizer = OPTIMIZERS[setting.optimizer](decreasing)
     (inputs, labels), (test_inputs, test_labels) = jax.tree.map(jnp.asarray, split[:2])
 
-    def trained(start: Start, lams: jax.Array | None) -> jax.Array:
+    def trained(start: tuple[Any, jax.Array], lams: jax.Array | None) -> jax.Array:
         def update(carry: Any, at: Any) -> tuple[Any, None]:
             (params, state), (rows, lam) = carry, at
-            grads = jax.grad(network.apply)(
-                params, inputs[rows], labels[rows], lam, method=Network.loss
-            )
+            seen = inputs[rows], labels[rows], lam
+            grads = jax.grad(network.apply)(params, *seen, method=Network.loss)
             updates, state = optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        params = start.params
-        carry = params, optimizer.init(params)
-        (params, _), _ = jax.lax.scan(update, carry, (start.rows, lams))
+        params, rows = start
+        (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), (rows, lams))
         logits: Any = network.apply(params, test_inputs)
         return 100 * (logits.argmax(axis=-1) != test_labels).mean()
 
@@ -296,20 +287,6 @@ def compiled(function: Callable[..., Any], *operands: Any) -> Any:
     """The function's value; on CPUs compiling less hard takes half of the time in all."""
     program = jax.jit(function).lower(*operands)
     return program.compile(compiler_options={"xla_backend_optimization_level": "1"})(*operands)
-
-
-def optimizer_of(setting: Setting) -> optax.GradientTransformation:
-    rate = setting.rate
-    schedule = optax.cosine_decay_schedule(rate, setting.steps) if setting.cosine else rate
-    match setting.optimizer:
-        case "adam":
-            return optax.adam(schedule)
-        case "adamw":
-            return optax.adamw(schedule, weight_decay=0.05)
-        case "sgd":
-            return optax.sgd(schedule)
-        case "momentum":
-            return optax.sgd(schedule, momentum=0.9)
 
 
 def split_of(data: Data) -> Split:
@@ -350,20 +327,24 @@ class Outcome(NamedTuple):
     worst: float  # points above softmax's mean
 
 
-def outcome(entries: Iterable[dict[str, Any]], policy: str, margins: Iterable[int]) -> Outcome:
-    means: list[float] = []
-    above: list[float] = []
-    collapsed, runs, margins = 0, 0, set(margins)
-    for entry in entries:
-        softmax = np.mean(next(r["errors"] for r in entry["runs"] if r["policy"] == SOFTMAX))
-        for run in entry["runs"]:
-            if run["policy"] == policy and run["margin"] in margins:
-                means.append(float(np.mean(run["errors"])))
-                above.append(round(means[-1] - float(softmax), 6))
-                collapsed += int(np.sum(np.array(run["errors"]) > softmax + COLLAPSED))
-                runs += len(run["errors"])
-    no_worse = sum(points <= 0 for points in above)
-    return Outcome(runs, collapsed, float(np.mean(means)), len(means), no_worse, max(above))
+def outcome(entries: Iterable[dict[str, Any]], policy: str, margins: Collection[int]) -> Outcome:
+    found = [
+        (run["errors"], next(r["errors"] for r in entry["runs"] if r["policy"] == SOFTMAX))
+        for entry in entries
+        for run in entry["runs"]
+        if run["policy"] == policy and run["margin"] in margins
+    ]
+    errors = np.array([of for of, _ in found])
+    softmax = np.array([np.mean(of) for _, of in found])
+    above = (errors.mean(axis=1) - softmax).round(6)
+    return Outcome(
+        runs=errors.size,
+        collapsed=int(np.sum(errors > softmax[:, None] + COLLAPSED)),
+        error=float(errors.mean(axis=1).mean()),
+        settings=len(found),
+        no_worse=int(np.sum(above <= 0)),
+        worst=float(above.max()),
+    )
 
 
 def margins_of(entries: list[dict[str, Any]]) -> list[int]:

@@ -1,43 +1,34 @@
 """Times and measures the head against other libraries: `python -m experiments bench head`.
 
 One process; the arms are compiled ahead of time, their losses and gradients compared, then timed
-in turn, in a new random order each round, so that whatever else the machine does meets all alike.
-A ratio is the median over the rounds of the ratio to the same round's baseline.
+in turn.
 """
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.stages import Compiled
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from experiments.benchmarks import arms as every
-from experiments.benchmarks import hlo, peers
+from experiments.benchmarks import hlo, peers, rounds, tables
 from experiments.benchmarks.arms import Arm, Problem, Shape
-from experiments.store.results import provenance, save
+from experiments.benchmarks.records import OUT, heading, repeating, stamped
+from experiments.benchmarks.rounds import TOLERANCE, Run, check, quartiles, take_times
+from experiments.store.results import save
 
-OUT = Path(__file__).parent.parent / "results" / "bench"
 SHAPES = ((256, 256, 10), (256, 512, 100), (512, 512, 10575), (512, 256, 102400))
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 WARM_UP = 3
-# A shorter sample would time the clock and the dispatch.
-SHORTEST_SAMPLE = 2e-3
-# How far losses and lengths of gradients may be apart, relative to the first.
-TOLERANCE = {"f32": 1e-4, "bf16": 3e-2}
 
 
 def bench(
@@ -62,104 +53,67 @@ def bench(
       peers_python: a Python; if it has torch and pytorch-metric-learning, they are timed too.
       out: folder of the result.
     """
-    smallest = {
-        "shapes": min(map(min, shapes), default=0),
-        "class_block": class_block,
-        "repetitions": repetitions,
-        "margin": margin,
-    }
+    smallest = {"shapes": min(map(min, shapes), default=0), "class_block": class_block}
+    smallest |= {"repetitions": repetitions, "margin": margin}
     for name, value in smallest.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= lam < math.inf:
         raise ValueError(f"lam must be finite and >= 0, got {lam}")
-    begun, console = datetime.now(UTC), Console(width=max(Console().width, 132))
-    place = f"head-{jax.default_backend()}-{dtype}-{begun:%Y%m%d-%H%M}.json"
-    config = {
-        "dtype": dtype,
-        "margin": margin,
-        "lam": lam,
-        "class_block": class_block,
-        "repetitions": repetitions,
-    }
-    result = {
-        "kind": "bench head",
-        "date": begun.isoformat(timespec="seconds"),
-        "command": f"python -m experiments bench head{written(shapes, config)}",
-        **provenance(1),
-        "peer_versions": peer_versions(peers_python),
-        "config": config,
-    }
+    file = out / stamped(f"head-{jax.default_backend()}-{dtype}")
+    config = {"dtype": dtype, "margin": margin, "lam": lam}
+    config |= {"class_block": class_block, "repetitions": repetitions}
+    command = repeating("head", shapes=tuple(itertools.chain(*shapes)), **config)
+    versions = {"peer_versions": peer_versions(peers_python)}
+    result = heading("bench head", command) | versions | {"config": config}
     measured: list[dict[str, Any]] = []
     half = -(-repetitions // 2)
     for shape in map(Shape._make, shapes):
-        given = every.problem(shape, DTYPES[dtype], lam)
+        given = every.problem(shape, every.DTYPES[dtype], lam)
         load = os.getloadavg()[0]
         before = peer_times(peers_python, given, margin, half)
-        runs = prepare(every.arms(shape, margin, class_block), given, shape, dtype, margin)
-        take_times(runs, given, repetitions, str(shape))
+        listed = every.arms(shape, margin, class_block)
+        runs = prepare(listed, given, shape, dtype, margin)
+        take_times(runs.values(), repetitions, str(shape))
         after = peer_times(peers_python, given, margin, half)
-        rows = [summary(run, runs) for run in runs] + peer_rows(before, after, runs)
-        measured.append(
-            {
-                "shape": shape,
-                "load": [load, os.getloadavg()[0]],
-                "arms": rows,
-                "targets": [judge(target, shape, rows) for target in targets(shape, dtype)],
-            }
-        )
+        rows = [summary(arm, runs) for arm in listed if arm.name in runs]
+        rows += peer_rows(before, after, runs)
+        judged = [judge(target, shape, rows) for target in targets(shape, dtype)]
+        loads = [load, os.getloadavg()[0]]
+        measured.append({"shape": shape, "load": loads, "arms": rows, "targets": judged})
         # Appended shape by shape: an interrupted benchmark keeps what it has.
-        save(out / place, result | {"shapes": measured})
-        console.print(arms_table(measured[-1], dtype))
-        console.print(targets_table(measured[-1]))
-    print(f"{out / place} written")
+        save(file, result | {"shapes": measured})
+        tables.show(arms_table(measured[-1], dtype), 132)
+        tables.show(targets_table(measured[-1]), 132)
+    print(f"{file} written")
 
 
-def written(shapes: tuple[tuple[int, int, int], ...], config: dict[str, Any]) -> str:
-    """The flags that repeat a benchmark, without the folders of one machine."""
-    sizes = " ".join(str(size) for shape in shapes for size in shape)
-    flags = {"shapes": sizes} | config
-    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in flags.items())
+# Preparing.
 
 
-# Preparing and timing.
-
-
-@dataclass
-class Run:
-    """A compiled arm and what it did."""
-
-    arm: Arm
-    compiled: Compiled
-    facts: hlo.Facts
-    state: Any
-    loss: float | None = None
-    calls: int = 1  # in a sample
-    seconds: list[float] = field(default_factory=list)  # of a call, one a round
-
-
-def prepare(listed: list[Arm], given: Problem, shape: Shape, dtype: str, margin: int) -> list[Run]:
+def prepare(
+    listed: list[Arm], given: Problem, shape: Shape, dtype: str, margin: int
+) -> dict[str, Run]:
     """Compiles, compares and warms up the arms; one that does not fit the memory is left out.
 
     Raises:
       ValueError: naming an arm whose loss or gradients are not those of the arms before it.
     """
-    runs: list[Run] = []
+    runs: dict[str, Run] = {}
     lengths: dict[tuple[str, str], float] = {}
     margins = {"plain": 1, "margin": margin, "arcface": None}
     exact = {loss: every.literal_loss(given, m) for loss, m in margins.items()}
     for arm in tqdm(listed, f"{shape} compile", unit=" arms", leave=False):
         try:
-            run, length = prepare_arm(arm, given, shape)
+            runs[arm.name], length = prepare_arm(arm, given, shape)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             print(f"{arm.name} at {shape} does not fit the memory", file=sys.stderr)
             continue
-        runs.append(run)
         if arm.loss == "none":
             continue
-        check(arm.name, "loss", run.loss, exact[arm.loss], TOLERANCE[dtype])
+        check(arm.name, "loss", runs[arm.name].loss, exact[arm.loss], TOLERANCE[dtype])
         for part, value in length.items():
             first = lengths.setdefault((arm.loss, part), value)
             check(arm.name, f"length of {part}", value, first, TOLERANCE[dtype])
@@ -167,87 +121,44 @@ def prepare(listed: list[Arm], given: Problem, shape: Shape, dtype: str, margin:
 
 
 def prepare_arm(arm: Arm, given: Problem, shape: Shape) -> tuple[Run, dict[str, float]]:
+    """An arm's run, and the lengths of its gradients."""
     features, kernel, *rest = given
     state = arm.start(kernel)
-    step = jax.jit(arm.step, donate_argnums=(1,) if arm.updates else ())
-    compiled = step.lower(features, state, *rest).compile()
-    run = Run(arm, compiled, hlo.facts(compiled, shape.dim * shape.classes), state)
-    loss, dfeatures, out = call(run, given)
-    run.loss = float(loss) if arm.loss != "none" else None
-    length = {"dfeatures": norm(dfeatures)}
-    if not arm.updates:
-        length["dkernel"] = norm(out)
-    for _ in range(WARM_UP):
-        seconds = sample(run, given)
-    run.calls = max(1, math.ceil(SHORTEST_SAMPLE / seconds))
+    compiled = arm.lower(features, state, *rest).compile()
+
+    def call() -> Any:
+        nonlocal state
+        outputs = compiled(features, state, *rest)
+        if arm.updates:
+            state = outputs[2]
+        return outputs
+
+    loss, dfeatures, out = call()
+    length = {"dfeatures": norm(dfeatures)} | ({} if arm.updates else {"dkernel": norm(out)})
+    facts = hlo.facts(compiled, shape.dim * shape.classes)
+    run = Run(call, facts, None if arm.loss == "none" else float(loss))
+    run.warm_up(WARM_UP)
     return run, length
-
-
-def call(run: Run, given: Problem) -> Any:
-    features, _, *rest = given
-    outputs = run.compiled(features, run.state, *rest)
-    if run.arm.updates:
-        run.state = outputs[2]
-    return outputs
-
-
-def sample(run: Run, given: Problem) -> float:
-    begun = time.perf_counter()
-    for _ in range(run.calls):
-        outputs = call(run, given)
-    jax.block_until_ready(outputs)
-    return (time.perf_counter() - begun) / run.calls
-
-
-def take_times(runs: list[Run], given: Problem, repetitions: int, title: str) -> None:
-    order = np.random.default_rng(0)
-    with tqdm(total=repetitions * len(runs), desc=f"{title} time", unit=" samples") as progress:
-        for _ in range(repetitions):
-            for index in order.permutation(len(runs)):
-                runs[index].seconds.append(sample(runs[index], given))
-                progress.update()
 
 
 def norm(array: jax.Array) -> float:
     return float(jnp.linalg.norm(array.astype(jnp.float32)))
 
 
-def check(name: str, what: str, value: float | None, wanted: float, tolerance: float) -> None:
-    if value is None or not abs(value - wanted) <= tolerance * abs(wanted):
-        raise ValueError(
-            f"{name} computes something else: its {what} is {value}, expected {wanted} "
-            f"within a share of {tolerance}"
-        )
-
-
 # What was measured.
 
 
-def summary(run: Run, runs: list[Run]) -> dict[str, Any]:
+def summary(arm: Arm, runs: dict[str, Run]) -> dict[str, Any]:
     """An arm's row of the result; ratios are to plain softmax, with the update if it has one."""
-    name = every.PLAIN_SGD if run.arm.updates else every.PLAIN
-    baseline = next((other for other in runs if other.arm.name == name), run)
-    ratios = np.array(run.seconds) / np.array(baseline.seconds)
+    baseline = every.PLAIN_SGD if arm.updates else every.PLAIN
+    if baseline not in runs:
+        baseline = arm.name
     return {
-        "arm": run.arm.name,
-        "baseline": baseline.arm.name,
-        "products": run.arm.products,
-        "milliseconds": quartiles(1e3 * np.array(run.seconds)),
-        "ratio": quartiles(ratios),
-        "loss": run.loss,
-        "memory_ratio": run.facts.temporary_bytes / max(baseline.facts.temporary_bytes, 1),
-        **run.facts._asdict(),
+        "arm": arm.name,
+        "baseline": baseline,
+        "products": arm.products,
+        **runs[arm.name].row(runs[baseline]),
     }
-
-
-def quartiles(values: Any) -> list[float]:
-    """The median, then the quartiles around it."""
-    return [float(f"{value:.4g}") for value in np.percentile(values, (50, 25, 75))]
-
-
-def median(quartiles: list[float]) -> float:
-    middle, *_ = quartiles
-    return middle
 
 
 # The targets, from the table of the design.
@@ -300,10 +211,10 @@ def judge(target: Target, shape: Shape, rows: list[dict[str, Any]]) -> dict[str,
     """The target and what was reached; nothing where one of the two arms did not run."""
     found = {row["arm"]: row for row in rows}
     one, other = found.get(target.arm), found.get(target.against)
-    reached = None
+    reached = met = None
     if one and other:
         reached = float(f"{reached_by(target.measure, shape, one, other):.4g}")
-    met = None if reached is None else reached <= target.limit
+        met = reached <= target.limit
     return {**target._asdict(), "reached": reached, "met": met}
 
 
@@ -311,8 +222,8 @@ def reached_by(measure: str, shape: Shape, one: dict[str, Any], other: dict[str,
     if measure == "time":
         # A ratio to the baseline is taken round by round.
         if one["baseline"] == other["arm"]:
-            return median(one["ratio"])
-        return median(one["milliseconds"]) / median(other["milliseconds"])
+            return one["ratio"][0]
+        return one["milliseconds"][0] / other["milliseconds"][0]
     if measure == "extra":
         more = one["temporary_bytes"] - other["temporary_bytes"]
         return more / (4 * shape.batch * shape.classes)
@@ -335,42 +246,42 @@ def peer_times(
 ) -> dict[str, dict[str, Any]]:
     """Loss, seconds and growth of each peer that is installed, in float32 and without annealing."""
     versions = peer_versions(python)
-    if not versions or given.lam or given.kernel.dtype != jnp.float32:
+    alike = given.kernel.dtype == jnp.float32 and not given.lam and jax.default_backend() == "cpu"
+    if not versions or not alike:
         return {}
-    if jax.default_backend() != "cpu":
-        return {}
-    names = [peers.SOFTMAX]
+    margins = {peers.SOFTMAX: 1}
     if peers.LARGE_MARGIN in versions:
-        names.append(peers.LARGE_MARGIN)
+        margins[peers.LARGE_MARGIN] = margin
+    timed = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "operands.npz"
         features, kernel, labels = (np.asarray(array) for array in given[:3])
         np.savez(file, features=features, kernel=kernel, labels=labels)
-        arguments = str(file), str(margin), str(repetitions)
-        timed = {name: json.loads(_peer(python, *arguments, name)) for name in names}
-    for name, peer in timed.items():
-        wanted = every.literal_loss(given, margin if name == peers.LARGE_MARGIN else 1)
-        check(name, "loss", peer["loss"], wanted, TOLERANCE["f32"])
+        for name, of in margins.items():
+            timed[name] = json.loads(_peer(python, str(file), str(margin), str(repetitions), name))
+            wanted = every.literal_loss(given, of)
+            check(name, "loss", timed[name]["loss"], wanted, TOLERANCE["f32"])
     return timed
 
 
 def peer_rows(
-    before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]], runs: list[Run]
+    before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]], runs: dict[str, Run]
 ) -> list[dict[str, Any]]:
     """Rows of the peers, timed before and after; a ratio to the baseline's median."""
-    plain = np.median(next(run.seconds for run in runs if run.arm.name == every.PLAIN))
     rows = []
-    for name in before:
-        seconds = np.array(before[name]["seconds"] + after[name]["seconds"])
+    for name, first in before.items():
+        early, late = (1e3 * np.array(times[name]["seconds"]) for times in (before, after))
+        both = np.concatenate([early, late])
+        plain = 1e3 * np.median(runs[every.PLAIN].seconds)
         row = {
             "arm": name,
             "baseline": every.PLAIN,
-            "milliseconds": quartiles(1e3 * seconds),
-            "ratio": quartiles(seconds / plain),
-            "milliseconds_before": quartiles(1e3 * np.array(before[name]["seconds"])),
-            "milliseconds_after": quartiles(1e3 * np.array(after[name]["seconds"])),
-            "loss": before[name]["loss"],
-            "growth_bytes": before[name]["growth_bytes"],
+            "milliseconds": quartiles(both),
+            "ratio": quartiles(both / plain),
+            "milliseconds_before": quartiles(early),
+            "milliseconds_after": quartiles(late),
+            "loss": first["loss"],
+            "growth_bytes": first["growth_bytes"],
         }
         rows.append(row)
     return rows
@@ -394,45 +305,15 @@ def _peer(python: Path, *arguments: str) -> str:
 
 def arms_table(entry: dict[str, Any], dtype: str) -> Table:
     title = f"batch, features, classes {Shape(*entry['shape'])}, {dtype}; median (quartiles)"
-    view = Table(title=title)
-    view.add_column("arm", no_wrap=True)
-    for header in ("ms", "ratio to plain", "MB", "to plain", "dots"):
-        view.add_column(header, justify="right", no_wrap=True)
-    view.add_column("large moves")
-    for row in entry["arms"]:
-        grown = "growth_bytes" in row
-        size = row["growth_bytes" if grown else "temporary_bytes"] / 1e6
-        view.add_row(
-            row["arm"],
-            spread(row["milliseconds"]),
-            spread(row["ratio"]),
-            f"{size:.3g}{'*' if grown else ''}",
-            "" if grown else f"{row['memory_ratio']:.3g}",
-            "" if grown else str(row["dots"]),
-            "" if grown else ", ".join(f"{n} {name}" for name, n in row["large_moves"].items()),
-        )
-    view.caption = "MB: temporary memory; * growth of the process, gradients included"
-    return view
+    caption = "MB: temporary memory; * growth of the process, gradients included"
+    return rounds.table(title, entry["arms"], caption)
 
 
 def targets_table(entry: dict[str, Any]) -> Table:
-    view = Table("arm", "measure", "against", title=f"targets at {Shape(*entry['shape'])}")
-    for header in ("target", "reached"):
-        view.add_column(header, justify="right")
-    view.add_column("")
+    title = f"targets at {Shape(*entry['shape'])}"
+    view = tables.table(title, ["arm", "measure", "against"], ["target", "reached"], "")
     for target in entry["targets"]:
-        reached = target["reached"]
-        view.add_row(
-            target["arm"],
-            target["measure"],
-            target["against"],
-            f"<= {target['limit']:.3g}",
-            "" if reached is None else f"{reached:.3g}",
-            {True: "met", False: "not met", None: "not measured"}[target["met"]],
-        )
+        reached = "" if target["reached"] is None else f"{target['reached']:.3g}"
+        words = (target[key] for key in ("arm", "measure", "against"))
+        view.add_row(*words, f"<= {target['limit']:.3g}", reached, tables.verdict(target["met"]))
     return view
-
-
-def spread(values: list[float]) -> str:
-    median, low, high = (f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values)
-    return f"{median} ({low} to {high})"

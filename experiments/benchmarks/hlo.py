@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
 from typing import Any, NamedTuple
 
 from jax.stages import Compiled
 
+# (shape, operation, the line's rest) of every instruction.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.+?) ([a-z][\w-]*)\((.*)$", re.MULTILINE)
 _ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+)\[([\d,]*)\]")
 _LIBRARY_PRODUCT = re.compile(r'custom_call_target="[^"]*(?:matmul|gemm)')
@@ -68,17 +69,18 @@ def facts(compiled: Compiled, elements: int) -> Facts:
     """Facts of a program; a move is large from so many elements on."""
     text = compiled.as_text() or ""
     memory: Any = compiled.memory_analysis()
-    moves = dict.fromkeys(MOVES, 0)
-    for shape, operation, _ in _instructions(_without_fused(text)):
-        if operation in moves and max(_elements(shape), default=0) >= elements:
-            moves[operation] += 1
+    moves = Counter(
+        operation
+        for shape, operation, _ in _INSTRUCTION.findall(_without_fused(text))
+        if max((size for size, _ in _arrays(shape)), default=0) >= elements
+    )
     return Facts(
         temporary_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         reused_bytes=memory.alias_size_in_bytes,
         dots=dots(text),
-        large_moves={name: count for name, count in moves.items() if count},
+        large_moves={name: moves[name] for name in MOVES if moves[name]},
     )
 
 
@@ -86,7 +88,7 @@ def dots(text: str) -> int:
     """Matrix products in a program's text, those handed to a library included."""
     return sum(
         operation == "dot" or (operation == "custom-call" and bool(_LIBRARY_PRODUCT.search(rest)))
-        for _, operation, rest in _instructions(text)
+        for _, operation, rest in _INSTRUCTION.findall(text)
     )
 
 
@@ -94,22 +96,22 @@ def kernels(text: str) -> int:
     """What a program launches one after the other, in the body of a loop once."""
     fused = set(_FUSED.findall(text))
     alone = _COMPUTATION.sub(lambda body: "" if body[1] in fused else body[0], text)
-    return sum(operation in LAUNCHED for _, operation, _ in _instructions(alone))
+    return sum(operation in LAUNCHED for _, operation, _ in _INSTRUCTION.findall(alone))
 
 
 def collectives(compiled: Compiled, devices: int) -> list[Collective]:
     """The collectives of a program for so many devices, without those of one device."""
     found = []
-    for shape, operation, rest in _instructions(compiled.as_text() or ""):
+    for shape, operation, rest in _INSTRUCTION.findall(compiled.as_text() or ""):
         kind = operation.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
         together = _together(rest) or devices
-        arrays = _ARRAY.findall(shape)
+        arrays = _arrays(shape)
         if kind == "all-gather" and operation != kind:
             arrays = arrays[len(arrays) // 2 :]  # the first half are its operands
         if together > 1:
-            found.append(Collective(kind, sum(_bytes(*array) for array in arrays), together))
+            found.append(Collective(kind, sum(size for _, size in arrays), together))
     return found
 
 
@@ -139,18 +141,11 @@ def _together(rest: str) -> int | None:
     return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", axes))
 
 
-def _instructions(text: str) -> Iterator[tuple[str, str, str]]:
-    """(shape, operation, the line's rest) of every instruction."""
-    for match in _INSTRUCTION.finditer(text):
-        yield match[1], match[2], match[3]
-
-
-def _elements(shape: str) -> list[int]:
-    return [
-        math.prod(map(int, filter(None, sizes.split(",")))) for _, sizes in _ARRAY.findall(shape)
-    ]
-
-
-def _bytes(dtype: str, sizes: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype.removeprefix("b")))
-    return bits // 8 * math.prod(map(int, filter(None, sizes.split(","))))
+def _arrays(shape: str) -> list[tuple[int, int]]:
+    """(elements, bytes) of every array of a shape."""
+    found = []
+    for dtype, sizes in _ARRAY.findall(shape):
+        elements = math.prod(map(int, filter(None, sizes.split(","))))
+        bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
+        found.append((elements, bits // 8 * elements))
+    return found

@@ -14,7 +14,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,18 +93,17 @@ def peak_bytes() -> int:
     )
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Those of the packages that are installed."""
     found = {}
-    for package in PACKAGES:
-        try:
+    for package in packages:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["versions"]:
-        print(json.dumps(versions() if find_spec("torch") else {}))
+        print(json.dumps(versions(PACKAGES) if find_spec("torch") else {}))
     else:
         main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -6,41 +6,41 @@ takes memory. One device runs `lsoftmax_sgd`, where the kernel's gradient never 
 run the class-parallel loss, features split over all of them as a backbone would leave them.
 """
 
+import bisect
 import functools
 import itertools
 import math
 import os
-import resource
 import statistics
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled, Lowered
-from rich.console import Console
 from rich.table import Table
 
 import lsoftmax_jax as lsm
-from experiments.benchmarks import hlo, targets
+from experiments.benchmarks import hlo, peers, tables, targets
+from experiments.benchmarks.arms import DECAY, DTYPES, MOMENTUM
 from experiments.benchmarks.hlo import Collective
+from experiments.benchmarks.records import earlier, heading
+from experiments.benchmarks.tables import amount
 from experiments.run import loop
 from experiments.run.session import Clock, Shared, Task, result_file
 from experiments.store.claims import command_line
 from experiments.store.logs import Log
-from experiments.store.results import load, provenance, save
+from experiments.store.results import save
 from lsoftmax_jax.training import State
 
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 AXES = ("data", "model")
 ROWS, COLUMNS = P(AXES), P(None, "model")
-MOMENTUM, DECAY = 0.9, 5e-4
 NOISE = 0.5
 # What the class-parallel loss exchanges of every row: the label's logit and its column's length,
 # the other logits' peak and sum.
@@ -48,14 +48,29 @@ EXCHANGED = 4
 
 
 class Job(NamedTuple):
-    """A head, its batch, and the mesh it is trained on."""
+    """A head, its batch, and the mesh it is trained on.
 
-    classes: int
-    dim: int
-    batch: int
+    Args:
+      classes: number of classes of the head.
+      dim: length of a feature.
+      batch: examples a step, on all devices together.
+      data: size of the mesh axis that shares the batch.
+      model: size of the mesh axis that shares the classes.
+      dtype: dtype of features and kernel. bf16 rounds small updates away and is for measuring only.
+      margin: margin of the loss.
+      lam: λ of the loss, the same in every step.
+      learning_rate: rate of SGD with momentum on the mean loss.
+      class_block: classes at a time.
+      keep_exponentials: on several devices, save one of four matrix products and take more memory.
+      identities: how many classes occur, spread over all; by default every class.
+    """
+
+    classes: int = 1_000_000
+    dim: int = 512
+    batch: int = 4096
     data: int = 1
-    model: int = 1
-    dtype: str = "f32"
+    model: tyro.conf.Suppress[int] = 1
+    dtype: Literal["f32", "bf16"] = "f32"
     margin: int = 4
     lam: float = 5.0
     learning_rate: float = 1.0
@@ -78,18 +93,11 @@ class Job(NamedTuple):
         return -(-self.classes // self.model)
 
     @property
-    def kernel_shape(self) -> tuple[int, int]:
-        return self.dim, self.columns * self.model
-
-    @property
     def itemsize(self) -> int:
         return jnp.dtype(DTYPES[self.dtype]).itemsize
 
-    @property
-    def products(self) -> int:
-        return 3 if self.keep_exponentials else 4
-
-    def checked(self) -> "Job":
+    def check(self) -> None:
+        """Raises ValueError, naming what cannot be."""
         for name in ("classes", "dim", "batch", "data", "model", "margin", "class_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -104,15 +112,6 @@ class Job(NamedTuple):
             )
         if self.keep_exponentials and self.devices == 1:
             raise ValueError("keep_exponentials needs several devices; one computes them again")
-        return self
-
-
-class Rates(NamedTuple):
-    """What a device does in a second."""
-
-    tflops: float  # 1e12 multiplications and additions
-    bandwidth: float  # 1e9 bytes from and to its memory
-    link: float  # 1e9 bytes to other devices
 
 
 class Forecast(NamedTuple):
@@ -128,37 +127,33 @@ class Forecast(NamedTuple):
     def sent_bytes(self) -> float:
         return sum(collective.sent for collective in self.collectives)
 
-    def seconds(self, rates: Rates) -> float:
+    def seconds(self, chip: targets.Chip) -> float:
         """Products and memory overlap, communication does not."""
-        products = self.flops / (1e12 * rates.tflops)
-        memory = self.traffic_bytes / (1e9 * rates.bandwidth)
-        return max(products, memory) + self.sent_bytes / (1e9 * rates.link)
+        products = self.flops / (1e12 * chip.tflops)
+        memory = self.traffic_bytes / (1e9 * chip.bandwidth)
+        return max(products, memory) + self.sent_bytes / (1e9 * chip.link)
 
 
 def forecast(job: Job) -> Forecast:
     shard, cells, gathered = job.dim * job.columns, job.rows * job.columns, job.rows * job.dim
-    block = min(job.class_block, job.columns)
+    size, block = job.itemsize, min(job.class_block, job.columns)
     tail = job.columns % block
-    blocks = 4 * (job.rows * (block + tail) + job.dim * block + gathered + job.columns)
-    size = job.itemsize
-    if job.devices == 1:
-        temporary, update = blocks, 2 * size + 2 * 4
-    else:
-        gradient = size * shard
-        temporary = gradient + blocks + size * gathered
-        if job.data > 1:
-            # Summed over the devices it has memory of its own.
-            temporary = max(temporary, 2 * gradient)
-        update = 4 * size + 2 * 4
     # The logits are written and read in float32, their gradient is written and read twice.
-    reads, visits = 3, 2 * 4 + 2 * 4 + 3 * size
+    products, reads, visits = 4, 3, 2 * 4 + 2 * 4 + 3 * size
+    update = (2 if job.devices == 1 else 4) * size + 2 * 4
+    temporary = 4 * (job.rows * (block + tail) + job.dim * block + gathered + job.columns)
+    if job.devices > 1:
+        temporary += size * (shard + gathered)
+    if job.data > 1:
+        # Summed over the devices the gradient has memory of its own.
+        temporary = max(temporary, 2 * size * shard)
     if job.keep_exponentials:
         temporary += size * cells
-        reads, visits = 2, 2 * 4 + 2 * size + 3 * size
+        products, reads, visits = 3, 2, 2 * 4 + 2 * size + 3 * size
     return Forecast(
         state_bytes=(size + 4) * shard,
         temporary_bytes=temporary,
-        flops=job.products * 2 * job.rows * shard,
+        flops=products * 2 * job.rows * shard,
         traffic_bytes=(reads * size + update) * shard + visits * cells,
         collectives=collectives(job),
     )
@@ -181,56 +176,19 @@ def collectives(job: Job) -> list[Collective]:
 # The programs.
 
 
-class Programs(NamedTuple):
-    """A job's functions, compiled when called.
-
-    create: key -> (kernel, momentum).  batch: number -> (features, labels).
-    step: (features, kernel, momentum, labels) -> (loss, dfeatures, kernel, momentum).
-    accuracy: (features, kernel, labels) -> share of rows whose plain logit is the largest.
-    """
-
-    create: Any
-    batch: Any
-    step: Any
-    accuracy: Any
-
-
-def programs(job: Job, mesh: Mesh, *, plain: bool = False) -> Programs:
-    rows, columns, whole = (NamedSharding(mesh, spec) for spec in (ROWS, COLUMNS, P()))
-    sharded = job.devices > 1
-    step = class_parallel_step(job, mesh) if sharded else one_device_step(job)
-    step = plain_step(job) if plain else step
-    return Programs(
-        create=jax.jit(functools.partial(create, job), out_shardings=(columns, columns)),
-        batch=jax.jit(functools.partial(batch, job), out_shardings=(rows, rows)),
-        step=jax.jit(
-            step,
-            in_shardings=(rows, columns, columns, rows),
-            out_shardings=(whole, rows, columns, columns),
-            donate_argnums=(1, 2),
-        ),
-        accuracy=jax.jit(functools.partial(accuracy, job, mesh if sharded else None)),
-    )
-
-
 def make_mesh(job: Job) -> Mesh:
     if job.devices > jax.device_count():
         raise ValueError(
             f"data x model must be at most the {jax.device_count()} devices, "
             f"got {job.data} x {job.model}; JAX_NUM_CPU_DEVICES={job.devices} makes CPU devices"
         )
-    return jax.make_mesh(
-        (job.data, job.model),
-        AXES,
-        (AxisType.Auto,) * 2,
-        devices=jax.devices()[: job.devices],
-    )
+    devices = jax.devices()[: job.devices]
+    return jax.make_mesh((job.data, job.model), AXES, (AxisType.Auto,) * 2, devices=devices)
 
 
 def create(job: Job, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    kernel = jax.random.normal(key, job.kernel_shape, DTYPES[job.dtype])
-    momentum = jnp.zeros(job.kernel_shape, jnp.float32)
-    return kernel * jnp.asarray(job.dim**-0.5, kernel.dtype), momentum
+    kernel = jax.random.normal(key, (job.dim, job.columns * job.model), DTYPES[job.dtype])
+    return kernel * jnp.asarray(job.dim**-0.5, kernel.dtype), jnp.zeros(kernel.shape, jnp.float32)
 
 
 def batch(job: Job, number: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -248,119 +206,106 @@ def batch(job: Job, number: jax.Array) -> tuple[jax.Array, jax.Array]:
     return features.astype(DTYPES[job.dtype]), labels
 
 
+def class_parallel_loss(job: Job, mesh: Mesh) -> Callable[..., jax.Array]:
+    """(features, kernel, labels) -> the mean loss."""
+    layout = lsm.ClassParallel("model", AXES, mesh, job.classes)
+    plan = lsm.Plan(class_block=job.class_block, keep_exponentials=job.keep_exponentials)
+    options: dict[str, Any] = {"margin": job.margin, "lam": job.lam, "layout": layout, "plan": plan}
+
+    def mean(features: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        weights = jnp.full(job.batch, 1 / job.batch)
+        return lsm.sharded.lsoftmax_loss_sum(features, kernel, labels, weights, **options)
+
+    return mean
+
+
+def plain_loss(features: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    """What one would write without this library; on several devices the compiler places it."""
+    logits = (features @ kernel).astype(jnp.float32)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
 def one_device_step(job: Job) -> Callable[..., Any]:
+    options: dict[str, Any] = {"margin": job.margin, "lam": job.lam, "class_block": job.class_block}
+    options |= {"learning_rate": job.learning_rate, "decay": MOMENTUM, "weight_decay": DECAY}
+
     def step(features: Any, kernel: Any, momentum: Any, labels: Any) -> tuple[jax.Array, ...]:
-        done = lsm.lsoftmax_sgd(
-            features,
-            kernel,
-            momentum,
-            labels,
-            jnp.full(job.batch, 1 / job.batch),
-            margin=job.margin,
-            lam=job.lam,
-            learning_rate=job.learning_rate,
-            decay=MOMENTUM,
-            weight_decay=DECAY,
-            class_block=job.class_block,
-        )
-        return done[:4]
+        weights = jnp.full(job.batch, 1 / job.batch)
+        return lsm.lsoftmax_sgd(features, kernel, momentum, labels, weights, **options)[:4]
 
     return step
 
 
-def class_parallel_step(job: Job, mesh: Mesh) -> Callable[..., Any]:
-    def step(features: Any, kernel: Any, momentum: Any, labels: Any) -> Any:
-        def mean(features: jax.Array, kernel: jax.Array) -> jax.Array:
-            return lsm.sharded.lsoftmax_loss_sum(
-                features,
-                kernel,
-                labels,
-                jnp.full(job.batch, 1 / job.batch),
-                margin=job.margin,
-                lam=job.lam,
-                layout=lsm.ClassParallel("model", AXES, mesh, job.classes),
-                plan=lsm.Plan(class_block=job.class_block, keep_exponentials=job.keep_exponentials),
-            )
-
-        loss, (dfeatures, dkernel) = jax.value_and_grad(mean, (0, 1))(features, kernel)
-        gradient = dkernel.astype(momentum.dtype) + DECAY * kernel.astype(momentum.dtype)
+def sgd_step(job: Job, loss: Callable[..., jax.Array]) -> Callable[..., Any]:
+    def step(features: Any, kernel: Any, momentum: Any, labels: Any) -> tuple[jax.Array, ...]:
+        value, (dfeatures, dkernel) = jax.value_and_grad(loss, (0, 1))(features, kernel, labels)
+        wide = kernel.astype(jnp.float32)
+        gradient = dkernel.astype(jnp.float32) + DECAY * wide
         momentum = MOMENTUM * momentum + gradient
-        kernel = (kernel.astype(momentum.dtype) - job.learning_rate * momentum).astype(kernel.dtype)
-        return loss, dfeatures, kernel, momentum
+        kernel = (wide - job.learning_rate * momentum).astype(kernel.dtype)
+        return value, dfeatures, kernel, momentum
 
     return step
+
+
+def lower_step(job: Job, mesh: Mesh, *, plain: bool = False) -> Lowered:
+    """(features, kernel, momentum, labels) -> (loss, dfeatures, kernel, momentum), ahead of time.
+
+    Without any array: the mesh may be of chips that are not here.
+    """
+    if plain:
+        step = sgd_step(job, plain_loss)
+    elif job.devices > 1:
+        step = sgd_step(job, class_parallel_loss(job, mesh))
+    else:
+        step = one_device_step(job)
+    rows, columns, whole = (NamedSharding(mesh, spec) for spec in (ROWS, COLUMNS, P()))
+    jitted = jax.jit(
+        step,
+        in_shardings=(rows, columns, columns, rows),
+        out_shardings=(whole, rows, columns, columns),
+        donate_argnums=(1, 2),
+    )
+    return jitted.lower(*abstract(job))
+
+
+def abstract(job: Job) -> tuple[Any, Any, Any, Any]:
+    """Shapes and dtypes of features, kernel, momentum and labels."""
+    features, labels = jax.eval_shape(functools.partial(batch, job), 0)
+    kernel, momentum = jax.eval_shape(functools.partial(create, job), jax.random.key(0))
+    return features, kernel, momentum, labels
 
 
 def accuracy(
-    job: Job, mesh: Mesh | None, features: jax.Array, kernel: jax.Array, labels: jax.Array
+    job: Job, mesh: Mesh, features: jax.Array, kernel: jax.Array, labels: jax.Array
 ) -> jax.Array:
     """The margin-free accuracy, in blocks of classes and without gradients."""
+    layout = lsm.ClassParallel("model", AXES, mesh, job.classes)
     plan = lsm.Plan(class_block=job.class_block, keep_exponentials=False)
-    head = features, kernel, labels
-    if mesh is None:
-        _, seen = lsm.lsoftmax_loss_and_statistics(*head, margin=1, lam=0.0, plan=plan)
-    else:
-        layout = lsm.ClassParallel("model", AXES, mesh, job.classes)
-        _, seen = lsm.sharded.lsoftmax_loss_and_statistics(
-            *head, margin=1, lam=0.0, layout=layout, plan=plan
-        )
+    _, seen = lsm.sharded.lsoftmax_loss_and_statistics(
+        features, kernel, labels, margin=1, lam=0.0, layout=layout, plan=plan
+    )
     return jnp.mean(seen.plain_logit > seen.max_logit, dtype=jnp.float32)
 
 
-def lower_step(job: Job, step: Any) -> Lowered:
-    """The step, ahead of time and without any array."""
-    dtype = DTYPES[job.dtype]
-    return step.lower(
-        jax.ShapeDtypeStruct((job.batch, job.dim), dtype),
-        jax.ShapeDtypeStruct(job.kernel_shape, dtype),
-        jax.ShapeDtypeStruct(job.kernel_shape, jnp.float32),
-        jax.ShapeDtypeStruct((job.batch,), jnp.int32),
-    )
+def chips_mesh(on: targets.Target, job: Job) -> Mesh:
+    return on.mesh((job.data, job.model), AXES)
 
 
-def compile_step(job: Job, step: Any) -> Compiled:
-    return lower_step(job, step).compile()
-
-
-def compiled_for(on: targets.Target, job: Job, step: Any) -> Compiled | str:
+def compiled_for(on: targets.Target, job: Job, *, plain: bool = False) -> Compiled | str:
     """The step for chips that are not here, or how much of their memory it would have needed."""
-    try:
-        compiled = on.compile(lower_step(job, step))
-    except targets.TooLarge as error:
-        return str(error)
-    needed = hlo.facts(compiled, sys.maxsize).needed_bytes
-    if needed > on.chip.memory:
-        return f"{amount(needed, 'B')} of {amount(on.chip.memory, 'B')}"
+    compiled = on.compile(lower_step(job, chips_mesh(on, job), plain=plain))
+    if not isinstance(compiled, str):
+        needed = hlo.facts(compiled, sys.maxsize).needed_bytes
+        if needed > on.chip.memory:
+            return f"{amount(needed)} of {amount(on.chip.memory)}"
     return compiled
-
-
-def plain_step(job: Job) -> Callable[..., Any]:
-    """What one would write without this library; on several devices the compiler places it."""
-
-    def step(features: Any, kernel: Any, momentum: Any, labels: Any) -> Any:
-        def mean(features: jax.Array, kernel: jax.Array) -> jax.Array:
-            logits = (features @ kernel).astype(jnp.float32)
-            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-        loss, (dfeatures, dkernel) = jax.value_and_grad(mean, (0, 1))(features, kernel)
-        gradient = dkernel.astype(jnp.float32) + DECAY * kernel.astype(jnp.float32)
-        momentum = MOMENTUM * momentum + gradient
-        kernel = (kernel.astype(jnp.float32) - job.learning_rate * momentum).astype(kernel.dtype)
-        return loss, dfeatures, kernel, momentum
-
-    return step
 
 
 def largest_head(fits: Callable[[int], bool], bound: int) -> int:
     """The most classes that fit, in hundredths of a bound; 0 if not one hundredth does."""
-    low, high = 0, 101
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(bound * middle // 100):
-            low = middle
-        else:
-            high = middle
-    return bound * low // 100
+    sizes = [bound * percent // 100 for percent in range(101)]
+    return sizes[bisect.bisect(sizes, False, 1, key=lambda size: not fits(size)) - 1]
 
 
 def largest_heads(on: targets.Target, job: Job, file: Path) -> list[dict[str, Any]]:
@@ -369,20 +314,15 @@ def largest_heads(on: targets.Target, job: Job, file: Path) -> list[dict[str, An
     Every size that was tried stands in the file, which is written after each: a stopped search
     goes on where it was, if commit and versions are the same.
     """
-    facts = {
-        "kind": "largest head",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(),
-        **provenance(job.devices),
+    result = heading("largest head", command_line(), job.devices) | {
         "compilers": targets.compilers(),
         "device": "none: compiled, not run",
         "target": on.name,
         "memory_bytes": on.chip.memory,
         "config": job._asdict(),
     }
-    same = ("commit", "versions", "compilers", "config")
-    saved = load(file) if file.exists() else {}
-    tried = saved["tried"] if saved and all(saved[k] == facts[k] for k in same) else []
+    saved = earlier(file, result, ("commit", "versions", "compilers", "config"), "tried")
+    tried: list[dict[str, Any]] = saved["tried"] if saved else []
     rows: list[dict[str, Any]] = []
 
     def fits(classes: int, data: int, model: int, way: str) -> bool:
@@ -391,10 +331,9 @@ def largest_heads(on: targets.Target, job: Job, file: Path) -> list[dict[str, An
             if entry.items() >= key.items():
                 return entry["refused"] is None
         this = job._replace(classes=classes, data=data, model=model)
-        step = programs(this, on.mesh((data, model), AXES), plain=way == "plain").step
-        found = compiled_for(on, this, step)
+        found = compiled_for(on, this, plain=way == "plain")
         tried.append(key | {"refused": found if isinstance(found, str) else None})
-        save(file, facts | {"largest": rows, "tried": tried})
+        save(file, result | {"largest": rows, "tried": tried})
         return tried[-1]["refused"] is None
 
     for data, model in dict.fromkeys([(1, 1), (job.data, job.model)]):
@@ -404,27 +343,20 @@ def largest_heads(on: targets.Target, job: Job, file: Path) -> list[dict[str, An
             this_way = functools.partial(fits, data=data, model=model, way=way)
             row[way] = largest_head(this_way, bound)
         rows.append(row)
-        save(file, facts | {"largest": rows, "tried": tried})
+        save(file, result | {"largest": rows, "tried": tried})
     return rows
 
 
 # The command.
 
 
+USUAL = Job()
+
+
 def scale(
-    classes: int = 1_000_000,
-    dim: int = 512,
-    batch: int = 4096,
+    job: Annotated[Job, tyro.conf.arg(name="")] = USUAL,
     steps: int = 10,
-    identities: int | None = None,
-    margin: int = 4,
-    lam: float = 5.0,
-    learning_rate: float = 1.0,
-    dtype: Literal["f32", "bf16"] = "f32",
-    data: int = 1,
     model: int | None = None,
-    class_block: int = 4096,
-    keep_exponentials: bool = False,
     plan: bool = False,
     target: str | None = None,
     largest: bool = False,
@@ -437,19 +369,9 @@ def scale(
     """Trains a head of very many classes on synthetic identities, or says what it would take.
 
     Args:
-      classes: number of classes of the head.
-      dim: length of a feature.
-      batch: examples a step, on all devices together.
+      job: what is trained, all but the size of one mesh axis.
       steps: updates.
-      identities: how many classes occur, spread over all; by default every class.
-      margin: margin of the loss.
-      lam: λ of the loss, the same in every step.
-      learning_rate: rate of SGD with momentum on the mean loss.
-      dtype: dtype of features and kernel. bf16 rounds small updates away and is for measuring only.
-      data: size of the mesh axis that shares the batch.
       model: size of the mesh axis that shares the classes; by default all devices that are left.
-      class_block: classes at a time.
-      keep_exponentials: on several devices, save one of four matrix products and take more memory.
       plan: only say what a step takes on data x model devices, which need not exist.
       target: for the plan, chips to compile for, such as v5e:16x16 or h100, which need not exist;
         by default the rates are an H200's and nothing is compiled for it.
@@ -461,76 +383,63 @@ def scale(
       out: folder of the result. A run that is stopped leaves its state there and continues.
       checkpoint_seconds: seconds between two checkpoints; by default only a stop writes one.
     """
-    if data < 1 or steps < 1:
-        raise ValueError(f"data and steps must be >= 1, got {data} and {steps}")
+    if job.data < 1 or steps < 1:
+        raise ValueError(f"data and steps must be >= 1, got {job.data} and {steps}")
     if (target or largest) and not (target and plan):
         raise ValueError("target and largest must come with plan, and largest with a target")
     on = targets.target(target) if target else None
     devices = len(on.devices) if on else jax.device_count()
-    model = max(devices // data, 1) if model is None else model
-    job = Job(
-        classes,
-        dim,
-        batch,
-        data,
-        model,
-        dtype,
-        margin,
-        lam,
-        learning_rate,
-        class_block,
-        keep_exponentials,
-        identities,
-    ).checked()
+    job = job._replace(model=max(devices // job.data, 1) if model is None else model)
+    job.check()
     chip = on.chip if on else targets.CHIPS["h200"]
-    given = ((tflops, chip.tflops), (bandwidth, chip.bandwidth), (link, chip.link))
-    rates = Rates(*(default if rate is None else rate for rate, default in given))
-    if min(rates) <= 0:
-        raise ValueError(f"tflops, bandwidth and link must be > 0, got {tuple(rates)}")
+    given: dict[str, Any] = {"tflops": tflops, "bandwidth": bandwidth, "link": link}
+    chip = chip._replace(**{name: rate for name, rate in given.items() if rate is not None})
+    if min(rates := (chip.tflops, chip.bandwidth, chip.link)) <= 0:
+        raise ValueError(f"tflops, bandwidth and link must be > 0, got {rates}")
     if on and job.devices > devices:
         raise ValueError(f"data x model must be at most the {devices} chips of {on.name}")
+    if not plan:
+        return train(job, steps, out, checkpoint_seconds)
     if on and largest:
         file = out / f"{on.name.replace(':', '-')}-largest.json"
-        console().print(largest_table(largest_heads(on, job, file), job))
+        tables.show(largest_table(largest_heads(on, job, file), job))
         print(f"{file} written")
-    elif plan:
-        compiled: Compiled | str | None = None
-        if on:
-            compiled = compiled_for(on, job, programs(job, on.mesh((data, model), AXES)).step)
-        elif job.devices <= jax.device_count():
-            compiled = compile_step(job, programs(job, make_mesh(job)).step)
-        source = f"{on.name if on else 'h200'}, {chip.source}"
-        console().print(plan_table(job, rates, source, compiled))
-    if plan:
         return 0
-    return train(job, steps, out, checkpoint_seconds)
+    compiled: Compiled | str | None = None
+    if on:
+        compiled = compiled_for(on, job)
+    elif job.devices <= devices:
+        compiled = lower_step(job, make_mesh(job)).compile()
+    tables.show(plan_table(job, chip, on.name if on else "h200", compiled))
+    return 0
 
 
 def train(job: Job, steps: int, out: Path, checkpoint_seconds: float) -> int:
     mesh, clock = make_mesh(job), Clock()
-    run = programs(job, mesh)
-    columns, whole = (NamedSharding(mesh, spec) for spec in (COLUMNS, P()))
+    rows, columns, whole = (NamedSharding(mesh, spec) for spec in (ROWS, COLUMNS, P()))
     with clock.spent("compilation"):
-        step = compile_step(job, run.step)
+        step = lower_step(job, mesh).compile()
 
     def state_of(step: Any, kernel: Any, momentum: Any) -> State:
         return State(step, {"head": {"kernel": kernel}}, {}, momentum)
 
-    def create() -> State:
-        return state_of(jnp.zeros((), jnp.int32, device=whole), *run.create(jax.random.key(0)))
+    @functools.partial(jax.jit, out_shardings=state_of(whole, columns, columns))
+    def first_state(key: jax.Array) -> State:
+        return state_of(jnp.zeros((), jnp.int32), *create(job, key))
 
-    def compile(states: Any, feeds: Any, length: int) -> Any:
-        def updates(states: Any, feeds: Any) -> Any:
-            (state,), ((features, labels),) = states, feeds
-            kernel = state.params["head"]["kernel"]
-            loss, _, kernel, momentum = step(features, kernel, state.opt_state, labels)
-            return [state_of(state.step + 1, kernel, momentum)], [{"loss": loss.reshape(1)}]
+    examples = jax.jit(functools.partial(batch, job), out_shardings=(rows, rows))
+    share = jax.jit(functools.partial(accuracy, job, mesh))
+    key = jax.random.key(0)
 
-        return updates
+    def updates(states: Any, feeds: Any) -> Any:
+        (state,), ((features, labels),) = states, feeds
+        kernel = state.params["head"]["kernel"]
+        loss, _, kernel, momentum = step(features, kernel, state.opt_state, labels)
+        return [state_of(state.step + 1, kernel, momentum)], [{"loss": loss.reshape(1)}]
 
     def test(state: State) -> dict[str, float]:
-        features, labels = run.batch(steps)  # that no update sees
-        return {"accuracy": float(run.accuracy(features, state.params["head"]["kernel"], labels))}
+        features, labels = examples(steps)  # that no update sees
+        return {"accuracy": float(share(features, state.params["head"]["kernel"], labels))}
 
     def measure(state: State, log: Log) -> dict[str, Any]:
         lines = [line for line in log.lines if line["kind"] == "train"]
@@ -545,31 +454,20 @@ def train(job: Job, steps: int, out: Path, checkpoint_seconds: float) -> int:
             **measured(job, step),
         }
 
-    kernel, momentum = (
-        jax.ShapeDtypeStruct(job.kernel_shape, dtype, sharding=columns)
-        for dtype in (DTYPES[job.dtype], jnp.float32)
-    )
-    settings = job._asdict() | {"steps": steps}
-    name = run_name(job, steps)
+    settings, name = job._asdict() | {"steps": steps}, run_name(job, steps)
+    facts = {"name": name, "seed": 0, "config": settings}
     task = Task(
         name=name,
         folder=out / name,
         settings=settings,
-        facts={
-            "kind": "scale",
-            "name": name,
-            "seed": 0,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": command_line(),
-            "config": settings,
-        },
-        source=Identities(run.batch),
-        like=state_of(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), kernel, momentum),
-        create=create,
+        facts=heading("scale", command_line(), job.devices) | facts,
+        source=Identities(examples),
+        like=jax.eval_shape(first_state, key),
+        create=lambda: first_state(key),
         test=test,
         measure=measure,
     )
-    shared = Shared(steps, job.batch, mesh, clock, compile, lambda seen: seen)
+    shared = Shared(steps, job.batch, mesh, clock, lambda *_: updates, lambda seen: seen)
     # The state may be as large as the machine's memory: it is written when asked for.
     pace = loop.Pace(1, 1, checkpoint_seconds, starts_tested=True, keeps_last=False)
     with loop.interruptible() as stop:
@@ -577,7 +475,7 @@ def train(job: Job, steps: int, out: Path, checkpoint_seconds: float) -> int:
         trained = [done] if done else loop.train([task], shared, pace, stop)
     outcome = trained[0] if trained else None
     if outcome and outcome["status"] == "finished":
-        console().print(result_table(job, outcome))
+        tables.show(result_table(job, outcome))
         print(f"{result_file(task.folder)} written")
     return loop.exit_code(outcome)
 
@@ -595,26 +493,22 @@ class Identities(NamedTuple):
 
 def run_name(job: Job, steps: int) -> str:
     """Names the run's files: backend, classes, and what is not the default."""
-    usual = Job(job.classes, dim=512, batch=4096)
-    short = job._asdict() | {"steps": steps}
-    plain = usual._asdict() | {"steps": 10}
-    changed = [f"{name}{value}" for name, value in short.items() if value != plain[name]]
+    usual = USUAL._replace(classes=job.classes)._asdict() | {"steps": 10}
+    this = job._asdict() | {"steps": steps}
+    changed = [f"{name}{value}" for name, value in this.items() if value != usual[name]]
     return "-".join(["scale", jax.default_backend(), str(job.classes), *changed])
 
 
 def measured(job: Job, step: Compiled) -> dict[str, Any]:
     """What the compiled step says of itself, beside the formulas."""
-    facts = hlo.facts(step, job.dim * job.columns)
-    expected = forecast(job)
-    return {
+    facts, expected = hlo.facts(step, job.dim * job.columns), forecast(job)
+    found = {
         "state_bytes": facts.reused_bytes,
-        "state_bytes_by_formula": expected.state_bytes,
         "temporary_bytes": facts.temporary_bytes,
-        "temporary_bytes_by_formula": expected.temporary_bytes,
         "sent_bytes": sum(c.sent for c in hlo.collectives(step, job.devices)),
-        "sent_bytes_by_formula": expected.sent_bytes,
-        "flops_by_formula": expected.flops,
     }
+    by_formula = {f"{name}_by_formula": getattr(expected, name) for name in (*found, "flops")}
+    return found | by_formula
 
 
 def peak_bytes(devices: int) -> int:
@@ -622,75 +516,66 @@ def peak_bytes(devices: int) -> int:
     stats = [device.memory_stats() for device in jax.devices()[:devices]]
     if all(stats):
         return max(each["peak_bytes_in_use"] for each in stats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return peers.peak_bytes()
 
 
 # The tables.
 
 
 def result_table(job: Job, result: dict[str, Any]) -> Table:
-    view = Table("", "", title=described(job))
-    seconds = result["seconds_per_step"]
-    accuracy = result["accuracy"]
+    view = tables.table(described(job), ["", ""])
+    seconds, losses = result["seconds_per_step"], result["losses"]
+    before, after = (f"{100 * result['accuracy'][key]:.2f} %" for key in ("before", "after"))
+    sent, by_formula = (amount(result[key]) for key in ("sent_bytes", "sent_bytes_by_formula"))
     whole = "process" if jax.default_backend() == "cpu" else "device"
-    view.add_row("steps/s", f"{1 / seconds:.4g} ({seconds:.4g} s a step, median)")
-    view.add_row("examples/s", f"{job.batch / seconds:.4g}")
-    rate = result["flops_by_formula"] / seconds
-    view.add_row("matrix products, a device", f"{amount(rate, 'FLOP/s')}")
-    view.add_row("loss", f"{result['losses'][0]:.4f} to {result['losses'][-1]:.4f}")
-    view.add_row(
-        "margin-free accuracy, unseen examples",
-        f"{100 * accuracy['before']:.2f} % to {100 * accuracy['after']:.2f} %",
-    )
-    view.add_row(f"peak memory of the {whole}", amount(result["peak_bytes"], "B"))
-    view.add_row("kernel and momentum, a device", amount(result["state_bytes"], "B"))
-    view.add_row("temporary memory of the step, a device", amount(result["temporary_bytes"], "B"))
-    view.add_row(
-        "sent a step and device",
-        f"{amount(result['sent_bytes'], 'B')} "
-        f"(by formula {amount(result['sent_bytes_by_formula'], 'B')})",
-    )
+    rows = {
+        "steps/s": f"{1 / seconds:.4g} ({seconds:.4g} s a step, median)",
+        "examples/s": f"{job.batch / seconds:.4g}",
+        "matrix products, a device": amount(result["flops_by_formula"] / seconds, "FLOP/s"),
+        "loss": f"{losses[0]:.4f} to {losses[-1]:.4f}",
+        "margin-free accuracy, unseen examples": f"{before} to {after}",
+        f"peak memory of the {whole}": amount(result["peak_bytes"]),
+        "kernel and momentum, a device": amount(result["state_bytes"]),
+        "temporary memory of the step, a device": amount(result["temporary_bytes"]),
+        "sent a step and device": f"{sent} (by formula {by_formula})",
+    }
+    for row in rows.items():
+        view.add_row(*row)
     return view
 
 
-def plan_table(job: Job, rates: Rates, source: str, step: Compiled | str | None) -> Table:
+def plan_table(job: Job, chip: targets.Chip, name: str, step: Compiled | str | None) -> Table:
     """The forecast, and beside it what the compiled step says where it could be compiled."""
-    compiled = None if isinstance(step, str) else step
+    refused = f"\ndoes not fit when compiled: {step}" if isinstance(step, str) else ""
+    found = {} if step is None or isinstance(step, str) else measured(job, step)
     expected = forecast(job)
-    view = Table("of each device", title=described(job))
-    view.add_column("by formula", justify="right")
-    found = measured(job, compiled) if compiled else {}
-    if compiled:
-        view.add_column("compiled", justify="right")
-
-    def row(name: str, value: str, key: str | None = None) -> None:
-        view.add_row(name, value, *([amount(found[key], "B") if key else ""] if compiled else []))
-
-    row("kernel and momentum", amount(expected.state_bytes, "B"), "state_bytes")
-    row("temporary memory", amount(expected.temporary_bytes, "B"), "temporary_bytes")
-    row("products", f"{amount(expected.flops, 'FLOP')}")
-    row("memory traffic", amount(expected.traffic_bytes, "B"))
-    for collective in expected.collectives:
-        row(f"  {collective.kind} of {collective.devices}", amount(collective.sent, "B"))
-    row("sent, all collectives", amount(expected.sent_bytes, "B"), "sent_bytes")
-    row("step, products alone", f"{1e3 * expected.flops / (1e12 * rates.tflops):.4g} ms")
-    row("step, predicted", f"{1e3 * expected.seconds(rates):.4g} ms")
-    view.caption = (
-        f"{rates.tflops:g} TFLOP/s, {rates.bandwidth:g} GB/s of memory, {rates.link:g} GB/s between"
-        f"\n{source}"
+    view = tables.table(
+        described(job),
+        ["of each device"],
+        ["by formula", "compiled"] if found else ["by formula"],
+        caption=f"{chip.tflops:g} TFLOP/s, {chip.bandwidth:g} GB/s of memory, {chip.link:g} GB/s "
+        f"between\n{name}, {chip.source}{refused}",
     )
-    if isinstance(step, str):
-        view.caption += f"\ndoes not fit when compiled: {step}"
+    alone = expected.flops / (1e12 * chip.tflops)
+    rows = [
+        ("kernel and momentum", amount(expected.state_bytes), "state_bytes"),
+        ("temporary memory", amount(expected.temporary_bytes), "temporary_bytes"),
+        ("products", amount(expected.flops, "FLOP"), ""),
+        ("memory traffic", amount(expected.traffic_bytes), ""),
+        *((f"  {c.kind} of {c.devices}", amount(c.sent), "") for c in expected.collectives),
+        ("sent, all collectives", amount(expected.sent_bytes), "sent_bytes"),
+        ("step, products alone", f"{1e3 * alone:.4g} ms", ""),
+        ("step, predicted", f"{1e3 * expected.seconds(chip):.4g} ms", ""),
+    ]
+    for words, value, key in rows:
+        view.add_row(words, value, *([amount(found[key]) if key else ""] if found else []))
     return view
 
 
 def largest_table(rows: list[dict[str, Any]], job: Job) -> Table:
     """The largest heads of plain softmax and of this library, on one chip and on all."""
     title = f"largest head, {job.dim} features, batch {job.batch}, {job.dtype}; compiled, not run"
-    view = Table("chips", title=title)
-    for header in ("state alone", "plain softmax", "ours", "ours, share"):
-        view.add_column(header, justify="right", no_wrap=True)
+    view = tables.table(title, ["chips"], ["state alone", "plain softmax", "ours", "ours, share"])
     for row in rows:
         sizes = (f"{row[name]:,}" for name in ("bound", "plain", "ours"))
         share = f"{100 * row['ours'] / row['bound']:.0f} %"
@@ -698,19 +583,8 @@ def largest_table(rows: list[dict[str, Any]], job: Job) -> Table:
     return view
 
 
-def console() -> Console:
-    # Piped, a console takes itself for 80 characters wide.
-    return Console(width=max(Console().width, 100))
-
-
 def described(job: Job) -> str:
     return (
         f"{job.classes:,} classes, {job.dim} features, batch {job.batch}, {job.dtype}, "
         f"{job.data} x {job.model} devices"
     )
-
-
-def amount(value: float, unit: str) -> str:
-    """1234567 bytes as "1.235 MB"."""
-    power = min(int(math.log10(value) // 3), 5) if value >= 1 else 0
-    return f"{value / 1000**power:.4g} {('', 'k', 'M', 'G', 'T', 'P')[power]}{unit}"

@@ -1,47 +1,32 @@
 """Times a whole training step of the paper's networks: `python -m experiments bench step`.
 
 Three arms: Optax's softmax cross-entropy on the plain logits, our loss without a margin, our loss
-with it. They are compiled ahead of time, their first losses compared, then timed in turn, in a new
-random order each round.
+with it. They are compiled ahead of time, their first losses compared, then timed in turn.
 """
 
-import time
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
-from jax.stages import Compiled
-from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
-from experiments.benchmarks.head import OUT, TOLERANCE, check, median, quartiles, spread
-from experiments.paper import networks as models
+from experiments.benchmarks import hlo, rounds, tables
+from experiments.benchmarks.records import OUT, heading, repeating, stamped
+from experiments.benchmarks.rounds import TOLERANCE, Run, check, take_times
 from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
-from experiments.store.results import provenance, save
+from experiments.run.program import network_state
+from experiments.store.results import save
 from lsoftmax_jax import annealed_lambda, training
 
 PLAIN, NO_MARGIN, MARGIN = "optax softmax", "m = 1", "margin"
 # Of a step's time and temporary memory with the margin, to those of plain softmax.
 LIMIT = 1.02
 WARM_UP = 2
-
-
-class Run(NamedTuple):
-    """A compiled step, and the state it starts from."""
-
-    arm: str
-    compiled: Compiled
-    state: training.State
-    loss: float  # of the first update
-    temporary_bytes: int
 
 
 def bench(
@@ -65,24 +50,19 @@ def bench(
     if not configurations:
         raise ValueError("configurations must name at least one, got none")
     configs = [chosen(name, batch, width) for name in configurations]
-    begun, console = datetime.now(UTC), Console(width=max(Console().width, 100))
-    file = out / f"step-{jax.default_backend()}-{begun:%Y%m%d-%H%M}.json"
-    command = f"python -m experiments bench step --configurations {' '.join(configurations)}"
-    flags = "" if batch is None else f" --batch {batch}"
-    result = {
-        "kind": "bench step",
-        "date": begun.isoformat(timespec="seconds"),
-        "command": f"{command}{flags} --width {width} --repetitions {repetitions}",
-        **provenance(1),
-    }
+    file = out / stamped(f"step-{jax.default_backend()}")
+    command = repeating(
+        "step", configurations=configurations, batch=batch, width=width, repetitions=repetitions
+    )
+    result = heading("bench step", command)
     measured: list[dict[str, Any]] = []
     for config in configs:
         runs = prepare(config)
-        seconds = take_times(config, runs, repetitions)
-        measured.append(summary(config, runs, seconds))
+        take_times(runs.values(), repetitions, config.name)
+        measured.append(summary(config, runs))
         # Appended one by one: an interrupted benchmark keeps what it has.
         save(file, result | {"configurations": measured})
-        console.print(table(measured[-1]))
+        tables.show(table(measured[-1]))
     print(f"{file} written")
 
 
@@ -96,14 +76,15 @@ def chosen(name: str, batch: int | None, width: float) -> Config:
     return replace(config, batch=config.batch if batch is None else batch, width=width)
 
 
-def prepare(config: Config) -> list[Run]:
+def prepare(config: Config) -> dict[str, Run]:
     """Compiles the arms and compares their losses.
 
     Raises:
       ValueError: if an arm computes something else.
     """
-    runs = [prepare_arm(arm, config) for arm in (PLAIN, NO_MARGIN, MARGIN)]
-    plain, no_margin, margin = (run.loss for run in runs)
+    runs = {arm: prepare_arm(arm, config) for arm in (PLAIN, NO_MARGIN, MARGIN)}
+    losses: list[Any] = [run.loss for run in runs.values()]
+    plain, no_margin, margin = losses
     check(NO_MARGIN, "loss", no_margin, plain, TOLERANCE["f32"])
     if not margin > plain:
         raise ValueError(f"a margin must make the loss larger than {plain}, got {margin}")
@@ -111,68 +92,34 @@ def prepare(config: Config) -> list[Run]:
 
 
 def prepare_arm(arm: str, config: Config) -> Run:
-    network, optimizer = config.built_network, config.optimizer
-    model = models.ConvNet(
-        network,
-        config.classes,
-        margin=config.margin if arm == MARGIN else 1,
-        rngs=nnx.Rngs(0),
-    )
-    graphdef, state = training.create(model, optimizer)
-    step = training.train_step(
-        graphdef,
-        optimizer,
-        annealed_lambda(*config.lam),
-        loss=optax.softmax_cross_entropy_with_integer_labels if arm == PLAIN else None,
-    )
-    operands = batch_of(config)
+    """An arm's run; what its images show does not change the time."""
+    if arm != MARGIN:
+        config = replace(config, margin=1)
+    rng, network = np.random.default_rng(0), config.built_network
+    images = rng.standard_normal((config.batch, *network.image), np.float32)
+    operands = jnp.asarray(images), jnp.asarray(rng.integers(config.classes, size=config.batch))
+    loss = optax.softmax_cross_entropy_with_integer_labels if arm == PLAIN else None
+    graphdef, create = network_state(config, network, config.classes)
+    lam = annealed_lambda(*config.lam)
+    step = training.train_step(graphdef, config.optimizer, lam, loss=loss)
+    state: Any = create(config.seed)
     compiled = jax.jit(step, donate_argnums=0).lower(state, *operands).compile()
-    memory: Any = compiled.memory_analysis()
-    state, metrics = compiled(state, *operands)
-    loss = float(metrics.sums.loss / metrics.sums.examples)
-    return Run(arm, compiled, state, loss, memory.temp_size_in_bytes)
+
+    def call() -> tuple[training.State, training.StepMetrics]:
+        nonlocal state
+        state, metrics = compiled(state, *operands)
+        return state, metrics
+
+    sums = call()[1].sums
+    run = Run(call, hlo.facts(compiled, images.size), float(sums.loss / sums.examples))
+    run.warm_up(WARM_UP)
+    return run
 
 
-def batch_of(config: Config) -> tuple[jax.Array, jax.Array]:
-    """Images and labels; what they show does not change the time."""
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((config.batch, *config.built_network.image), np.float32)
-    return jnp.asarray(images), jnp.asarray(rng.integers(config.classes, size=config.batch))
-
-
-def take_times(config: Config, runs: list[Run], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of every arm in every round, after a warm-up that is thrown away."""
-    order, operands = np.random.default_rng(0), batch_of(config)
-    states = {run.arm: run.state for run in runs}
-    seconds: dict[str, list[float]] = {run.arm: [] for run in runs}
-    rounds = WARM_UP + repetitions
-    with tqdm(total=rounds * len(runs), desc=config.name, unit=" steps") as progress:
-        for _ in range(rounds):
-            for index in order.permutation(len(runs)):
-                run = runs[index]
-                begun = time.perf_counter()
-                states[run.arm], _ = jax.block_until_ready(run.compiled(states[run.arm], *operands))
-                seconds[run.arm].append(time.perf_counter() - begun)
-                progress.update()
-    return {arm: taken[WARM_UP:] for arm, taken in seconds.items()}
-
-
-def summary(config: Config, runs: list[Run], seconds: dict[str, list[float]]) -> dict[str, Any]:
+def summary(config: Config, runs: dict[str, Run]) -> dict[str, Any]:
     """A configuration's part of the result; ratios are taken round by round."""
-    plain, memory = np.array(seconds[PLAIN]), {run.arm: run.temporary_bytes for run in runs}
-    arms: dict[str, dict[str, Any]] = {
-        run.arm: {
-            "arm": run.arm,
-            "milliseconds": quartiles(1e3 * np.array(seconds[run.arm])),
-            "ratio": quartiles(np.array(seconds[run.arm]) / plain),
-            "loss": run.loss,
-            "temporary_bytes": run.temporary_bytes,
-            "memory_ratio": run.temporary_bytes / memory[PLAIN],
-        }
-        for run in runs
-    }
-    margin = arms[MARGIN]
-    reached = {"time": median(margin["ratio"]), "memory": margin["memory_ratio"]}
+    arms = {arm: {"arm": arm} | run.row(runs[PLAIN]) for arm, run in runs.items()}
+    reached = {"time": arms[MARGIN]["ratio"][0], "memory": arms[MARGIN]["memory_ratio"]}
     return {
         "configuration": config.name,
         "batch": config.batch,
@@ -186,24 +133,8 @@ def summary(config: Config, runs: list[Run], seconds: dict[str, list[float]]) ->
 
 
 def table(entry: dict[str, Any]) -> Table:
-    met = ", ".join(
-        f"{target['measure']} {'met' if target['met'] else 'not met'}"
-        for target in entry["targets"]
-    )
+    met = ", ".join(f"{t['measure']} {tables.verdict(t['met'])}" for t in entry["targets"])
     size = f"batch {entry['batch']}, width {entry['width']:g}"
-    view = Table(
-        title=f"{entry['configuration']}, {size}; median (quartiles)",
-        caption=f"target of the margin, <= {LIMIT} of plain: {met}",
-    )
-    view.add_column("arm", no_wrap=True)
-    for header in ("ms", "ratio to plain", "MB", "to plain"):
-        view.add_column(header, justify="right", no_wrap=True)
-    for row in entry["arms"]:
-        view.add_row(
-            row["arm"],
-            spread(row["milliseconds"]),
-            spread(row["ratio"]),
-            f"{row['temporary_bytes'] / 1e6:.3g}",
-            f"{row['memory_ratio']:.4g}",
-        )
-    return view
+    title = f"{entry['configuration']}, {size}; median (quartiles)"
+    caption = f"target of the margin, <= {LIMIT} of plain: {met}"
+    return rounds.table(title, entry["arms"], caption)

@@ -7,7 +7,6 @@ collectives, kernels, is the program that would run; how fast it would run they 
 import importlib.util
 import os
 import re
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,6 +14,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 from jax.stages import Compiled, Lowered
+
+from experiments.benchmarks import peers
 
 # libtpu looks for the host it is on; with these it does not.
 _NO_HOST = {
@@ -38,19 +39,20 @@ class Chip(NamedTuple):
 
 
 def _gpu(
-    name: str, major: int, cores: int, fpus: int, shared: int, optin: int, l2: int, clock: float,
-    memory: int, bandwidth: int,
-) -> str:  # fmt: skip
-    """A text of XLA's GpuTargetConfigProto.
+    name: str, capability: int, cores: int, fpus: int, shared: int, l2: int, clock: float,
+    memory: int, bandwidth: int, tflops: float, link: float,
+) -> Chip:  # fmt: skip
+    """A GPU with a text of XLA's GpuTargetConfigProto.
 
     The values are those of xla/backends/gpu/target_config/specs in openxla/xla, November 2026.
     """
-    return f"""
+    source = "NVIDIA's data sheet, without sparsity; NVLink in one direction"
+    config = f"""
         gpu_device_info {{
-          cuda_compute_capability {{ major: {major} minor: 0 }}
+          cuda_compute_capability {{ major: {capability} minor: 0 }}
           threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
           shared_memory_per_block: 49152 shared_memory_per_core: {shared}
-          shared_memory_per_block_optin: {optin} core_count: {cores} fpus_per_core: {fpus}
+          shared_memory_per_block_optin: {shared - 1024} core_count: {cores} fpus_per_core: {fpus}
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
           registers_per_core_limit: 65536 registers_per_block_limit: 65536
           memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock}
@@ -60,35 +62,23 @@ def _gpu(
         dnn_version_info {{ major: 9 minor: 8 }}
         device_description_str: "{name}"
     """
+    return Chip("cuda", memory, tflops, bandwidth // 10**9, link, source, config)
 
 
 _GOOGLE = "cloud.google.com/tpu/docs/"  # its interconnect is given for both directions together
-_NVIDIA = "NVIDIA's data sheet, without sparsity; NVLink in one direction"
 
 CHIPS = {
     "v5e": Chip("tpu", int(15.75 * 2**30), 197, 819, 200, _GOOGLE + "v5e"),
     "v5p": Chip("tpu", int(95.74 * 2**30), 459, 2765, 600, _GOOGLE + "v5p"),
     "v6e": Chip("tpu", int(31.25 * 2**30), 918, 1638, 400, _GOOGLE + "v6e"),
-    "a100": Chip(
-        "cuda", 85100068864, 312, 2039, 300, _NVIDIA,
-        _gpu("NVIDIA A100-SXM4-80GB", 8, 108, 64, 167936, 166912, 41943040, 1.41,
-             85100068864, 2039040000000),
-    ),
-    "h100": Chip(
-        "cuda", 84942979072, 989, 3352, 450, _NVIDIA,
-        _gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 233472, 232448, 52428800, 1.98,
-             84942979072, 3352320000000),
-    ),
-    "h200": Chip(
-        "cuda", 151397597184, 989, 4800, 450, _NVIDIA,
-        _gpu("NVIDIA H200 141GB HBM3e", 9, 132, 128, 233472, 232448, 52428800, 1.98,
-             151397597184, 4800000000000),
-    ),
-    "b200": Chip(
-        "cuda", 191514411008, 2250, 7672, 900, _NVIDIA,
-        _gpu("NVIDIA B200", 10, 148, 128, 233472, 232448, 132644864, 1.965,
-             191514411008, 7672320000000),
-    ),
+    "a100": _gpu("NVIDIA A100-SXM4-80GB", 8, 108, 64, 167936, 41943040, 1.41,
+                 85100068864, 2039040000000, 312, 300),
+    "h100": _gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 233472, 52428800, 1.98,
+                 84942979072, 3352320000000, 989, 450),
+    "h200": _gpu("NVIDIA H200 141GB HBM3e", 9, 132, 128, 233472, 52428800, 1.98,
+                 151397597184, 4800000000000, 989, 450),
+    "b200": _gpu("NVIDIA B200", 10, 148, 128, 233472, 132644864, 1.965,
+                 191514411008, 7672320000000, 2250, 900),
 }  # fmt: skip
 
 # The smallest slice that libtpu describes, where only one chip is asked for.
@@ -97,10 +87,6 @@ _NEEDED = {
     "tpu": ("libtpu", 'pip install "lsoftmax-jax[aot-tpu]"'),
     "cuda": ("jax_plugins.xla_cuda12", 'pip install "lsoftmax-jax[aot-gpu]" (5.6 GB)'),
 }
-
-
-class TooLarge(Exception):
-    """A program needs more memory than a chip has; the message says how much of how much."""
 
 
 def how_much(message: str) -> str:
@@ -119,27 +105,20 @@ class Target(NamedTuple):
     devices: list[Any]
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Of the compiler: a GPU's would time kernels on the device."""
-        return {"xla_gpu_autotune_level": 0} if self.chip.platform == "cuda" else {}
-
-    @property
     def one(self) -> SingleDeviceSharding:
         """On its first chip."""
         return SingleDeviceSharding(self.devices[0])
 
-    def compile(self, lowered: Lowered) -> Compiled:
-        """A program for this target.
-
-        Raises:
-          TooLarge: a TPU's compiler says that it does not fit; a GPU's only counts.
-        """
+    def compile(self, lowered: Lowered) -> Compiled | str:
+        """A program for this target, or how much of how much memory a TPU's compiler refuses it."""
+        # A GPU's would time kernels on the device.
+        options: dict[str, Any] = {"xla_gpu_autotune_level": 0} if self.chip.config else {}
         try:
-            return lowered.compile(compiler_options=self.options)
+            return lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise TooLarge(how_much(str(error))) from error
+            return how_much(str(error))
 
     def mesh(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
         """Chips in the order that they are listed."""
@@ -157,13 +136,7 @@ def installed(platform: str) -> bool:
 
 def compilers() -> dict[str, str]:
     """The versions of the compilers that are installed."""
-    found = {}
-    for package in ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return peers.versions(("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"))
 
 
 def target(name: str) -> Target:

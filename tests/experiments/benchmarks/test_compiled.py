@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from experiments.__main__ import main
-from experiments.benchmarks import arms, compiled, hlo, scale, targets
+from experiments.benchmarks import arms, compiled, hlo, records, scale, targets
 from experiments.benchmarks.arms import Shape
 
 README = (compiled.OUT.parents[2] / "README.md").read_text()
@@ -134,7 +134,7 @@ def test_which_products_a_tpu_computes_at_full_precision(target, classes, contex
     shape = Shape(256, 256, classes)
     one_shot = next(arm for arm in arms.arms(shape, 4, 4096) if arm.name == arms.ONE_SHOT)
     with jax.default_matmul_precision(context):
-        text = on.compile(compiled.lower_arm(on, one_shot, shape, "f32")()).as_text()
+        text = on.compile(compiled.lower_arm(on, one_shot, shape, "f32")).as_text()
     products = [line for line in text.splitlines() if " convolution(" in line]
     assert len(products) == 3
     assert sum("operand_precision={highest,highest}" in line for line in products) == full
@@ -166,7 +166,7 @@ def compile_two(monkeypatch, folder, commit="a" * 40, versions=None, only=""):
 
     facts = {"commit": commit, "versions": versions or {"jax": "1"}, "device": "cpu"}
     monkeypatch.setattr(compiled, "compiled_row", row)
-    monkeypatch.setattr(compiled, "provenance", lambda devices: facts)
+    monkeypatch.setattr(records, "provenance", lambda devices: facts)
     monkeypatch.setattr(sys, "argv", ["experiments", "compile"])
     cases = [compiled.Case(name, "s", lambda: None) for name in ("one", "two")]
     on = targets.Target("v5e:2x4", targets.CHIPS["v5e"], [None] * 8)
@@ -267,20 +267,15 @@ def test_a_stopped_search_for_the_largest_head_goes_on(tmp_path, monkeypatch):
     job, file, tried = scale.Job(1000, batch=64, dim=512, model=2, dtype="bf16"), tmp_path / "f", []
     facts = {"commit": "a" * 40, "versions": {"jax": "1"}}
 
-    def compiled_for(on, job, step):
+    def compiled_for(on, job, plain):
         if len(tried) == 20:
             raise KeyboardInterrupt
         tried.append(job)
-        most = {"plain": 2_500, "ours": 9_950}[step] * job.model
+        most = (2_500 if plain else 9_950) * job.model
         return f"{job.classes} of {most}" if job.classes > most else None
 
     monkeypatch.setattr(scale, "compiled_for", compiled_for)
-    monkeypatch.setattr(scale, "provenance", lambda devices: facts)
-    monkeypatch.setattr(targets.Target, "mesh", lambda *_: None)
-    steps = {True: "plain", False: "ours"}
-    monkeypatch.setattr(
-        scale, "programs", lambda job, mesh, plain: scale.Programs(0, 0, steps[plain], 0)
-    )
+    monkeypatch.setattr(records, "provenance", lambda devices: facts)
     with pytest.raises(KeyboardInterrupt):
         scale.largest_heads(on, job, file)
     saved = json.loads(file.read_text())

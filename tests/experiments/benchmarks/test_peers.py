@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks import arms, head, peers
-from experiments.benchmarks.arms import Arm, Shape
+from experiments.benchmarks.arms import Shape
 
 SHAPE = Shape(16, 8, 12)
 
@@ -33,8 +33,8 @@ def test_peers_are_checked_and_timed_before_and_after(monkeypatch):
     given, printed = stand_in(exact)
     monkeypatch.setattr(head, "_peer", printed)
     timed = head.peer_times(Path("python"), given, 4, 2)
-    plain = SimpleNamespace(arm=Arm(arms.PLAIN, 3, "plain", None), seconds=[0.1])
-    rows = head.peer_rows(timed, timed, [plain])
+    plain = SimpleNamespace(seconds=[0.1])
+    rows = head.peer_rows(timed, timed, {arms.PLAIN: plain})
     timed_arms = {row["arm"]: row for row in rows}
     assert timed_arms.keys() == {peers.SOFTMAX, peers.LARGE_MARGIN}
     softmax = timed_arms[peers.SOFTMAX]

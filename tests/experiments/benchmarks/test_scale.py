@@ -8,7 +8,8 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.benchmarks import hlo, scale
-from experiments.benchmarks.scale import Job, Rates
+from experiments.benchmarks.scale import Job
+from experiments.benchmarks.targets import CHIPS
 from experiments.run import loop
 
 JOB = Job(classes=50_000, dim=64, batch=256, class_block=1024)
@@ -31,7 +32,7 @@ def test_formulas_equal_the_compiled_step(mesh):
     job = JOB._replace(**mesh)
     if jax.device_count() < job.devices:
         pytest.skip(f"needs {job.devices} devices")
-    compiled = scale.compile_step(job, scale.programs(job, scale.make_mesh(job)).step)
+    compiled = scale.lower_step(job, scale.make_mesh(job)).compile()
     expected = scale.forecast(job)
     found = scale.measured(job, compiled)
     assert found["state_bytes"] == expected.state_bytes
@@ -43,10 +44,10 @@ def test_formulas_equal_the_compiled_step(mesh):
 
 def test_the_known_cost_of_ten_million_classes_over_eight():
     job = Job(10**7, 512, 8192, model=8, dtype="bf16", keep_exponentials=True)
-    rates = Rates(tflops=790, bandwidth=1e9, link=1e9)
-    assert 1e3 * scale.forecast(job).seconds(rates) == pytest.approx(39.8, abs=0.1)
-    slow = rates._replace(link=1.0)
-    assert scale.forecast(job).seconds(slow) > scale.forecast(job).seconds(rates)
+    chip = CHIPS["h200"]._replace(tflops=790, bandwidth=1e9, link=1e9)
+    assert 1e3 * scale.forecast(job).seconds(chip) == pytest.approx(39.8, abs=0.1)
+    slow = chip._replace(link=1.0)
+    assert scale.forecast(job).seconds(slow) > scale.forecast(job).seconds(chip)
 
 
 def test_the_plan_of_devices_that_do_not_exist(capsys):
