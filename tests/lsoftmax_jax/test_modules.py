@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen, nnx
+from flax import errors, linen, nnx
 
 import lsoftmax_jax as lsm
 from lsoftmax_jax.linen import LSoftmaxDense as LinenHead
@@ -125,6 +125,12 @@ def test_a_dense_checkpoint_loads_and_answers_alike():
     variables = dense.init(jax.random.key(1), features)
     wanted = dense.apply(variables, features)
     chex.assert_trees_all_close(LinenHead(C).apply(variables, features), wanted, rtol=1e-6)
+
+
+def test_a_linen_kernel_of_other_classes_is_refused():
+    params = {"params": {"kernel": jnp.ones((8, 12))}}
+    with pytest.raises(errors.ScopeParamShapeError, match=r"\(8, 10\).*\(8, 12\)"):
+        LinenHead(10).apply(params, jnp.ones((2, 8)), jnp.zeros(2, int), lam=1.0, method="loss")
 
 
 def test_linen_initialises_through_features_labels_or_loss():

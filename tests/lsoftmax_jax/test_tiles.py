@@ -41,3 +41,11 @@ def test_a_strips_other_columns_may_hold_anything():
 def test_an_array_in_its_stored_order_is_itself():
     array = jnp.arange(12.0).reshape(3, 4)
     np.testing.assert_array_equal(_tiles.as_stored(array), array)
+
+
+@pytest.mark.parametrize("rows, read", [(8, "while"), (32768, "gather")])
+def test_columns_are_read_in_strips_where_that_is_less_than_a_copy(rows, read):
+    kernel = jax.ShapeDtypeStruct((512, 1_048_576), jnp.float32)
+    traced = jax.jit(_tiles.columns_at).trace(kernel, jax.ShapeDtypeStruct((rows,), jnp.int32))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert {word for word in ("while", "gather") if f"stablehlo.{word}" in text} == {read}
