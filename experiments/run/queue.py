@@ -237,7 +237,7 @@ def expected(missing: Sequence[Config], measured: Sequence[dict[str, Any]]) -> f
     for outcome in measured:
         config = Config.from_json(outcome["config"])
         seconds = outcome["seconds"]["wall"] - startup(outcome)
-        speeds[config.network] = work(config) * len(outcome.get("together", "1")) / seconds
+        speeds[config.network] = work(config) * len(outcome.get("together", [0])) / seconds
     slowest = min(speeds.values())
     updating = sum(work(config) / speeds.get(config.network, slowest) for config in missing)
     return updating + len(missing) * sum(map(startup, measured)) / len(measured)

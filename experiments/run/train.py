@@ -74,7 +74,7 @@ def run_seeds(
       out: folder of the results.
       devices: how many to train on, the first ones; by default all.
       dispatch: updates in one dispatch; by default 100 on an accelerator, 1 on a CPU.
-      evaluations: points of the test curve; by default 36 on an accelerator, 6 on a CPU.
+      evaluations: points of the test curve, 0 for none; by default 36 on an accelerator, 6 on a CPU.
       checkpoint_seconds: seconds between two checkpoints.
       stop: asked before every dispatch; when true, each run saves a checkpoint and ends.
 
@@ -89,7 +89,8 @@ def run_seeds(
         mesh = data_mesh(devices)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         updates, points = (1, 6) if on_cpu else (100, 36)
-        pace = loop.Pace(dispatch or updates, evaluations or points, checkpoint_seconds)
+        points = points if evaluations is None else evaluations
+        pace = loop.Pace(dispatch or updates, points, checkpoint_seconds)
         tasks, shared = prepare(missing, folder, out, mesh, pace.dispatch)
         trained = loop.train(tasks, shared, pace, stop)
         if trained is None:
