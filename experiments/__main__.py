@@ -6,13 +6,12 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from experiments import quickstart
 from experiments.benchmarks import convergence, head, step
@@ -23,8 +22,8 @@ from experiments.faces.embed import embed
 from experiments.faces.pairs import pairs
 from experiments.faces.train import train_faces
 from experiments.faces.verify import verify_faces
-from experiments.paper import measures as measure
 from experiments.paper.cells import CONFIGS, Named, run_name
+from experiments.paper.measures import table
 from experiments.report.figures import figures
 from experiments.report.report import report
 from experiments.report.scoreboard import scoreboard
@@ -35,6 +34,7 @@ from experiments.store.processes import ALONE, Meeting, joined
 
 # A mistake of the user is one message; this shows where it was raised.
 TRACEBACK = "EXPERIMENTS_TRACEBACK"
+CLONE = Path(__file__).parents[1]
 
 
 def quickstart_(out: Path = quickstart.OUT) -> int:
@@ -90,7 +90,8 @@ def train_(
             return loop.exit_code(outcome)
         label = "reduced run, " if outcome["reduced"] else ""
         console = Console()
-        console.print(measures_table(f"{run_name(config)}, {label}last iterate", outcome))
+        title = f"{run_name(config)}, {label}last iterate"
+        console.print(table(title, {split: outcome[split] for split in ("train", "test")}))
         console.print(
             f"{outcome['images_per_second']:.0f} images/s on {outcome['device']}, "
             f"{100 * outcome['outside_step']:.1f} % of the loop's time outside the step"
@@ -113,17 +114,7 @@ def evaluate(
       devices: how many to compute on, the first ones; by default all.
     """
     step, measured = train.evaluate_run(out / run, data, devices)
-    Console().print(measures_table(f"{run} at step {step}", measured))
-
-
-def measures_table(title: str, measured: dict[str, Any]) -> Table:
-    """The measures of both splits."""
-    table = Table("", title=title)
-    for split in ("train", "test"):
-        table.add_column(split, justify="right")
-    for name, key in measure.TITLES.items():
-        table.add_row(name, *(f"{measured[split][key]:.4g}" for split in ("train", "test")))
-    return table
+    Console().print(table(f"{run} at step {step}", measured))
 
 
 def postponed(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
@@ -180,6 +171,25 @@ def check_name(arguments: list[str]) -> None:
                 raise ValueError(f"{command}: no configuration {name!r}{meant} list prints all")
 
 
+CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
+
+
+@CONSTRUCTORS.primitive_rule
+def path_in_help(
+    argument: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    """Paths as everywhere, but help names a default in the clone from the clone's folder on."""
+    if argument.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: Path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path).removeprefix(f"{CLONE}/")],
+    )
+
+
 class Kept(io.StringIO):
     """Keeps what is printed, in the encoding and colours of the terminal that it is for."""
 
@@ -189,20 +199,6 @@ class Kept(io.StringIO):
         return sys.__stdout__ is not None and sys.__stdout__.isatty()
 
 
-@contextlib.contextmanager
-def short_usage(arguments: list[str]) -> Iterator[None]:
-    """Makes help say CONFIGURATION where tyro's usage line has the names that it lists below."""
-    if not {"-h", "--help"} & set(arguments):
-        yield
-        return
-    kept = Kept()
-    try:
-        with contextlib.redirect_stdout(kept):
-            yield
-    finally:
-        print(kept.getvalue().replace(f"{{{','.join(CONFIGS)}}}", "CONFIGURATION"), end="")
-
-
 def parsed(arguments: list[str]) -> Callable[[], Any]:
     """The command with its arguments.
 
@@ -210,15 +206,16 @@ def parsed(arguments: list[str]) -> Callable[[], Any]:
       ValueError: a configuration refuses a value.
       SystemExit: anything else that tyro takes for a mistake, or help; it has said which.
     """
-    said = io.StringIO()
+    out, said = Kept(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            command: Callable[[], Any] = tyro.extras.subcommand_cli_from_dict(
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
                 {name: postponed(function) for name, function in COMMANDS.items()},
                 prog="python -m experiments",
                 description=__doc__,
                 args=arguments,
                 config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes),
+                registry=CONSTRUCTORS,
             )
     except SystemExit as stop:
         # tyro frames what a configuration says, under a name that means nothing to its user. An
@@ -227,9 +224,10 @@ def parsed(arguments: list[str]) -> Callable[[], Any]:
         refused = by_tyro.__context__ if by_tyro is not None else None
         if isinstance(refused, ValueError) and isinstance(getattr(by_tyro, "arg", None), str):
             raise refused from None
+        # The usage line of help has all the configurations that help lists below.
+        print(out.getvalue().replace(f"{{{','.join(CONFIGS)}}}", "CONFIGURATION"), end="")
         sys.stderr.write(said.getvalue())
         raise
-    return command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -239,9 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         check_name(arguments)
-        with short_usage(arguments):
-            command = parsed(arguments)
-        code = command()
+        code = parsed(arguments)()
     except BrokenPipeError:
         # Whoever reads, `head` say, has seen enough. Python would flush once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
