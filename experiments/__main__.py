@@ -164,11 +164,10 @@ def check_name(arguments: list[str]) -> None:
     match arguments:
         case ["train" | "tune" as command]:
             raise ValueError(f"{command}: name a configuration, such as mnist-m4; list prints all")
-        case ["train" | "tune" as command, name, *_] if not name.startswith("-"):
-            if name not in CONFIGS:
-                alike = difflib.get_close_matches(name, CONFIGS, 3, 0.5)
-                meant = f"; did you mean {', '.join(alike)}?" if alike else ""
-                raise ValueError(f"{command}: no configuration {name!r}{meant} list prints all")
+        case ["train" | "tune" as command, name, *_] if name[:1] != "-" and name not in CONFIGS:
+            alike = difflib.get_close_matches(name, CONFIGS, 3, 0.5)
+            meant = f"; did you mean {', '.join(alike)}?" if alike else ""
+            raise ValueError(f"{command}: no configuration {name!r}{meant} list prints all")
 
 
 CONSTRUCTORS = tyro.constructors.ConstructorRegistry()

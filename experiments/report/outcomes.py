@@ -42,11 +42,11 @@ class Outcomes(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Finished runs that differ in the seed alone."""
+    """Finished runs of a configuration, changed alike, that differ in the seed alone."""
 
     name: str
     changes: dict[str, Any]
-    runs: list[Outcome]
+    runs: Sequence[Outcome]
 
     @property
     def reduction(self) -> dict[str, Any]:
@@ -78,8 +78,27 @@ class Group(NamedTuple):
 
     @property
     def error(self) -> str:
-        """On the test images: mean ± standard deviation (number of seeds)."""
-        return counted(errors(self.runs, "test"))
+        """On the test images: mean ± standard deviation (number of seeds); empty without runs."""
+        return counted(self.errors("test"))
+
+    @property
+    def devices(self) -> str:
+        return ", ".join(sorted({outcome["device"] for outcome in self.runs}))
+
+    def errors(self, split: str) -> list[float]:
+        return [outcome[split]["error"] for outcome in self.runs]
+
+    def above(self, other: "Group") -> list[float]:
+        """How far the test errors are above those of the same seeds of another group.
+
+        Raises:
+          ValueError: if a pair saw different data.
+        """
+        theirs = {outcome["seed"]: outcome for outcome in other.runs}
+        pairs = [(run, theirs[run["seed"]]) for run in self.runs if run["seed"] in theirs]
+        for pair in pairs:
+            check_same_data(pair)
+        return [run["test"]["error"] - beside["test"]["error"] for run, beside in pairs]
 
     def of(self, field: str) -> Any:
         """What the runs have in a field of their configuration."""
@@ -178,20 +197,23 @@ def grouped(runs: Sequence[Outcome]) -> list[Group]:
     Raises:
       ValueError: if seeds saw different data.
     """
-    groups: dict[str, Group] = {}
-    for outcome in runs:
+    alike = defaultdict(list)
+    for outcome in sorted(runs, key=lambda outcome: outcome["seed"]):
         if outcome["status"] == "finished":
-            name, changes = outcome["name"], outcome["changes"]
-            group = groups.setdefault(_key(name, changes), Group(name, changes, []))
-            group.runs.append(outcome)
-    for group in groups.values():
-        group.runs.sort(key=lambda outcome: outcome["seed"])
-        check_same_data(group.runs)
+            alike[_key(outcome["name"], outcome["changes"])].append(outcome)
+    for same in alike.values():
+        check_same_data(same)
     order = list(CONFIGS)
     return sorted(
-        groups.values(),
+        (Group(same[0]["name"], same[0]["changes"], same) for same in alike.values()),
         key=lambda g: (order.index(g.name), g.of("steps"), g.of("width"), len(g.changes), g.text),
     )
+
+
+def full_runs(groups: Sequence[Group]) -> dict[str, Group]:
+    """The runs of every configuration as it is; a group without runs where there is none."""
+    none = {name: Group(name, {}, []) for name in CONFIGS}
+    return none | {group.name: group for group in groups if not group.changes}
 
 
 def check_same_data(runs: Sequence[Outcome]) -> None:
@@ -223,10 +245,6 @@ def seeds_words(runs: Sequence[Outcome]) -> str:
     if seeds == list(range(seeds[0], seeds[-1] + 1)):
         return f"seeds {seeds[0]} to {seeds[-1]}"
     return f"seeds {', '.join(map(str, seeds))}"
-
-
-def errors(runs: Sequence[Outcome], split: str) -> list[float]:
-    return [outcome[split]["error"] for outcome in runs]
 
 
 def spread(values: Sequence[float]) -> str:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.paper.cells import CELLS
-from experiments.report.outcomes import RESULTS, Group, grouped, load_outcomes, words
+from experiments.report.outcomes import RESULTS, Group, full_runs, grouped, load_outcomes, words
 from experiments.report.tables import LFW, TRAIN_FACES
 
 LEGEND = """\
@@ -39,14 +39,14 @@ def scoreboard(out: Path = RESULTS) -> None:
 def rows(groups: Sequence[Group]) -> list[list[str]]:
     """The table's rows: cells, then LFW."""
     found = []
-    full = {group.name: group for group in groups if not group.changes}
+    full = full_runs(groups)
     longest = {group.name: group for group in groups if group.changes}  # the last of each name
     for name, cell in CELLS.items():
         paper = "" if cell.reported is None else f"{cell.reported:.2f} {cell.standing}"
-        ours, command = (full[name].error, "") if name in full else ("", f"train {name}")
+        ours = full[name].error
         reduced = longest.get(name)
         beside = f"{reduced.error}: {words(reduced.reduction)}" if reduced else ""
-        found.append([name, cell.where, paper, ours, beside, command])
+        found.append([name, cell.where, paper, ours, beside, "" if ours else f"train {name}"])
     for loss, margin, accuracy, standing in LFW:
         paper = f"{accuracy:.2f} {standing}"
         found.append(["", f"LFW, {loss}", paper, "", "", TRAIN_FACES.format(margin)])

@@ -9,16 +9,7 @@ from experiments.paper.cell import Cell
 from experiments.paper.cells import CELLS, CONFIGS, changes_of, flags_of
 from experiments.paper.config import Config
 from experiments.report import protocol
-from experiments.report.outcomes import (
-    Group,
-    Outcome,
-    Outcomes,
-    check_same_data,
-    errors,
-    grouped,
-    spread,
-    words,
-)
+from experiments.report.outcomes import Group, Outcome, Outcomes, full_runs, grouped, spread, words
 from experiments.report.roc import face_words, for_choosing, lowest_rate
 from lsoftmax_jax.schedule import LambdaPreset
 
@@ -69,8 +60,7 @@ def tables(outcomes: Outcomes) -> str:
 def sections(outcomes: Outcomes) -> dict[str, str]:
     """The tables by title."""
     groups, faces = grouped(outcomes.runs), outcomes.verifications
-    full = {group.name: group for group in groups if not group.changes}
-    reduced = [group for group in groups if group.changes]
+    full, reduced = full_runs(groups), [group for group in groups if group.changes]
     released = [cell for name, cell in CELLS.items() if name.startswith("released-")]
     drawn = [cell for cell in CELLS.values() if cell.where.startswith("Fig.")]
     return {
@@ -93,7 +83,7 @@ def full_matrix(full: Mapping[str, Group], faces: Sequence[Outcome]) -> str:
     rows = []
     for data, title in DATA.items():
         names = [f"{data}-{loss}" for loss in LOSSES]
-        rows.append([title, *(f"{paper_number(name)} / {_ours(name, full)}" for name in names)])
+        rows.append([title, *(f"{paper_number(name)} / {_ours(full[name])}" for name in names)])
     trained = [o for o in faces if o["people_trained_on"] >= PEOPLE_OF_A_FULL_RUN]
     rows.append(["LFW, accuracy", *_face_entries(trained, f"`{TRAIN_FACES}`")])
     return _table(("", *LOSSES.values()), rows, 0)
@@ -107,8 +97,10 @@ def reduced_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
         ran = [group for group in groups if group.name in names]
         plans = [wanted for wanted in protocol.WANTED if wanted.name in names]
         reductions = [g.reduction for g in ran] + [wanted.reduction for wanted in plans]
-        flags = {_flags(names[0], reduction): reduction for reduction in reductions}
-        for shown, reduction in sorted(flags.items(), key=lambda item: _size(item[1])):
+        reductions.sort(
+            key=lambda reduction: (reduction.get("steps", 0), reduction.get("width", 1))
+        )
+        for shown, reduction in {_flags(names[0], r): r for r in reductions}.items():
             here = [group for group in ran if group.reduction == reduction]
             planned = [wanted for wanted in plans if wanted.reduction == reduction]
             entries = [_reduced_entry(name, here, planned) for name in names]
@@ -118,9 +110,9 @@ def reduced_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
     return _table(("", "reduced by", *LOSSES.values()), rows, 0)
 
 
-def _ours(name: str, full: Mapping[str, Group]) -> str:
+def _ours(full: Group) -> str:
     """The error of full runs, or the command that fills the blank."""
-    return full[name].error if name in full else f"`train {name}`"
+    return full.error or f"`train {full.name}`"
 
 
 def paper_number(name: str) -> str:
@@ -131,10 +123,6 @@ def paper_number(name: str) -> str:
 
 def _marked(number: float, standing: str | None) -> str:
     return f"{number:.2f}{' _r_' if standing == 'recalled' else ''}"
-
-
-def _size(reduction: Mapping[str, Any]) -> tuple[float, float]:
-    return reduction.get("steps", 0), reduction.get("width", 1)
 
 
 def _flags(name: str, reduction: dict[str, Any]) -> str:
@@ -191,10 +179,9 @@ def _commands(commands: Sequence[str]) -> str:
 def _cells(cells: Sequence[Cell], full: Mapping[str, Group]) -> str:
     rows = []
     for cell in cells:
-        name = cell.config.name
-        runs = full[name].runs if name in full else []
-        row = [paper_number(name), _ours(name, full), spread(errors(runs, "train"))]
-        rows.append([f"`{name}`", cell.where, _devices(runs), *row])
+        group = full[cell.config.name]
+        numbers = [paper_number(group.name), _ours(group), spread(group.errors("train"))]
+        rows.append([f"`{group.name}`", cell.where, group.devices, *numbers])
     headers = ("configuration", "cell", "device", "paper, %", "ours, test error %", "train error %")
     return _table(headers, rows, 3)
 
@@ -202,12 +189,12 @@ def _cells(cells: Sequence[Cell], full: Mapping[str, Group]) -> str:
 def _every_run(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
-        measured = [spread(errors(group.runs, split)) for split in ("test", "train")]
+        numbers = [spread(group.errors(split)) for split in ("test", "train")]
         for name in ("target_angle", "intra_class_angle", "inter_class_angle"):
             angle = statistics.mean(outcome["test"][name] for outcome in group.runs)
-            measured.append(f"{angle:.1f}")
-        row = [f"`{group.name}`", group.text, _devices(group.runs)]
-        rows.append([*row, *measured, str(len(group.runs))])
+            numbers.append(f"{angle:.1f}")
+        row = [f"`{group.name}`", group.text, group.devices]
+        rows.append([*row, *numbers, str(len(group.runs))])
     headers = ("configuration", "changed", "device", "test error %", "train error %")
     of_angles = ("to the column", "intra-class", "inter-class", "seeds")
     return f"{_table((*headers, *of_angles), rows, 6)}\n\nAngles of the test features, degrees."
@@ -218,12 +205,7 @@ def _against_softmax(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
         softmax = _softmax_beside(group, groups)
-        plain = {outcome["seed"]: outcome for outcome in softmax.runs} if softmax else {}
-        pairs = [(run, plain[run["seed"]]) for run in group.runs if run["seed"] in plain]
-        for pair in pairs:
-            check_same_data(pair)
-        differences = [run["test"]["error"] - base["test"]["error"] for run, base in pairs]
-        if softmax and differences:
+        if softmax and (differences := group.above(softmax)):
             lower = f"{sum(d < 0 for d in differences)} of {len(differences)}"
             row = [f"`{group.name}`", group.text, softmax.own_words, spread(differences), lower]
             rows.append(row)
@@ -255,7 +237,7 @@ def _rates(validated: Sequence[Outcome]) -> str:
         if (config := CONFIGS[group.name]).margin == 1:
             rate = group.own.get("learning_rate", config.learning_rate)
             shared = {n: v for n, v in group.reduction.items() if n != "validation"}
-            numbers = [f"{rate:g}", spread(errors(group.runs, "test")), str(len(group.runs))]
+            numbers = [f"{rate:g}", spread(group.errors("test")), str(len(group.runs))]
             rows.append([f"`{group.name}`", words(shared), *numbers])
     headers = ("configuration", "changed", "learning rate", "validation error %", "seeds")
     return _table(headers, rows, 3)
@@ -282,8 +264,8 @@ def _diverged(runs: Sequence[Outcome]) -> str:
         if seen := outcome["diverged"]:
             lam = "not finite" if seen["lam"] is None else f"{seen['lam']:.4g}"
             changed = Group(outcome["name"], outcome["changes"], [outcome]).text
-            row = [str(outcome["seed"]), str(seen["step"]), lam]
-            rows.append([f"`{outcome['name']}`", changed, *row])
+            numbers = [str(outcome["seed"]), str(seen["step"]), lam]
+            rows.append([f"`{outcome['name']}`", changed, *numbers])
     return _table(("configuration", "changed", "seed", "step", "λ"), rows, 3)
 
 
@@ -311,7 +293,3 @@ def _verifications(faces: Sequence[Outcome]) -> str:
     headers = ("ours", "protocol", "people trained on", "pairs")
     metrics = ("accuracy % ± standard error over folds", "EER %", "AUC", "TAR % at FAR")
     return _table((*headers, *metrics), rows, 6)
-
-
-def _devices(runs: Sequence[Outcome]) -> str:
-    return ", ".join(sorted({outcome["device"] for outcome in runs}))
