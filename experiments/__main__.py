@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from experiments import quickstart
 from experiments.benchmarks import convergence, head, step
@@ -170,17 +171,15 @@ def check_name(arguments: list[str]) -> None:
             raise ValueError(f"{command}: no configuration {name!r}{meant} list prints all")
 
 
-CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
+CONSTRUCTORS = ConstructorRegistry()
 
 
 @CONSTRUCTORS.primitive_rule
-def path_in_help(
-    argument: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+def path_in_help(argument: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
     """Paths as everywhere, but help names a default in the clone from the clone's folder on."""
     if argument.type is not Path:
         return None
-    return tyro.constructors.PrimitiveConstructorSpec(
+    return PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
         instance_from_str=lambda words: Path(words[0]),
@@ -236,22 +235,19 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         check_name(arguments)
-        code = parsed(arguments)()
+        return parsed(arguments)() or 0
     except BrokenPipeError:
         # Whoever reads, `head` say, has seen enough. Python would flush once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
         if TRACEBACK in os.environ:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if TRACEBACK in os.environ:
-            raise
+        if not isinstance(error, KeyboardInterrupt):
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return loop.INTERRUPTED
-    return code or 0
 
 
 if __name__ == "__main__":

@@ -135,7 +135,8 @@ def _dataset(name: str, arrays: Arrays) -> Dataset:
             )
         if len(labels) == 0 or not 0 <= labels.min() <= labels.max() < CLASSES[name]:
             raise ValueError(f"{name}: {split}_labels must be in 0..{CLASSES[name] - 1}")
-        digest.update(images.tobytes() + labels.tobytes())
+        digest.update(images.tobytes())
+        digest.update(labels.tobytes())
         splits[split] = Split(images, labels.astype(np.int32))
     train, test = (split.images.shape[1:] for split in splits.values())
     if train != test:

@@ -4,6 +4,7 @@ Figs. 3 and 4 are computed from the loss and need no run; the others need the ru
 configurations, and are left out, by name, until those are there.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,6 @@ from experiments.report.outcomes import (
     grouped,
     load_outcomes,
     seeds_words,
-    words,
 )
 from experiments.report.roc import face_title, for_choosing, roc_figure
 from experiments.report.style import COLORS, MARGINS, STYLE, mark_reduced, write
@@ -97,10 +97,10 @@ def names(groups: Sequence[Group]) -> set[str]:
 
 def chosen(drawing: Drawing, groups: Sequence[Group]) -> list[Group]:
     """The groups of a figure, all reduced alike: as shows most of it, then as trains longest."""
-    alike: dict[str, list[Group]] = {}
+    alike = defaultdict(list)
     for group in groups:
         if group.name in drawing.needs:
-            alike.setdefault(reduced_by(group, drawing.across), []).append(group)
+            alike[group.reduced_by(drawing.across)].append(group)
 
     def worth(found: list[Group]) -> tuple[int, int]:
         return len(names(found)), max(group.of("steps") for group in found)
@@ -108,15 +108,10 @@ def chosen(drawing: Drawing, groups: Sequence[Group]) -> list[Group]:
     return max(alike.values(), key=worth, default=[])
 
 
-def reduced_by(group: Group, across: str) -> str:
-    """A reduction in words, without the one that may differ."""
-    return words({name: value for name, value in group.reduction.items() if name != across})
-
-
 def how(groups: Sequence[Group], across: str = "") -> str:
     """How the runs of a figure are reduced, and their seeds."""
     seeds = dict.fromkeys(seeds_words(group.runs) for group in groups)
-    return ", ".join([reduced_by(groups[0], across), " or ".join(seeds)])
+    return ", ".join([groups[0].reduced_by(across), " or ".join(seeds)])
 
 
 def loss_title(margin: int) -> str:

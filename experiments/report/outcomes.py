@@ -74,7 +74,7 @@ class Group(NamedTuple):
     @property
     def text(self) -> str:
         """Where runs depart from their configuration: 200 updates, width 0.25, λ minimum 5."""
-        return ", ".join(filter(None, (words(self.reduction), self.own_words)))
+        return ", ".join(filter(None, (self.reduced_by(), self.own_words)))
 
     @property
     def error(self) -> str:
@@ -84,6 +84,10 @@ class Group(NamedTuple):
     @property
     def devices(self) -> str:
         return ", ".join(sorted({outcome["device"] for outcome in self.runs}))
+
+    def reduced_by(self, without: str = "") -> str:
+        """The reduction in words, without that of one name."""
+        return words({n: v for n, v in self.reduction.items() if n != without})
 
     def errors(self, split: str) -> list[float]:
         return [outcome[split]["error"] for outcome in self.runs]

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.paper.cells import CELLS
-from experiments.report.outcomes import RESULTS, Group, full_runs, grouped, load_outcomes, words
+from experiments.report.outcomes import RESULTS, Group, full_runs, grouped, load_outcomes
 from experiments.report.tables import LFW, TRAIN_FACES
 
 LEGEND = """\
@@ -45,7 +45,7 @@ def rows(groups: Sequence[Group]) -> list[list[str]]:
         paper = "" if cell.reported is None else f"{cell.reported:.2f} {cell.standing}"
         ours = full[name].error
         reduced = longest.get(name)
-        beside = f"{reduced.error}: {words(reduced.reduction)}" if reduced else ""
+        beside = f"{reduced.error}: {reduced.reduced_by()}" if reduced else ""
         found.append([name, cell.where, paper, ours, beside, "" if ours else f"train {name}"])
     for loss, margin, accuracy, standing in LFW:
         paper = f"{accuracy:.2f} {standing}"

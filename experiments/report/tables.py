@@ -97,9 +97,7 @@ def reduced_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
         ran = [group for group in groups if group.name in names]
         plans = [wanted for wanted in protocol.WANTED if wanted.name in names]
         reductions = [g.reduction for g in ran] + [wanted.reduction for wanted in plans]
-        reductions.sort(
-            key=lambda reduction: (reduction.get("steps", 0), reduction.get("width", 1))
-        )
+        reductions.sort(key=lambda r: (r.get("steps", 0), r.get("width", 1)))
         for shown, reduction in {_flags(names[0], r): r for r in reductions}.items():
             here = [group for group in ran if group.reduction == reduction]
             planned = [wanted for wanted in plans if wanted.reduction == reduction]
@@ -214,31 +212,23 @@ def _against_softmax(groups: Sequence[Group]) -> str:
 
 
 def _softmax_beside(group: Group, groups: Sequence[Group]) -> Group | None:
-    """Softmax's runs with the same reduction: those of the same learning rate if there are any,
-    else those of the one that was tuned."""
-    name = _softmax_of(group.name)
-    beside = [g for g in groups if g.name == name and g.reduction == group.reduction]
+    """Runs that differ in the loss alone and have no margin: those of the same learning rate if
+    there are any, else those of the one that was tuned."""
+    plain = replace(CONFIGS[group.name], hinge=False, margin=1)
+    alike = [g for g in groups if g.name != group.name and g.reduction == group.reduction]
+    beside = [g for g in alike if replace(plain, name=g.name) == CONFIGS[g.name]]
     rate = group.own.get("learning_rate")
     same = [g for g in beside if g.own.get("learning_rate") == rate]
-    if name == group.name or not (same or len(beside) == 1):
-        return None
-    return (same or beside)[0]
-
-
-def _softmax_of(name: str) -> str | None:
-    """The configuration that differs from this one in the loss alone, and has no margin."""
-    plain = replace(CONFIGS[name], hinge=False, margin=1)
-    return next((n for n, c in CONFIGS.items() if replace(plain, name=n) == c), None)
+    return same[0] if same else beside[0] if len(beside) == 1 else None
 
 
 def _rates(validated: Sequence[Outcome]) -> str:
     rows = []
     for group in grouped(validated):
-        if (config := CONFIGS[group.name]).margin == 1:
-            rate = group.own.get("learning_rate", config.learning_rate)
-            shared = {n: v for n, v in group.reduction.items() if n != "validation"}
-            numbers = [f"{rate:g}", spread(group.errors("test")), str(len(group.runs))]
-            rows.append([f"`{group.name}`", words(shared), *numbers])
+        if CONFIGS[group.name].margin == 1:
+            rate, count = f"{group.of('learning_rate'):g}", str(len(group.runs))
+            row = [f"`{group.name}`", group.reduced_by("validation")]
+            rows.append([*row, rate, spread(group.errors("test")), count])
     headers = ("configuration", "changed", "learning rate", "validation error %", "seeds")
     return _table(headers, rows, 3)
 
