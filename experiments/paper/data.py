@@ -176,23 +176,21 @@ def _from_tfds(folder: Path) -> Arrays:
     kept = cache / f"{folder.parent.name}-{identity.hexdigest()[:16]}.npz"
     if kept.exists():
         return _from_npz([kept])
-    arrays = {}
-    for split in _SPLITS:
-        try:
-            arrays[f"{split}_images"], arrays[f"{split}_labels"] = _decoded(folder, split)
-        except (ImportError, KeyboardInterrupt):
+    try:
+        arrays = _decoded(folder)
+    except ImportError:
+        raise
+    except Exception as error:  # TFDS and array_record raise whatever they like
+        if str(error).startswith(str(folder)):
             raise
-        except Exception as error:  # TFDS and array_record raise whatever they like
-            if str(error).startswith(str(folder)):
-                raise
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise ValueError(f"{folder} cannot be read as TFDS data: {reason:.300}") from error
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ValueError(f"{folder} cannot be read as TFDS data: {reason:.300}") from error
     with replacing(kept) as unfinished:
         np.savez(unfinished, allow_pickle=False, **arrays)
     return arrays
 
 
-def _decoded(folder: Path, split: str) -> tuple[NDArray, NDArray]:
+def _decoded(folder: Path) -> Arrays:
     tfds = import_tfds()
     builder = tfds.builder_from_directory(str(folder))
     if builder.info.file_format is not tfds.core.file_adapters.FileFormat.ARRAY_RECORD:
@@ -200,12 +198,13 @@ def _decoded(folder: Path, split: str) -> tuple[NDArray, NDArray]:
             f"{folder} holds {builder.info.file_format.value}, which only TensorFlow reads; "
             f"prepare {folder.parent.name} again with file_format='array_record'"
         )
-    source = builder.as_data_source(split=split)
-    examples = tqdm(
-        source, desc=f"decode {folder.parent.name} {split}", unit=" images", leave=False
-    )
-    images, labels = zip(*((e["image"], e["label"]) for e in examples), strict=True)
-    return np.stack(images), np.asarray(labels)
+    arrays: Arrays = {}
+    for split in _SPLITS:
+        source, work = builder.as_data_source(split=split), f"decode {folder.parent.name} {split}"
+        examples = tqdm(source, work, unit=" images", leave=False)
+        images, labels = zip(*((e["image"], e["label"]) for e in examples), strict=True)
+        arrays |= {f"{split}_images": np.stack(images), f"{split}_labels": np.asarray(labels)}
+    return arrays
 
 
 def import_tfds() -> Any:

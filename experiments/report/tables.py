@@ -270,7 +270,7 @@ def _verifications(faces: Sequence[Outcome]) -> str:
             if float(far) >= lowest_rate(outcome)
         )
         row = [
-            f"`{outcome['file'][:-5]}`",
+            f"`{outcome['file'].removesuffix('.json')}`",
             outcome["protocol"],
             str(outcome["people_trained_on"]),
             f"{outcome['pairs']:,}",
