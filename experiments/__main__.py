@@ -206,14 +206,13 @@ def parsed(arguments: list[str]) -> Callable[[], Any]:
     """
     out, said = Kept(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said), CONSTRUCTORS:
             return tyro.extras.subcommand_cli_from_dict(
                 {name: postponed(function) for name, function in COMMANDS.items()},
                 prog="python -m experiments",
                 description=__doc__,
                 args=arguments,
                 config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes),
-                registry=CONSTRUCTORS,
             )
     except SystemExit as stop:
         # tyro frames what a configuration says, under a name that means nothing to its user. An
