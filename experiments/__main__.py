@@ -6,13 +6,13 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from experiments import quickstart
 from experiments.benchmarks import convergence, head, step
@@ -23,8 +23,8 @@ from experiments.faces.embed import embed
 from experiments.faces.pairs import pairs
 from experiments.faces.train import train_faces
 from experiments.faces.verify import verify_faces
-from experiments.paper import measures as measure
 from experiments.paper.cells import CONFIGS, Named, run_name
+from experiments.paper.measures import table
 from experiments.report.figures import figures
 from experiments.report.report import report
 from experiments.report.scoreboard import scoreboard
@@ -35,6 +35,7 @@ from experiments.store.processes import ALONE, Meeting, joined
 
 # A mistake of the user is one message; this shows where it was raised.
 TRACEBACK = "EXPERIMENTS_TRACEBACK"
+CLONE = Path(__file__).parents[1]
 
 
 def quickstart_(out: Path = quickstart.OUT) -> int:
@@ -90,7 +91,8 @@ def train_(
             return loop.exit_code(outcome)
         label = "reduced run, " if outcome["reduced"] else ""
         console = Console()
-        console.print(measures_table(f"{run_name(config)}, {label}last iterate", outcome))
+        title = f"{run_name(config)}, {label}last iterate"
+        console.print(table(title, {split: outcome[split] for split in ("train", "test")}))
         console.print(
             f"{outcome['images_per_second']:.0f} images/s on {outcome['device']}, "
             f"{100 * outcome['outside_step']:.1f} % of the loop's time outside the step"
@@ -113,17 +115,7 @@ def evaluate(
       devices: how many to compute on, the first ones; by default all.
     """
     step, measured = train.evaluate_run(out / run, data, devices)
-    Console().print(measures_table(f"{run} at step {step}", measured))
-
-
-def measures_table(title: str, measured: dict[str, Any]) -> Table:
-    """The measures of both splits."""
-    table = Table("", title=title)
-    for split in ("train", "test"):
-        table.add_column(split, justify="right")
-    for name, key in measure.TITLES.items():
-        table.add_row(name, *(f"{measured[split][key]:.4g}" for split in ("train", "test")))
-    return table
+    Console().print(table(f"{run} at step {step}", measured))
 
 
 def postponed(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
@@ -173,11 +165,27 @@ def check_name(arguments: list[str]) -> None:
     match arguments:
         case ["train" | "tune" as command]:
             raise ValueError(f"{command}: name a configuration, such as mnist-m4; list prints all")
-        case ["train" | "tune" as command, name, *_] if not name.startswith("-"):
-            if name not in CONFIGS:
-                alike = difflib.get_close_matches(name, CONFIGS, 3, 0.5)
-                meant = f"; did you mean {', '.join(alike)}?" if alike else ""
-                raise ValueError(f"{command}: no configuration {name!r}{meant} list prints all")
+        case ["train" | "tune" as command, name, *_] if name[:1] != "-" and name not in CONFIGS:
+            alike = difflib.get_close_matches(name, CONFIGS, 3, 0.5)
+            meant = f"; did you mean {', '.join(alike)}?" if alike else ""
+            raise ValueError(f"{command}: no configuration {name!r}{meant} list prints all")
+
+
+CONSTRUCTORS = ConstructorRegistry()
+
+
+@CONSTRUCTORS.primitive_rule
+def path_in_help(argument: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """Paths as everywhere, but help names a default in the clone from the clone's folder on."""
+    if argument.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: Path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path).removeprefix(f"{CLONE}/")],
+    )
 
 
 class Kept(io.StringIO):
@@ -189,20 +197,6 @@ class Kept(io.StringIO):
         return sys.__stdout__ is not None and sys.__stdout__.isatty()
 
 
-@contextlib.contextmanager
-def short_usage(arguments: list[str]) -> Iterator[None]:
-    """Makes help say CONFIGURATION where tyro's usage line has the names that it lists below."""
-    if not {"-h", "--help"} & set(arguments):
-        yield
-        return
-    kept = Kept()
-    try:
-        with contextlib.redirect_stdout(kept):
-            yield
-    finally:
-        print(kept.getvalue().replace(f"{{{','.join(CONFIGS)}}}", "CONFIGURATION"), end="")
-
-
 def parsed(arguments: list[str]) -> Callable[[], Any]:
     """The command with its arguments.
 
@@ -210,10 +204,10 @@ def parsed(arguments: list[str]) -> Callable[[], Any]:
       ValueError: a configuration refuses a value.
       SystemExit: anything else that tyro takes for a mistake, or help; it has said which.
     """
-    said = io.StringIO()
+    out, said = Kept(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            command: Callable[[], Any] = tyro.extras.subcommand_cli_from_dict(
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said), CONSTRUCTORS:
+            return tyro.extras.subcommand_cli_from_dict(
                 {name: postponed(function) for name, function in COMMANDS.items()},
                 prog="python -m experiments",
                 description=__doc__,
@@ -227,9 +221,10 @@ def parsed(arguments: list[str]) -> Callable[[], Any]:
         refused = by_tyro.__context__ if by_tyro is not None else None
         if isinstance(refused, ValueError) and isinstance(getattr(by_tyro, "arg", None), str):
             raise refused from None
+        # The usage line of help has all the configurations that help lists below.
+        print(out.getvalue().replace(f"{{{','.join(CONFIGS)}}}", "CONFIGURATION"), end="")
         sys.stderr.write(said.getvalue())
         raise
-    return command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -239,24 +234,19 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         check_name(arguments)
-        with short_usage(arguments):
-            command = parsed(arguments)
-        code = command()
+        return parsed(arguments)() or 0
     except BrokenPipeError:
         # Whoever reads, `head` say, has seen enough. Python would flush once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
         if TRACEBACK in os.environ:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if TRACEBACK in os.environ:
-            raise
+        if not isinstance(error, KeyboardInterrupt):
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return loop.INTERRUPTED
-    return code or 0
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ from typing import Any
 
 from matplotlib import rc_context
 from rich.console import Console
-from rich.table import Table
 
-from experiments.paper import measures as measure
 from experiments.paper.cells import CONFIGS
+from experiments.paper.measures import table
 from experiments.report.features import features_figure
 from experiments.report.style import STYLE, write
 from experiments.run import loop, train
@@ -35,24 +34,14 @@ def run(out: Path = OUT, stop: loop.Stop = lambda: False) -> int:
         outcomes[title] = outcome["test"]
     picture = draw(outcomes, out / "features.png")
     console = Console()
-    console.print(table(outcomes))
+    count = f"{next(iter(outcomes.values()))['count']:,} test digits"
+    console.print(table("The same network with two losses", outcomes, count, ".2f"))
     console.print(f"picture: {picture}", soft_wrap=True)
     return 0
 
 
-def table(outcomes: dict[str, dict[str, Any]]) -> Table:
-    """Measures of the test split, one column a loss."""
-    count = next(iter(outcomes.values()))["count"]
-    shown = Table(f"{count:,} test digits", title="The same network with two losses")
-    for title in outcomes:
-        shown.add_column(title, justify="right")
-    for name, key in measure.TITLES.items():
-        shown.add_row(name, *(f"{measured[key]:.2f}" for measured in outcomes.values()))
-    return shown
-
-
+@rc_context(STYLE)
 def draw(outcomes: dict[str, dict[str, Any]], file: Path) -> Path:
     """Writes the picture as PNG."""
-    with rc_context(STYLE):
-        write(features_figure(outcomes), file)
+    write(features_figure(outcomes), file)
     return file

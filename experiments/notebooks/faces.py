@@ -40,7 +40,7 @@ from experiments.faces.protocol import people_of_fold, read_pairs
 from experiments.faces.recipe import FaceRecipe
 from experiments.faces.train import load_run, train_faces
 from experiments.faces.verify import verify_faces
-from experiments.report import pictures
+from experiments.report.neighbours import neighbours
 from experiments.report.roc import roc_figure
 from experiments.report.style import STYLE
 from experiments.store import results as result
@@ -148,7 +148,7 @@ embed.save_embeddings(OUT / "embeddings.npz", embedded)
 print(embedded.embeddings.shape)
 
 # %%
-pictures.neighbours(faces, embedded)
+neighbours(faces, embedded)
 
 # %% [markdown]
 # ## From here

@@ -6,6 +6,8 @@ from experiments.paper.config import Config
 
 Standing = Literal["confirmed", "recalled"]
 
+LOSSES = ("hinge", "softmax", "m2", "m3", "m4")
+
 
 class Cell(NamedTuple):
     """One number or curve of the paper.
@@ -29,3 +31,25 @@ class Cell(NamedTuple):
         """One line for a help text."""
         paper = "" if self.reported is None else f": paper {self.reported} % ({self.standing})"
         return f"{self.where}{paper}; time {self.time}"
+
+
+class Column(NamedTuple):
+    """A data set in the paper's tables.
+
+    Attributes:
+      where: the table and the data set.
+      errors: the paper's, in the order of `LOSSES`.
+      confirmed: the losses whose error is confirmed; the others are recalled.
+    """
+
+    where: str
+    errors: tuple[float, ...]
+    confirmed: tuple[str, ...]
+
+    def cells(self, time: str, *configs: Config) -> list[Cell]:
+        """Its cells, trained by configurations in the order of `LOSSES`."""
+        found = []
+        for loss, error, config in zip(LOSSES, self.errors, configs, strict=True):
+            standing: Standing = "confirmed" if loss in self.confirmed else "recalled"
+            found.append(Cell(f"{self.where}, {loss}", error, standing, time, config))
+        return found

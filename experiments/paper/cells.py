@@ -34,27 +34,27 @@ else:
 def changes_of(config: Config) -> dict[str, Any]:
     """The fields in which a run departs from the configuration of its name; none for a seed."""
     named = CONFIGS[config.name]
-    names = [field.name for field in fields(config) if field.name != "seed"]
-    return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(named, n)}
+    there = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "seed"}
+    return {name: value for name, value in there.items() if value != getattr(named, name)}
 
 
 def run_name(config: Config) -> str:
     """Folder and name of a run's files: configuration, changes, seed."""
-    changed = changes_of(config)
-    lam = changed.pop("lam", None)
-    words = [_word(name, value) for name, value in changed.items()]
-    if lam is not None:
-        named = CONFIGS[config.name].lam._asdict()
-        words += [f"{c}{v:g}" for c, v in lam._asdict().items() if v != named[c]]
+    words = [_word(name, value) for name, value in changes_of(config).items() if name != "lam"]
+    constants = zip(LambdaPreset._fields, config.lam, CONFIGS[config.name].lam, strict=True)
+    words += [f"{constant}{value:g}" for constant, value, named in constants if value != named]
     return f"{config.name}/{'-'.join([*words, f'seed{config.seed}'])}"
 
 
 def command_of(config: Config) -> str:
     """The command that makes a run again."""
-    words = ["python -m experiments train", config.name]
-    for name, value in changes_of(config).items():
-        words += _flags(name, value)
+    words = ["python -m experiments train", config.name, *flags_of(config)]
     return " ".join([*words, f"--seed {config.seed}"])
+
+
+def flags_of(config: Config) -> list[str]:
+    """The flags that change the configuration of a run's name, without its seed."""
+    return [flag for change in changes_of(config).items() for flag in _flags(*change)]
 
 
 def toy(config: Config) -> Config:

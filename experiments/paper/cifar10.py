@@ -23,7 +23,7 @@ who report 10.5 where the paper has 7.73. Nobody has trained CIFAR10+ in full.
 
 from dataclasses import replace
 
-from experiments.paper.cell import Cell
+from experiments.paper.cell import Cell, Column
 from experiments.paper.config import Config
 from lsoftmax_jax.schedule import CIFAR10, CIFAR10_PLUS
 
@@ -47,91 +47,40 @@ _RP = replace(
 )
 _W = replace(_P, margin=4)
 
+_PLAIN = Column("Table 3, CIFAR10", (9.91, 9.05, 7.73, 7.66, 7.58), ("m2", "m4"))
+_PLUS = Column("Table 3, CIFAR10+", (6.96, 6.50, 6.01, 5.94, 5.92), ())
+
 CELLS = (
-    Cell(
-        "Table 3, CIFAR10, hinge",
-        9.91,
-        "recalled",
+    *_PLAIN.cells(
         RUN,
         replace(_S, name="cifar10-hinge", hinge=True),
+        _S,
+        replace(_S, name="cifar10-m2", margin=2),
+        replace(_S, name="cifar10-m3", margin=3),
+        replace(_S, name="cifar10-m4", margin=4),
     ),
-    Cell("Table 3, CIFAR10, softmax", 9.05, "recalled", RUN, _S),
-    Cell("Table 3, CIFAR10, m2", 7.73, "confirmed", RUN, replace(_S, name="cifar10-m2", margin=2)),
-    Cell("Table 3, CIFAR10, m3", 7.66, "recalled", RUN, replace(_S, name="cifar10-m3", margin=3)),
-    Cell("Table 3, CIFAR10, m4", 7.58, "confirmed", RUN, replace(_S, name="cifar10-m4", margin=4)),
-    Cell(
-        "Table 3, CIFAR10+, hinge",
-        6.96,
-        "recalled",
+    *_PLUS.cells(
         RUN,
         replace(_P, name="cifar10plus-hinge", hinge=True),
+        _P,
+        replace(_P, name="cifar10plus-m2", margin=2),
+        replace(_P, name="cifar10plus-m3", margin=3),
+        replace(_P, name="cifar10plus-m4", margin=4),
     ),
-    Cell("Table 3, CIFAR10+, softmax", 6.50, "recalled", RUN, _P),
-    Cell(
-        "Table 3, CIFAR10+, m2", 6.01, "recalled", RUN, replace(_P, name="cifar10plus-m2", margin=2)
-    ),
-    Cell(
-        "Table 3, CIFAR10+, m3", 5.94, "recalled", RUN, replace(_P, name="cifar10plus-m3", margin=3)
-    ),
-    Cell(
-        "Table 3, CIFAR10+, m4", 5.92, "recalled", RUN, replace(_P, name="cifar10plus-m4", margin=4)
-    ),
-    Cell(
-        "Table 3, CIFAR10, hinge",
-        9.91,
-        "recalled",
+    *_PLAIN.cells(
         UNKNOWN,
         replace(_R, name="released-cifar10-hinge", hinge=True),
-    ),
-    Cell("Table 3, CIFAR10, softmax", 9.05, "recalled", UNKNOWN, _R),
-    Cell(
-        "Table 3, CIFAR10, m2",
-        7.73,
-        "confirmed",
-        UNKNOWN,
+        _R,
         replace(_R, name="released-cifar10-m2", margin=2),
-    ),
-    Cell(
-        "Table 3, CIFAR10, m3",
-        7.66,
-        "recalled",
-        UNKNOWN,
         replace(_R, name="released-cifar10-m3", margin=3),
-    ),
-    Cell(
-        "Table 3, CIFAR10, m4",
-        7.58,
-        "confirmed",
-        UNKNOWN,
         replace(_R, name="released-cifar10-m4", margin=4),
     ),
-    Cell(
-        "Table 3, CIFAR10+, hinge",
-        6.96,
-        "recalled",
+    *_PLUS.cells(
         UNKNOWN,
         replace(_RP, name="released-cifar10plus-hinge", hinge=True),
-    ),
-    Cell("Table 3, CIFAR10+, softmax", 6.50, "recalled", UNKNOWN, _RP),
-    Cell(
-        "Table 3, CIFAR10+, m2",
-        6.01,
-        "recalled",
-        UNKNOWN,
+        _RP,
         replace(_RP, name="released-cifar10plus-m2", margin=2),
-    ),
-    Cell(
-        "Table 3, CIFAR10+, m3",
-        5.94,
-        "recalled",
-        UNKNOWN,
         replace(_RP, name="released-cifar10plus-m3", margin=3),
-    ),
-    Cell(
-        "Table 3, CIFAR10+, m4",
-        5.92,
-        "recalled",
-        UNKNOWN,
         replace(_RP, name="released-cifar10plus-m4", margin=4),
     ),
     Cell("Fig. 7, 32 filters", None, None, UNKNOWN, replace(_W, name="fig7-32", network="fig7-32")),

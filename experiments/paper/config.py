@@ -4,7 +4,10 @@
 belongs to small images. ``experiments.paper.cells`` has one named configuration for every cell.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
 from typing import Any, Literal
 
 import jax
@@ -60,22 +63,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "margin"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be in 0..{2**31 - 1}, got {self.seed}")
-        for name in ("learning_rate", "weight_decay", "bias_rate"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum must be in [0, 1], got {self.momentum}")
-        for name, value in self.lam._asdict().items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"lam.{name} must be >= 0 and finite, got {value}")
-        if not 0 < self.width < float("inf"):
-            raise ValueError(f"width must be > 0 and finite, got {self.width}")
-        if any(drop < 0 for drop in self.drops):
-            raise ValueError(f"drops must be >= 0, got {self.drops}")
+            self.must(name, ">= 1", lambda value: value >= 1)
+        self.must("seed", f"in 0..{2**31 - 1}", lambda value: 0 <= value < 2**31)
+        constants = [f"lam.{constant}" for constant in self.lam._fields]
+        for name in ("learning_rate", "weight_decay", "bias_rate", *constants):
+            self.must(name, ">= 0 and finite", lambda value: 0 <= value < math.inf)
+        self.must("momentum", "in [0, 1]", lambda value: 0 <= value <= 1)
+        self.must("width", "> 0 and finite", lambda value: 0 < value < math.inf)
+        self.must("drops", ">= 0", lambda values: all(drop >= 0 for drop in values))
+
+    def must(self, name: str, be: str, holds: Callable[[Any], bool]) -> None:
+        """Raises ValueError, in words, if a field is not what it must be; None may stand for it."""
+        value = attrgetter(name)(self)
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} must be {be}, got {value}")
 
     @property
     def activation_dtype(self) -> Any:
@@ -174,12 +175,9 @@ class Config(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.examples is not None and self.examples < 1:
-            raise ValueError(f"examples must be >= 1, got {self.examples}")
-        if self.crop < 0:
-            raise ValueError(f"crop must be >= 0, got {self.crop}")
-        if self.mean is not None and not abs(self.mean) < float("inf"):
-            raise ValueError(f"mean must be finite, got {self.mean}")
+        self.must("examples", ">= 1", lambda value: value >= 1)
+        self.must("crop", ">= 0", lambda value: value >= 0)
+        self.must("mean", "finite", math.isfinite)
 
     @property
     def classes(self) -> int:

@@ -72,12 +72,12 @@ class Dataset(NamedTuple):
             raise ValueError(
                 f"validation needs at least 10 training images, got {len(self.train.labels)}"
             )
-        kept, held = slice(None, -count), slice(-count, None)
-        return self._replace(train=self.train.rows(kept), test=self.train.rows(held))
+        held = self.train.rows(slice(-count, None))
+        return self._replace(train=self.train.rows(slice(-count)), test=held)
 
     def first(self, count: int) -> "Dataset":
         """The first ``count`` images of each split."""
-        rows = slice(None, count)
+        rows = slice(count)
         return self._replace(train=self.train.rows(rows), test=self.test.rows(rows))
 
 
@@ -95,17 +95,14 @@ def load(name: str, folder: Path | None = None) -> Dataset:
       ImportError: if TFDS does not work with the protobuf that is installed; it names the remedy.
     """
     if name == "digits":
-        return _dataset(_digits())
+        return _dataset(name, _digits())
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     folder = (folder or Path(default)).expanduser()
-    files = [folder / f"{name}.npz"]
-    if not files[0].exists():
-        files = _pieces(folder, name)
-    if files:
-        return _dataset(_checked(name, _from_npz(files)))
-    prepared = sorted(folder.glob(f"{name}/*/dataset_info.json"))
-    if prepared:
-        return _dataset(_checked(name, _from_tfds(prepared[-1].parent)))
+    whole = folder / f"{name}.npz"
+    if files := [whole] if whole.exists() else _pieces(folder, name):
+        return _dataset(name, _from_npz(files))
+    if prepared := sorted(folder.glob(f"{name}/*/dataset_info.json")):
+        return _dataset(name, _from_tfds(prepared[-1].parent))
     raise FileNotFoundError(MISSING.format(name=name, folder=folder.absolute()))
 
 
@@ -121,17 +118,9 @@ def _pieces(folder: Path, name: str) -> list[Path]:
 Arrays = dict[str, NDArray]
 
 
-def _dataset(arrays: Arrays) -> Dataset:
-    digest = hashlib.sha256()
-    for key in _KEYS:
-        digest.update(arrays[key].tobytes())
-    train, test = (
-        Split(arrays[f"{s}_images"], arrays[f"{s}_labels"].astype(np.int32)) for s in _SPLITS
-    )
-    return Dataset(train, test, digest.hexdigest()[:16])
-
-
-def _checked(name: str, arrays: Arrays) -> Arrays:
+def _dataset(name: str, arrays: Arrays) -> Dataset:
+    """The arrays of both splits, checked."""
+    splits, digest = {}, hashlib.sha256()
     for split in _SPLITS:
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.dtype != np.uint8 or images.ndim != 4:
@@ -146,26 +135,25 @@ def _checked(name: str, arrays: Arrays) -> Arrays:
             )
         if len(labels) == 0 or not 0 <= labels.min() <= labels.max() < CLASSES[name]:
             raise ValueError(f"{name}: {split}_labels must be in 0..{CLASSES[name] - 1}")
-    shapes = [arrays[f"{split}_images"].shape[1:] for split in _SPLITS]
-    if shapes[0] != shapes[1]:
+        digest.update(images.tobytes())
+        digest.update(labels.tobytes())
+        splits[split] = Split(images, labels.astype(np.int32))
+    train, test = (split.images.shape[1:] for split in splits.values())
+    if train != test:
         raise ValueError(
-            f"{name}: test_images must be of the size of train_images, {shapes[0]}, got {shapes[1]}"
+            f"{name}: test_images must be of the size of train_images, {train}, got {test}"
         )
-    return arrays
+    return Dataset(**splits, fingerprint=digest.hexdigest()[:16])
 
 
 def _digits() -> Arrays:
     digits = load_digits()
     images = (digits.images * 15).astype(np.uint8)[..., None]
-    train_images, test_images, train_labels, test_labels = train_test_split(
+    arrays = train_test_split(
         images, digits.target, test_size=500, stratify=digits.target, random_state=0
     )
-    return {
-        "train_images": train_images,
-        "train_labels": train_labels,
-        "test_images": test_images,
-        "test_labels": test_labels,
-    }
+    names = ("train_images", "test_images", "train_labels", "test_labels")
+    return dict(zip(names, arrays, strict=True))
 
 
 def _from_npz(files: list[Path]) -> Arrays:
@@ -188,23 +176,21 @@ def _from_tfds(folder: Path) -> Arrays:
     kept = cache / f"{folder.parent.name}-{identity.hexdigest()[:16]}.npz"
     if kept.exists():
         return _from_npz([kept])
-    arrays = {}
-    for split in _SPLITS:
-        try:
-            arrays[f"{split}_images"], arrays[f"{split}_labels"] = _decoded(folder, split)
-        except (ImportError, KeyboardInterrupt):
+    try:
+        arrays = _decoded(folder)
+    except ImportError:
+        raise
+    except Exception as error:  # TFDS and array_record raise whatever they like
+        if str(error).startswith(str(folder)):
             raise
-        except Exception as error:  # TFDS and array_record raise whatever they like
-            if str(error).startswith(str(folder)):
-                raise
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise ValueError(f"{folder} cannot be read as TFDS data: {reason:.300}") from error
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ValueError(f"{folder} cannot be read as TFDS data: {reason:.300}") from error
     with replacing(kept) as unfinished:
         np.savez(unfinished, allow_pickle=False, **arrays)
     return arrays
 
 
-def _decoded(folder: Path, split: str) -> tuple[NDArray, NDArray]:
+def _decoded(folder: Path) -> Arrays:
     tfds = import_tfds()
     builder = tfds.builder_from_directory(str(folder))
     if builder.info.file_format is not tfds.core.file_adapters.FileFormat.ARRAY_RECORD:
@@ -212,12 +198,13 @@ def _decoded(folder: Path, split: str) -> tuple[NDArray, NDArray]:
             f"{folder} holds {builder.info.file_format.value}, which only TensorFlow reads; "
             f"prepare {folder.parent.name} again with file_format='array_record'"
         )
-    source = builder.as_data_source(split=split)
-    examples = tqdm(
-        source, desc=f"decode {folder.parent.name} {split}", unit=" images", leave=False
-    )
-    images, labels = zip(*((e["image"], e["label"]) for e in examples), strict=True)
-    return np.stack(images), np.asarray(labels)
+    arrays: Arrays = {}
+    for split in _SPLITS:
+        source, work = builder.as_data_source(split=split), f"decode {folder.parent.name} {split}"
+        examples = tqdm(source, work, unit=" images", leave=False)
+        images, labels = zip(*((e["image"], e["label"]) for e in examples), strict=True)
+        arrays |= {f"{split}_images": np.stack(images), f"{split}_labels": np.asarray(labels)}
+    return arrays
 
 
 def import_tfds() -> Any:
@@ -341,7 +328,7 @@ def augmented(key: jax.Array, images: jax.Array, crop: int, mirror: bool) -> jax
 def padded_batches(split: Split, size: int) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
     """(images, labels, where) of a split in order, the last batch filled up and masked."""
     for start in range(0, len(split.labels), size):
-        images, labels = split.images[start : start + size], split.labels[start : start + size]
+        images, labels = split.rows(slice(start, start + size))
         spare = size - len(labels)
         where = np.arange(size) < len(labels)
         yield np.pad(images, ((0, spare), *[(0, 0)] * 3)), np.pad(labels, (0, spare)), where

@@ -1,9 +1,11 @@
 """What trained features look like: errors and angles, computed on the host from arrays."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.table import Table
 from sklearn.metrics import confusion_matrix
 
 POINTS = 2000
@@ -55,6 +57,18 @@ def measures(
         measured["labels"] = labels[:POINTS].tolist()
         measured["kernel"] = _rounded(kernel)
     return measured
+
+
+def table(
+    title: str, columns: Mapping[str, Mapping[str, Any]], corner: str = "", number: str = ".4g"
+) -> Table:
+    """Measures side by side, of splits or of runs; the numbers in one format."""
+    shown = Table(corner, title=title)
+    for name in columns:
+        shown.add_column(name, justify="right")
+    for name, key in TITLES.items():
+        shown.add_row(name, *(f"{measured[key]:{number}}" for measured in columns.values()))
+    return shown
 
 
 def unit(rows: NDArray) -> NDArray:

@@ -9,6 +9,7 @@ A model is called as ``model(images) -> features`` and carries its classifier as
 that `lsoftmax_jax.training` asks of a model.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -64,13 +65,33 @@ class Network:
         features = self.features if self.linear else _scaled(self.features, width)
         return replace(self, stages=stages, features=features)
 
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Height, width and channels of what goes into each stage, and of what the last gives."""
+        shapes = [self.image]
+        for stage in self.stages:
+            height, width = (_after(stage, size, self.ceil) for size in shapes[-1][:2])
+            shapes.append((height, width, stage.filters))
+        return shapes
+
 
 def _scaled(count: int, width: float) -> int:
     return max(1, round(count * width))
 
 
+def _after(stage: Stage, size: int, ceil: bool) -> int:
+    """What a stage makes of a height or width."""
+    size = -(-size // stage.stride)
+    if not stage.pool:
+        return size
+    return -(-size // 2) if ceil else size // 2
+
+
 def _first(filters: int, stride: int = 1) -> Stage:
     return Stage(filters, 1, stride=stride, pool=False)
+
+
+def _residual(filters: int, layers: int) -> Stage:
+    return Stage(filters, layers, stride=2, pool=False, residual=True)
 
 
 _MNIST, _CIFAR, _FACE = (28, 28, 1), (32, 32, 3), (112, 96, 3)
@@ -78,11 +99,11 @@ _MNIST, _CIFAR, _FACE = (28, 28, 1), (32, 32, 3), (112, 96, 3)
 
 def _released(image: tuple[int, int, int], layers: int) -> Network:
     stages = (_first(64), Stage(64, layers), Stage(128, layers), Stage(256, layers))
-    return Network(image, stages, features=512, prelu=False, ceil=True)
+    return Network(image, stages, 512, prelu=False, ceil=True)
 
 
 def _fig7(filters: int) -> Network:
-    return Network(_CIFAR, (_first(filters), *[Stage(filters, 4)] * 3), features=256)
+    return Network(_CIFAR, (_first(filters), *[Stage(filters, 4)] * 3), 256)
 
 
 NETWORKS: dict[str, Network] = {
@@ -90,35 +111,21 @@ NETWORKS: dict[str, Network] = {
     "mnist-2d": Network(
         _MNIST, (Stage(32, 2, size=5), Stage(64, 2, size=5), Stage(128, 2, size=5)), 2, linear=True
     ),
-    "mnist": Network(_MNIST, (_first(64), *[Stage(64, 3)] * 3), features=256),
-    "cifar10": Network(
-        _CIFAR, (_first(64), Stage(64, 4), Stage(96, 4), Stage(128, 4)), features=256
-    ),
-    "cifar100": Network(
-        _CIFAR, (_first(96), Stage(96, 4), Stage(192, 4), Stage(384, 4)), features=512
-    ),
-    "lfw": Network(_FACE, (_first(64, stride=2), Stage(64, 4), *[Stage(256, 4)] * 3), features=512),
+    "mnist": Network(_MNIST, (_first(64), *[Stage(64, 3)] * 3), 256),
+    "cifar10": Network(_CIFAR, (_first(64), Stage(64, 4), Stage(96, 4), Stage(128, 4)), 256),
+    "cifar100": Network(_CIFAR, (_first(96), Stage(96, 4), Stage(192, 4), Stage(384, 4)), 512),
+    "lfw": Network(_FACE, (_first(64, stride=2), Stage(64, 4), *[Stage(256, 4)] * 3), 512),
     # The authors' released prototxts
     "released-mnist": _released(_MNIST, layers=3),
     "released-cifar10": _released(_CIFAR, layers=4),
     # Fig. 7: filters per convolution
-    "fig7-32": _fig7(32),
-    "fig7-64": _fig7(64),
-    "fig7-96": _fig7(96),
-    "fig7-128": _fig7(128),
+    **{f"fig7-{filters}": _fig7(filters) for filters in (32, 64, 96, 128)},
     # Twenty convolutions with residual connections, after the authors' SphereFace-20
     "sphere20": Network(
-        _FACE,
-        (
-            Stage(64, 3, stride=2, pool=False, residual=True),
-            Stage(128, 5, stride=2, pool=False, residual=True),
-            Stage(256, 9, stride=2, pool=False, residual=True),
-            Stage(512, 3, stride=2, pool=False, residual=True),
-        ),
-        features=512,
+        _FACE, (_residual(64, 3), _residual(128, 5), _residual(256, 9), _residual(512, 3)), 512
     ),
     # scikit-learn's 8 x 8 digits with a 2-D feature, for the first run
-    "digits-2d": Network((8, 8, 1), (Stage(32, 2), Stage(64, 2)), features=2, linear=True),
+    "digits-2d": Network((8, 8, 1), (Stage(32, 2), Stage(64, 2)), 2, linear=True),
 }
 
 # Flax 0.11 has no `List`: there a plain list may hold modules.
@@ -188,9 +195,7 @@ class Convolutions(nnx.Module):
             for layer in others:
                 outputs = layer(outputs, where)
         if self.stage.pool:
-            outputs = nnx.max_pool(
-                outputs, window_shape=(2, 2), strides=(2, 2), padding=self.padding
-            )
+            outputs = nnx.max_pool(outputs, (2, 2), strides=(2, 2), padding=self.padding)
         return outputs
 
 
@@ -215,21 +220,17 @@ class ConvNet(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.dtype = jnp.dtype(dtype)
-        height, width, channels = network.image
-        stages = []
-        for stage in network.stages:
-            stages.append(Convolutions(channels, stage, network, dtype, rngs))
-            height, width = _after(stage, height, network.ceil), _after(stage, width, network.ceil)
-            channels = stage.filters
-        self.stages = ModuleList(stages)
-        flat = height * width * channels
-        full = nnx.Linear(flat, network.features, dtype=dtype, kernel_init=HE, rngs=rngs)
-        self.full = (
-            full if network.linear else Normalised(full, network.features, network.prelu, rngs)
+        *shapes, last = network.shapes()
+        self.stages = ModuleList(
+            [
+                Convolutions(channels, stage, network, dtype, rngs)
+                for stage, (*_, channels) in zip(network.stages, shapes, strict=True)
+            ]
         )
-        self.head = LSoftmaxDense(
-            network.features, classes, margin=margin, kernel_init=HE, rngs=rngs
-        )
+        features = network.features
+        full = nnx.Linear(math.prod(last), features, dtype=dtype, kernel_init=HE, rngs=rngs)
+        self.full = full if network.linear else Normalised(full, features, network.prelu, rngs)
+        self.head = LSoftmaxDense(features, classes, margin=margin, kernel_init=HE, rngs=rngs)
 
     def __call__(self, images: jax.Array, where: jax.Array | None = None) -> jax.Array:
         """Features (batch, features), float32, of images (batch, height, width, channels).
@@ -239,19 +240,9 @@ class ConvNet(nnx.Module):
         outputs = images.astype(self.dtype)
         for stage in self.stages:
             outputs = stage(outputs, where)
-        outputs = outputs.reshape(len(outputs), -1)
-        if isinstance(self.full, Normalised):
-            outputs = self.full(outputs, where)
-        else:
-            outputs = self.full(outputs)
-        return outputs.astype(jnp.float32)
-
-
-def _after(stage: Stage, size: int, ceil: bool) -> int:
-    size = -(-size // stage.stride)
-    if not stage.pool:
-        return size
-    return -(-size // 2) if ceil else size // 2
+        flat = outputs.reshape(len(outputs), -1)
+        full = self.full(flat, where) if isinstance(self.full, Normalised) else self.full(flat)
+        return full.astype(jnp.float32)
 
 
 @cache
@@ -263,13 +254,10 @@ def parameter_count(network: Network, classes: int) -> int:
 
 def multiply_adds(network: Network, classes: int) -> int:
     """Multiply-adds of one image's forward pass in convolutions, fully connected layer and head."""
-    total = 0
-    height, width, channels = network.image
-    for stage in network.stages:
-        height, width = -(-height // stage.stride), -(-width // stage.stride)
+    *shapes, last = network.shapes()
+    total = network.features * (math.prod(last) + classes)
+    for stage, (height, width, channels) in zip(network.stages, shapes, strict=True):
+        pixels = -(-height // stage.stride) * -(-width // stage.stride)
         inputs = channels + (stage.layers - 1) * stage.filters
-        total += height * width * stage.size**2 * inputs * stage.filters
-        rest = stage._replace(stride=1)
-        height, width = _after(rest, height, network.ceil), _after(rest, width, network.ceil)
-        channels = stage.filters
-    return total + network.features * (height * width * channels + classes)
+        total += pixels * stage.size**2 * inputs * stage.filters
+    return total

@@ -4,6 +4,7 @@ Figs. 3 and 4 are computed from the loss and need no run; the others need the ru
 configurations, and are left out, by name, until those are there.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +28,7 @@ from experiments.report.outcomes import (
     Outcome,
     grouped,
     load_outcomes,
-    own_words,
     seeds_words,
-    words,
 )
 from experiments.report.roc import face_title, for_choosing, roc_figure
 from experiments.report.style import COLORS, MARGINS, STYLE, mark_reduced, write
@@ -42,25 +41,24 @@ LENGTHS = {
 }
 WHITE = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
 
-Groups = dict[str, list[Group]]
-
 
 class Drawing(NamedTuple):
     """A figure of the paper.
 
     Attributes:
       needs: the configurations whose runs it shows.
-      draw: makes it from the groups of every configuration.
+      draw: makes it from their groups, in this order.
       enough: of how many of them reduced runs make a figure.
       across: a reduction that may differ between its runs.
     """
 
     needs: tuple[str, ...]
-    draw: Callable[[Groups], Figure]
-    enough: int
+    draw: Callable[[Sequence[Group]], Figure]
+    enough: int = 2
     across: str = ""
 
 
+@rc_context(STYLE)
 def figures(out: Path = RESULTS, reduced: bool = False) -> int:
     """Draws the ROC and every figure whose runs are there, into the subfolder figures of --out.
 
@@ -76,67 +74,63 @@ def figures(out: Path = RESULTS, reduced: bool = False) -> int:
         if reduced and not drawing.needs:
             continue
         found = chosen(drawing, groups)
-        missing = [config for config in drawing.needs if config not in found]
-        if len(found) < (drawing.enough if reduced else len(drawing.needs)):
+        missing = [need for need in drawing.needs if need not in names(found)]
+        if len(names(found)) < (drawing.enough if reduced else len(drawing.needs)):
             print(f"{name} left out, no finished run of {', '.join(missing)}")
             continue
-        with rc_context(STYLE):
-            figure = drawing.draw(found)
-            if reduced:
-                mark_reduced(figure, how(found, drawing.across))
-            write(figure, folder / f"{name}.png")
+        figure = drawing.draw(found)
+        if reduced:
+            mark_reduced(figure, how(found, drawing.across))
+        write(figure, folder / f"{name}.png")
         without = f", without {', '.join(missing)}" if missing else ""
         print(f"{folder / name}.png written{without}")
     faces = [outcome for outcome in outcomes.verifications if not for_choosing(outcome)]
     if faces and not reduced:
-        with rc_context(STYLE):
-            write(roc_of_all(faces), folder / "roc.png")
+        write(roc_figure({face_title(outcome): outcome for outcome in faces}), folder / "roc.png")
         print(f"{folder / 'roc.png'} written")
     return 0
 
 
-def chosen(drawing: Drawing, groups: Sequence[Group]) -> Groups:
+def names(groups: Sequence[Group]) -> set[str]:
+    return {group.name for group in groups}
+
+
+def chosen(drawing: Drawing, groups: Sequence[Group]) -> list[Group]:
     """The groups of a figure, all reduced alike: as shows most of it, then as trains longest."""
-    alike: dict[str, Groups] = {}
+    alike = defaultdict(list)
     for group in groups:
         if group.name in drawing.needs:
-            shared = {n: v for n, v in group.reduction.items() if n != drawing.across}
-            alike.setdefault(words(shared), {}).setdefault(group.name, []).append(group)
+            alike[group.reduced_by(drawing.across)].append(group)
 
-    def worth(found: Groups) -> tuple[int, int]:
-        return len(found), max(_steps(group) for here in found.values() for group in here)
+    def worth(found: list[Group]) -> tuple[int, int]:
+        return len(names(found)), max(group.of("steps") for group in found)
 
-    return max(alike.values(), key=worth, default={})
-
-
-def _steps(group: Group) -> int:
-    return group.reduction.get("steps", CONFIGS[group.name].steps)
+    return max(alike.values(), key=worth, default=[])
 
 
-def how(found: Groups, across: str = "") -> str:
+def how(groups: Sequence[Group], across: str = "") -> str:
     """How the runs of a figure are reduced, and their seeds."""
-    groups = [group for here in found.values() for group in here]
-    shared = {n: v for n, v in groups[0].reduction.items() if n != across}
     seeds = dict.fromkeys(seeds_words(group.runs) for group in groups)
-    return ", ".join([words(shared), " or ".join(seeds)])
+    return ", ".join([groups[0].reduced_by(across), " or ".join(seeds)])
+
+
+def loss_title(margin: int) -> str:
+    return "softmax" if margin == 1 else f"L-Softmax, m = {margin}"
 
 
 def label(group: Group) -> str:
     """The loss, and what the group has of its own."""
-    margin = CONFIGS[group.name].margin
-    loss = "softmax" if margin == 1 else f"L-Softmax, m = {margin}"
-    own = own_words(group.name, group.own)
-    return f"{loss}, {own}" if own else loss
+    return ", ".join(filter(None, [loss_title(CONFIGS[group.name].margin), group.own_words]))
 
 
-def draw_planes(found: Groups) -> Figure:
+def draw_planes(groups: Sequence[Group]) -> Figure:
     """Fig. 2: the 2-D features of the first seed, a column a margin, test images below.
 
     All panels have the same scale.
     """
     figure = Figure(figsize=(12, 6.9), layout="constrained")
     panels = figure.subplots(2, len(MARGINS), sharex=True, sharey=True)
-    runs = [found[f"fig2-m{margin}"][0].runs[0] for margin in MARGINS]
+    runs = [next(g.runs[0] for g in groups if g.name == f"fig2-m{m}") for m in MARGINS]
     reach = common_reach(run[split] for run in runs for split in ("train", "test"))
     for column, margin, run in zip(panels.T, MARGINS, runs, strict=True):
         for panel, split in zip(column, ("train", "test"), strict=True):
@@ -147,7 +141,7 @@ def draw_planes(found: Groups) -> Figure:
     return figure
 
 
-def draw_psi(_: Groups) -> Figure:
+def draw_psi(_: Sequence[Group]) -> Figure:
     """Fig. 3: psi against the angle."""
     figure = Figure(figsize=(4.6, 3.6), layout="constrained")
     panel = figure.add_subplot(xlabel="angle θ, degrees", ylabel="ψ(θ)", xlim=(0, 180))
@@ -162,7 +156,7 @@ def draw_psi(_: Groups) -> Figure:
     return figure
 
 
-def draw_geometry(_: Groups) -> Figure:
+def draw_geometry(_: Sequence[Group]) -> Figure:
     """Fig. 4: two classes in the plane; where each counts as won, with its margin."""
     figure = Figure(figsize=(9, 4.9), layout="constrained")
     panels = figure.subplots(2, len(LENGTHS), sharex=True, sharey=True)
@@ -172,8 +166,7 @@ def draw_geometry(_: Groups) -> Figure:
             draw_regions(panel, kernel, margin)
             if margin > 1:
                 _name_margin(panel, kernel, margin)
-            head = "softmax" if margin == 1 else f"L-Softmax, m = {margin}"
-            panel.set_title(f"{head}, {title}")
+            panel.set_title(f"{loss_title(margin)}, {title}")
     dashed = Line2D([], [], color="0.3", linestyle="--", label="the boundary of softmax")
     figure.legend(handles=[dashed], loc="outside lower center")
     return figure
@@ -222,18 +215,16 @@ def _name_margin(panel: Axes, kernel: NDArray, margin: int) -> None:
     panel.text(x, y, "margin", ha="center", va="center", fontsize=8, bbox=WHITE)
 
 
-def draw_confusions(found: Groups) -> Figure:
+def draw_confusions(groups: Sequence[Group]) -> Figure:
     """Fig. 5: rows by class, in % of it, softmax beside L-Softmax; seeds summed."""
-    groups = [group for here in found.values() for group in here]
     figure = Figure(figsize=(0.8 + 3.8 * len(groups), 4.1), layout="constrained")
     panels = figure.subplots(1, len(groups), sharey=True)
     for panel, group in zip(panels, groups, strict=True):
         counts = np.sum([run["test"]["confusion"] for run in group.runs], axis=0)
         share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        many = len(share) > 20
         # Mistakes are few: a linear scale from 0 to 100 would show the diagonal alone.
         image = panel.imshow(share, cmap="Blues", vmin=0, vmax=20, interpolation="nearest")
-        if not many:
+        if len(share) <= 20:
             draw_numbers(panel, share)
             panel.set(xticks=range(len(share)), yticks=range(len(share)))
         panel.set(title=label(group), xlabel="predicted class")
@@ -284,46 +275,36 @@ def running_mean(values: NDArray) -> NDArray:
     return np.convolve(values, window, mode="same") / counts
 
 
-def draw_losses(found: Groups) -> Figure:
+def draw_losses(groups: Sequence[Group]) -> Figure:
     """Error against iteration, Fig. 6 and others: a line a loss."""
-    groups = [group for here in found.values() for group in here]
     return draw_curves({label(group): group.runs for group in groups})
 
 
-def draw_widths(found: Groups) -> Figure:
+def draw_widths(groups: Sequence[Group]) -> Figure:
     """Fig. 7: a line a number of filters, those that ran."""
     lines = {}
-    for here in found.values():
-        for group in here:
-            config = replace(CONFIGS[group.name], width=group.reduction.get("width", 1.0))
-            filters = config.built_network.stages[0].filters
-            own = own_words(group.name, group.own)
-            lines[f"{filters} filters{', ' if own else ''}{own}"] = group.runs
+    for group in groups:
+        config = replace(CONFIGS[group.name], width=group.of("width"))
+        filters = f"{config.built_network.stages[0].filters} filters"
+        lines[", ".join(filter(None, [filters, group.own_words]))] = group.runs
     return draw_curves(lines)
 
 
-def roc_of_all(faces: Sequence[Outcome]) -> Figure:
-    """The ROC of every verification, named by its network."""
-    return roc_figure({face_title(outcome): outcome for outcome in faces})
+def _of(data: str, losses: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{data}-{loss}" for loss in losses)
 
 
-LOSSES = ("softmax", "m2", "m3", "m4")
-_FIG7 = tuple(f"fig7-{filters}" for filters in (32, 64, 96, 128))
+LOSSES, ENDS = ("softmax", "m2", "m3", "m4"), ("softmax", "m4")
 
-
-def _fig5(data: str) -> Drawing:
-    return Drawing((f"{data}-softmax", f"{data}-m4"), draw_confusions, enough=2)
-
-
-DRAWINGS: dict[str, Drawing] = {
-    "fig2": Drawing(tuple(f"fig2-m{margin}" for margin in MARGINS), draw_planes, enough=4),
-    "fig3": Drawing((), draw_psi, enough=0),
-    "fig4": Drawing((), draw_geometry, enough=0),
-    "fig5-cifar10": _fig5("cifar10"),
-    "fig5-cifar10plus": _fig5("cifar10plus"),
-    "fig5-cifar100": _fig5("cifar100"),
-    "fig6": Drawing(tuple(f"cifar100-{loss}" for loss in LOSSES), draw_losses, enough=2),
-    "error-mnist": Drawing(tuple(f"mnist-{loss}" for loss in LOSSES), draw_losses, enough=2),
-    "error-cifar10": Drawing(("cifar10-softmax", "cifar10-m4"), draw_losses, enough=2),
-    "fig7": Drawing(_FIG7, draw_widths, enough=2, across="width"),
+DRAWINGS = {
+    "fig2": Drawing(_of("fig2", ("m1", "m2", "m3", "m4")), draw_planes, enough=4),
+    "fig3": Drawing((), draw_psi),
+    "fig4": Drawing((), draw_geometry),
+    "fig5-cifar10": Drawing(_of("cifar10", ENDS), draw_confusions),
+    "fig5-cifar10plus": Drawing(_of("cifar10plus", ENDS), draw_confusions),
+    "fig5-cifar100": Drawing(_of("cifar100", ENDS), draw_confusions),
+    "fig6": Drawing(_of("cifar100", LOSSES), draw_losses),
+    "error-mnist": Drawing(_of("mnist", LOSSES), draw_losses),
+    "error-cifar10": Drawing(_of("cifar10", ENDS), draw_losses),
+    "fig7": Drawing(_of("fig7", ("32", "64", "96", "128")), draw_widths, across="width"),
 }

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.paper.cells import CELLS, CONFIGS
+import jax
+
+from experiments.paper.cells import CONFIGS
 from experiments.store import results as result
 
 Outcome = dict[str, Any]
@@ -40,11 +42,11 @@ class Outcomes(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Finished runs that differ in the seed alone."""
+    """Finished runs of a configuration, changed alike, that differ in the seed alone."""
 
     name: str
     changes: dict[str, Any]
-    runs: list[Outcome]
+    runs: Sequence[Outcome]
 
     @property
     def reduction(self) -> dict[str, Any]:
@@ -55,6 +57,56 @@ class Group(NamedTuple):
     def own(self) -> dict[str, Any]:
         """The changes of this loss alone: λ and the learning rate."""
         return {n: v for n, v in self.changes.items() if n in OF_THE_LOSS}
+
+    @property
+    def own_words(self) -> str:
+        """What this loss has of its own; of λ the constants that differ."""
+        named, said = CONFIGS[self.name].lam._asdict(), []
+        if "pace" in self.own:
+            said.append(f"λ {self.own['pace']}")
+        if "lam" in self.own:
+            constants = [f"{c} {v:g}" for c, v in self.own["lam"].items() if v != named.get(c)]
+            said.append(f"λ {', '.join(constants)}")
+        if "learning_rate" in self.own:
+            said.append(f"learning rate {self.own['learning_rate']:g}")
+        return ", ".join(said)
+
+    @property
+    def text(self) -> str:
+        """Where runs depart from their configuration: 200 updates, width 0.25, λ minimum 5."""
+        return ", ".join(filter(None, (self.reduced_by(), self.own_words)))
+
+    @property
+    def error(self) -> str:
+        """On the test images: mean ± standard deviation (number of seeds); empty without runs."""
+        return counted(self.errors("test"))
+
+    @property
+    def devices(self) -> str:
+        return ", ".join(sorted({outcome["device"] for outcome in self.runs}))
+
+    def reduced_by(self, without: str = "") -> str:
+        """The reduction in words, without that of one name."""
+        return words({n: v for n, v in self.reduction.items() if n != without})
+
+    def errors(self, split: str) -> list[float]:
+        return [outcome[split]["error"] for outcome in self.runs]
+
+    def above(self, other: "Group") -> list[float]:
+        """How far the test errors are above those of the same seeds of another group.
+
+        Raises:
+          ValueError: if a pair saw different data.
+        """
+        theirs = {outcome["seed"]: outcome for outcome in other.runs}
+        pairs = [(run, theirs[run["seed"]]) for run in self.runs if run["seed"] in theirs]
+        for pair in pairs:
+            check_same_data(pair)
+        return [run["test"]["error"] - beside["test"]["error"] for run, beside in pairs]
+
+    def of(self, field: str) -> Any:
+        """What the runs have in a field of their configuration."""
+        return self.changes.get(field, getattr(CONFIGS[self.name], field))
 
 
 def load_outcomes(out: Path) -> Outcomes:
@@ -91,46 +143,42 @@ def over_folds(verifications: Sequence[Outcome]) -> list[Outcome]:
     alike = defaultdict(list)
     for outcome in verifications:
         config = {n: v for n, v in outcome["config"].items() if n != "left_out_fold"}
-        went_on = "--init-from" in (outcome.get("training") or {}).get("command", "")
-        alike[json.dumps([outcome["protocol"], config, went_on], sort_keys=True)].append(outcome)
+        alike[_key(outcome["protocol"], config, went_on(outcome))].append(outcome)
     return [same[0] if len(same) == 1 else _mean_of_folds(same) for same in alike.values()]
 
 
 def _mean_of_folds(same: Sequence[Outcome]) -> Outcome:
-    metrics, curves = ([outcome[name] for outcome in same] for name in ("metrics", "curve"))
-    accuracy = [value for seen in metrics for value in seen["fold_accuracy"]]
-
-    def mean(name: str) -> float:
-        return statistics.mean(seen[name] for seen in metrics)
-
+    accuracy = [value for outcome in same for value in outcome["metrics"]["fold_accuracy"]]
+    names = ("auc", "equal_error_rate", "tar_at_far")
+    seen = [({n: o["metrics"][n] for n in names}, o["curve"]) for o in same]
+    metrics, curve = jax.tree.map(lambda *values: statistics.mean(values), *seen)
+    metrics["accuracy"] = statistics.mean(accuracy)
+    metrics["standard_error"] = statistics.stdev(accuracy) / math.sqrt(len(accuracy))
     return same[0] | {
         "networks": len(same),
         "tested_folds": sorted(fold for outcome in same for fold in outcome["tested_folds"]),
         "pairs": sum(outcome["pairs"] for outcome in same),
         "people_trained_on": min(outcome["people_trained_on"] for outcome in same),
-        "metrics": {
-            "accuracy": statistics.mean(accuracy),
-            "standard_error": statistics.stdev(accuracy) / math.sqrt(len(accuracy)),
-            "auc": mean("auc"),
-            "equal_error_rate": mean("equal_error_rate"),
-            "tar_at_far": {
-                far: statistics.mean(seen["tar_at_far"][far] for seen in metrics)
-                for far in metrics[0]["tar_at_far"]
-            },
-        },
-        "curve": {
-            name: [statistics.mean(at) for at in zip(*(c[name] for c in curves), strict=True)]
-            for name in curves[0]
-        },
+        "metrics": metrics,
+        "curve": curve,
     }
 
 
+def went_on(verification: Outcome) -> bool:
+    """Whether the network that was verified began as another one."""
+    return "--init-from" in (verification.get("training") or {}).get("command", "")
+
+
+def _key(*parts: Any) -> str:
+    """A text that is the same for the same parts, whatever the order of their names."""
+    return json.dumps(parts, sort_keys=True)
+
+
 def _check(out: Path, kind: str, outcome: Outcome) -> None:
-    file = out / outcome["file"]
-    missing = [name for name in NEEDED[kind] if name not in outcome]
+    file, needed = out / outcome["file"], NEEDED[kind]
     if kind == "run" and outcome.get("status") == "finished":
-        missing += [name for name in ("train", "test", "curves") if name not in outcome]
-    if missing:
+        needed += ("train", "test", "curves")
+    if missing := [name for name in needed if name not in outcome]:
         raise ValueError(f"{file} must hold a result; it has no {', '.join(missing)}")
     if kind == "run" and outcome["name"] not in CONFIGS:
         raise ValueError(f"{file} is of no configuration that list prints: {outcome['name']!r}")
@@ -139,8 +187,7 @@ def _check(out: Path, kind: str, outcome: Outcome) -> None:
 def _check_different(out: Path, outcomes: Sequence[Outcome], names: Sequence[str]) -> None:
     files: dict[str, str] = {}
     for outcome in outcomes:
-        key = json.dumps([outcome[name] for name in names], sort_keys=True)
-        first = files.setdefault(key, outcome["file"])
+        first = files.setdefault(_key(*(outcome[name] for name in names)), outcome["file"])
         if first != outcome["file"]:
             raise ValueError(
                 f"{out / first} and {out / outcome['file']} hold the same run, equal in "
@@ -154,30 +201,23 @@ def grouped(runs: Sequence[Outcome]) -> list[Group]:
     Raises:
       ValueError: if seeds saw different data.
     """
-    groups: dict[str, Group] = {}
-    for outcome in runs:
+    alike = defaultdict(list)
+    for outcome in sorted(runs, key=lambda outcome: outcome["seed"]):
         if outcome["status"] == "finished":
-            key = json.dumps([outcome["name"], outcome["changes"]], sort_keys=True)
-            group = groups.setdefault(key, Group(outcome["name"], outcome["changes"], []))
-            group.runs.append(outcome)
-    order = list(CELLS)
-
-    def rank(group: Group) -> tuple[Any, ...]:
-        config = CONFIGS[group.name]
-        steps, width = (group.changes.get(n, getattr(config, n)) for n in ("steps", "width"))
-        return order.index(group.name), steps, width, len(group.changes), text(group)
-
-    for group in groups.values():
-        group.runs.sort(key=lambda outcome: outcome["seed"])
-        check_same_data(group.runs)
-    return sorted(groups.values(), key=rank)
+            alike[_key(outcome["name"], outcome["changes"])].append(outcome)
+    for same in alike.values():
+        check_same_data(same)
+    order = list(CONFIGS)
+    return sorted(
+        (Group(same[0]["name"], same[0]["changes"], same) for same in alike.values()),
+        key=lambda g: (order.index(g.name), g.of("steps"), g.of("width"), len(g.changes), g.text),
+    )
 
 
-def by_name(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    found = defaultdict(list)
-    for group in groups:
-        found[group.name].append(group)
-    return dict(found)
+def full_runs(groups: Sequence[Group]) -> dict[str, Group]:
+    """The runs of every configuration as it is; a group without runs where there is none."""
+    none = {name: Group(name, {}, []) for name in CONFIGS}
+    return none | {group.name: group for group in groups if not group.changes}
 
 
 def check_same_data(runs: Sequence[Outcome]) -> None:
@@ -187,29 +227,10 @@ def check_same_data(runs: Sequence[Outcome]) -> None:
         raise ValueError(f"these runs saw different data, whose mean says nothing: {files}")
 
 
-def text(group: Group) -> str:
-    """Where runs depart from their configuration: 200 updates, width 0.25, λ minimum 5."""
-    return ", ".join(filter(None, (words(group.reduction), own_words(group.name, group.own))))
-
-
 def words(changes: dict[str, Any]) -> str:
     """Changes in words, updates and width first."""
     first = {n: changes[n] for n in ("steps", "width", "batch") if n in changes}
     return ", ".join(_word(name, value) for name, value in (first | changes).items())
-
-
-def own_words(name: str, own: dict[str, Any]) -> str:
-    """What a loss of a configuration has of its own; of λ the constants that differ."""
-    named = CONFIGS[name].lam._asdict()
-    said = []
-    if "pace" in own:
-        said.append(f"λ {own['pace']}")
-    if "lam" in own:
-        constants = [f"{c} {v:g}" for c, v in own["lam"].items() if v != named.get(c)]
-        said.append(f"λ {', '.join(constants)}")
-    if "learning_rate" in own:
-        said.append(f"learning rate {own['learning_rate']:g}")
-    return ", ".join(said)
 
 
 def _word(name: str, value: Any) -> str:
@@ -228,10 +249,6 @@ def seeds_words(runs: Sequence[Outcome]) -> str:
     if seeds == list(range(seeds[0], seeds[-1] + 1)):
         return f"seeds {seeds[0]} to {seeds[-1]}"
     return f"seeds {', '.join(map(str, seeds))}"
-
-
-def errors(runs: Sequence[Outcome], split: str) -> list[float]:
-    return [outcome[split]["error"] for outcome in runs]
 
 
 def spread(values: Sequence[float]) -> str:

@@ -1,15 +1,16 @@
 """The ROC curves of all face models in one plot."""
 
 from collections.abc import Mapping
-from typing import Any
+from itertools import cycle
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.report.outcomes import Outcome, went_on
 from experiments.report.style import COLORS
 
 
-def roc_figure(outcomes: Mapping[str, dict[str, Any]]) -> Figure:
+def roc_figure(outcomes: Mapping[str, Outcome]) -> Figure:
     """True against false accepts of verifications by title.
 
     The axis of false accepts is logarithmic. A curve begins where one false accept is possible: of
@@ -20,7 +21,7 @@ def roc_figure(outcomes: Mapping[str, dict[str, Any]]) -> Figure:
         xscale="log", ylim=(0, 1), xlabel="false accepts (FAR)", ylabel="true accepts (TAR)"
     )
     lowest = 1.0
-    for (title, outcome), color in zip(outcomes.items(), _colors(len(outcomes)), strict=True):
+    for (title, outcome), color in zip(outcomes.items(), cycle(COLORS), strict=False):
         rates = np.array(outcome["curve"]["false_accepts"])
         accepts = np.array(outcome["curve"]["true_accepts"])
         possible = rates >= lowest_rate(outcome)
@@ -36,12 +37,12 @@ def roc_figure(outcomes: Mapping[str, dict[str, Any]]) -> Figure:
     return figure
 
 
-def for_choosing(outcome: dict[str, Any]) -> bool:
+def for_choosing(outcome: Outcome) -> bool:
     """Whether a verification is of LFW's view 1, whose numbers decide and are not reported."""
     return "view 1" in outcome["protocol"]
 
 
-def face_title(outcome: dict[str, Any]) -> str:
+def face_title(outcome: Outcome) -> str:
     """What was verified: pixels, a file of embeddings, or a network and how far it was trained."""
     config = outcome["config"]
     if "pixels" in config:
@@ -54,7 +55,7 @@ def face_title(outcome: dict[str, Any]) -> str:
     return ", ".join(filter(None, said))
 
 
-def face_words(outcome: dict[str, Any]) -> str:
+def face_words(outcome: Outcome) -> str:
     """How λ fell in a face run, and whether it went on from another; empty for a plain softmax.
 
     Of λ what it never fell below, or another pace.
@@ -64,15 +65,11 @@ def face_words(outcome: dict[str, Any]) -> str:
         lam, pace = config["lam"], config.get("pace", "annealed")
         minimum = lam["minimum"] if isinstance(lam, dict) else lam[-1]
         said.append(f"λ minimum {minimum:g}" if pace == "annealed" else f"λ {pace}")
-    if "--init-from" in (outcome.get("training") or {}).get("command", ""):
+    if went_on(outcome):
         said.append("from softmax")
     return ", ".join(said)
 
 
-def lowest_rate(outcome: dict[str, Any]) -> float:
+def lowest_rate(outcome: Outcome) -> float:
     """One false accept among a network's different pairs, which are half of its pairs."""
     return 2 * outcome.get("networks", 1) / outcome["pairs"]
-
-
-def _colors(count: int) -> list[str]:
-    return [COLORS[number % len(COLORS)] for number in range(count)]

@@ -7,16 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.paper.cells import CELLS
-from experiments.report.outcomes import (
-    RESULTS,
-    Group,
-    counted,
-    errors,
-    grouped,
-    load_outcomes,
-    words,
-)
-from experiments.report.tables import LFW
+from experiments.report.outcomes import RESULTS, Group, full_runs, grouped, load_outcomes
+from experiments.report.tables import LFW, TRAIN_FACES
 
 LEGEND = """\
 confirmed: the paper's number stands in a public source, the authors' code and README, issue
@@ -38,8 +30,7 @@ def scoreboard(out: Path = RESULTS) -> None:
     for row in rows(grouped(load_outcomes(out).runs)):
         table.add_row(*row)
     # In a pipe a console takes itself for 80 characters wide, and would break lines.
-    unlimited = Console(width=1000)
-    width = unlimited.measure(table).maximum
+    width = Console(width=1000).measure(table).maximum
     console = Console(width=max(Console().width, width))
     console.print(table)
     console.print(LEGEND)
@@ -48,24 +39,15 @@ def scoreboard(out: Path = RESULTS) -> None:
 def rows(groups: Sequence[Group]) -> list[list[str]]:
     """The table's rows: cells, then LFW."""
     found = []
+    full = full_runs(groups)
+    longest = {group.name: group for group in groups if group.changes}  # the last of each name
     for name, cell in CELLS.items():
-        here = [group for group in groups if group.name == name]
-        full = [group for group in here if not group.changes]
-        reduced = [group for group in here if group.changes]
         paper = "" if cell.reported is None else f"{cell.reported:.2f} {cell.standing}"
-        ours = counted(errors(full[0].runs, "test")) if full else ""
-        command = "" if full else f"train {name}"
-        found.append([name, cell.where, paper, ours, _longest(reduced), command])
-    for loss, (accuracy, standing) in LFW.items():
-        margin = 1 if loss == "softmax" else int(loss[1:])
-        command = f"train-faces --faces FACES --margin {margin} --out RUN"
-        found.append(["", f"LFW, {loss}", f"{accuracy:.2f} {standing}", "", "", command])
+        ours = full[name].error
+        reduced = longest.get(name)
+        beside = f"{reduced.error}: {reduced.reduced_by()}" if reduced else ""
+        found.append([name, cell.where, paper, ours, beside, "" if ours else f"train {name}"])
+    for loss, margin, accuracy, standing in LFW:
+        paper = f"{accuracy:.2f} {standing}"
+        found.append(["", f"LFW, {loss}", paper, "", "", TRAIN_FACES.format(margin)])
     return found
-
-
-def _longest(groups: Sequence[Group]) -> str:
-    """The error of the reduced runs with the most updates, and how they are reduced."""
-    if not groups:
-        return ""
-    group = groups[-1]
-    return f"{counted(errors(group.runs, 'test'))}: {words(group.reduction)}"

@@ -18,7 +18,6 @@ STYLE: Any = {  # matplotlib types the keys as literals
 MARGINS = (1, 2, 3, 4)
 # Of the margins, and of whatever else stands side by side.
 COLORS = ("0.35", "tab:blue", "tab:orange", "tab:red", "tab:green", "tab:purple")
-WARNING = "tab:red"  # of what says that a figure is no figure of the paper
 
 
 def write(figure: Figure, file: Path) -> None:
@@ -29,4 +28,4 @@ def write(figure: Figure, file: Path) -> None:
 
 def mark_reduced(figure: Figure, how: str) -> None:
     """Says over a figure that its runs are reduced, and how."""
-    figure.suptitle(f"Reduced runs, not the paper's: {how}", color=WARNING, fontsize=9)
+    figure.suptitle(f"Reduced runs, not the paper's: {how}", color="tab:red", fontsize=9)

@@ -1,29 +1,17 @@
 """The report's tables as Markdown: first data set by loss, then the details."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from experiments.paper.cell import Cell
-from experiments.paper.cells import CELLS, CONFIGS, changes_of, command_of
+from experiments.paper.cells import CELLS, CONFIGS, changes_of, flags_of
 from experiments.paper.config import Config
 from experiments.report import protocol
-from experiments.report.outcomes import (
-    Group,
-    Outcome,
-    Outcomes,
-    by_name,
-    check_same_data,
-    counted,
-    errors,
-    grouped,
-    own_words,
-    spread,
-    text,
-    words,
-)
+from experiments.report.outcomes import Group, Outcome, Outcomes, full_runs, grouped, spread, words
 from experiments.report.roc import face_words, for_choosing, lowest_rate
+from lsoftmax_jax.schedule import LambdaPreset
 
 FULL = "Data set by loss: full runs"
 REDUCED = "Data set by loss: reduced runs, not comparable with the paper"
@@ -35,13 +23,15 @@ ALL = "Every run"
 DATA = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar10plus": "CIFAR10+", "cifar100": "CIFAR100"}
 LOSSES = {"hinge": "hinge", "softmax": "softmax", "m2": "m = 2", "m3": "m = 3", "m4": "m = 4"}
 
-# What the paper reports on LFW, accuracy in %; the standing is that of a cell.
-LFW = {
-    "softmax": (96.53, "recalled"),
-    "m2": (97.81, "recalled"),
-    "m3": (98.27, "recalled"),
-    "m4": (98.71, "confirmed"),
-}
+# What the paper reports on LFW by loss and margin, accuracy in %; the standing is that of a cell.
+LFW = (
+    ("softmax", 1, 96.53, "recalled"),
+    ("m2", 2, 97.81, "recalled"),
+    ("m3", 3, 98.27, "recalled"),
+    ("m4", 4, 98.71, "confirmed"),
+)
+# The command that fills a blank of it, for a margin.
+TRAIN_FACES = "train-faces --faces FACES --margin {} --out RUN"
 # Of CASIA-WebFace, on which the paper's networks were trained, there are 10,575.
 PEOPLE_OF_A_FULL_RUN = 10_000
 
@@ -69,16 +59,13 @@ def tables(outcomes: Outcomes) -> str:
 
 def sections(outcomes: Outcomes) -> dict[str, str]:
     """The tables by title."""
-    groups = grouped(outcomes.runs)
-    full, reduced = (
-        [g for g in groups if any(o["reduced"] for o in g.runs) == wanted]
-        for wanted in (False, True)
-    )
+    groups, faces = grouped(outcomes.runs), outcomes.verifications
+    full, reduced = full_runs(groups), [group for group in groups if group.changes]
     released = [cell for name, cell in CELLS.items() if name.startswith("released-")]
     drawn = [cell for cell in CELLS.values() if cell.where.startswith("Fig.")]
     return {
-        FULL: f"{full_matrix(full, outcomes.verifications)}\n\n{HOW_TO_READ}.\n\n{ON_LFW}",
-        REDUCED: reduced_matrix(reduced, outcomes.verifications),
+        FULL: f"{full_matrix(full, faces)}\n\n{HOW_TO_READ}.\n\n{ON_LFW}",
+        REDUCED: reduced_matrix(reduced, faces),
         PAIRED: _against_softmax(groups),
         ALL: _every_run(groups),
         "Reduced runs that are left, in their order": _commands(protocol.left(reduced)),
@@ -87,23 +74,18 @@ def sections(outcomes: Outcomes) -> dict[str, str]:
         RATES: _rates(outcomes.validated),
         TUNED: _tunings(outcomes.tunings),
         "Diverged runs": _diverged(outcomes.runs),
-        "LFW": _verifications(outcomes.verifications),
+        "LFW": _verifications(faces),
     }
 
 
-def full_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
-    """The paper's number and that of the full runs, a row a data set."""
-    found = by_name(groups)
-
-    def entry(name: str) -> str:
-        runs = found[name][0].runs if name in found else []
-        ours = counted(errors(runs, "test")) or f"`train {name}`"
-        return f"{paper_number(name)} / {ours}"
-
-    rows = [[title, *(entry(f"{data}-{loss}") for loss in LOSSES)] for data, title in DATA.items()]
-    full = [o for o in faces if o["people_trained_on"] >= PEOPLE_OF_A_FULL_RUN]
-    blank = "`train-faces --faces FACES --margin {} --out RUN`".format
-    rows.append(["LFW, accuracy", *_face_entries(full, blank)])
+def full_matrix(full: Mapping[str, Group], faces: Sequence[Outcome]) -> str:
+    """The paper's number and that of the full runs, by name, a row a data set."""
+    rows = []
+    for data, title in DATA.items():
+        names = [f"{data}-{loss}" for loss in LOSSES]
+        rows.append([title, *(f"{paper_number(name)} / {_ours(full[name])}" for name in names)])
+    trained = [o for o in faces if o["people_trained_on"] >= PEOPLE_OF_A_FULL_RUN]
+    rows.append(["LFW, accuracy", *_face_entries(trained, f"`{TRAIN_FACES}`")])
     return _table(("", *LOSSES.values()), rows, 0)
 
 
@@ -111,20 +93,24 @@ def reduced_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
     """The same for reduced runs, a row a data set and reduction; blank where none is planned."""
     rows = []
     for data, title in DATA.items():
-        named = {f"{data}-{loss}" for loss in LOSSES}
-        reduced = [g for g in groups if g.name in named]
-        plans = [wanted for wanted in protocol.WANTED if wanted.name in named]
-        reductions = [g.reduction for g in reduced] + [wanted.reduction for wanted in plans]
-        flags = {_flags(data, reduction): reduction for reduction in reductions}
-        for shown, reduction in sorted(flags.items(), key=lambda item: _size(item[1])):
-            here = by_name([g for g in reduced if g.reduction == reduction])
+        names = [f"{data}-{loss}" for loss in LOSSES]
+        ran = [group for group in groups if group.name in names]
+        plans = [wanted for wanted in protocol.WANTED if wanted.name in names]
+        reductions = [g.reduction for g in ran] + [wanted.reduction for wanted in plans]
+        reductions.sort(key=lambda r: (r.get("steps", 0), r.get("width", 1)))
+        for shown, reduction in {_flags(names[0], r): r for r in reductions}.items():
+            here = [group for group in ran if group.reduction == reduction]
             planned = [wanted for wanted in plans if wanted.reduction == reduction]
-            names = [f"{data}-{loss}" for loss in LOSSES]
-            entries = [_reduced_entry(name, here.get(name, []), planned) for name in names]
+            entries = [_reduced_entry(name, here, planned) for name in names]
             rows.append([title, f"`{shown}`", *entries])
     small = [o for o in faces if 0 < o["people_trained_on"] < PEOPLE_OF_A_FULL_RUN]
-    rows.append(["LFW, accuracy", "a few hundred people of LFW", *_face_entries(small, None)])
+    rows.append(["LFW, accuracy", "a few hundred people of LFW", *_face_entries(small)])
     return _table(("", "reduced by", *LOSSES.values()), rows, 0)
+
+
+def _ours(full: Group) -> str:
+    """The error of full runs, or the command that fills the blank."""
+    return full.error or f"`train {full.name}`"
 
 
 def paper_number(name: str) -> str:
@@ -137,25 +123,14 @@ def _marked(number: float, standing: str | None) -> str:
     return f"{number:.2f}{' _r_' if standing == 'recalled' else ''}"
 
 
-def _size(reduction: Mapping[str, Any]) -> tuple[float, float]:
-    return reduction.get("steps", 0), reduction.get("width", 1)
-
-
-def _flags(data: str, reduction: Mapping[str, Any]) -> str:
-    """The flags that reduce a run so."""
-    values: dict[str, Any] = {
-        n: tuple(v) if isinstance(v, list) else v for n, v in reduction.items()
-    }
-    command = command_of(replace(CONFIGS[f"{data}-softmax"], **values))
-    return " ".join(command.split()[5:-2])  # after the name, before the seed
+def _flags(name: str, reduction: dict[str, Any]) -> str:
+    """The flags that reduce a run of a configuration so."""
+    return " ".join(flags_of(Config.from_json(CONFIGS[name].to_json() | reduction)))
 
 
 def _reduced_entry(name: str, groups: Sequence[Group], plans: Sequence[protocol.Wanted]) -> str:
     """The paper's number / a line for each λ or learning rate that ran, or is to run."""
-    lines = []
-    for group in groups:
-        own = own_words(name, group.own)
-        lines.append(counted(errors(group.runs, "test")) + (f": {own}" if own else ""))
+    lines = [": ".join(filter(None, [g.error, g.own_words])) for g in groups if g.name == name]
     for plan in plans:
         if plan.name == name and not plan.done(groups):
             pace = "".join(f" --{flag} {value}" for flag, value in plan.own.items())
@@ -163,19 +138,17 @@ def _reduced_entry(name: str, groups: Sequence[Group], plans: Sequence[protocol.
     return f"{paper_number(name)} / {'<br>'.join(lines)}" if lines else ""
 
 
-def _face_entries(faces: Sequence[Outcome], blank: Callable[[int], str] | None) -> list[str]:
-    """LFW's row: accuracies of verifications by margin."""
+def _face_entries(faces: Sequence[Outcome], blank: str = "") -> list[str]:
+    """LFW's row: accuracies of verifications by margin, or what fills the blank of a margin."""
     entries = [""]  # no hinge
-    for loss, (number, standing) in LFW.items():
-        margin = 1 if loss == "softmax" else int(loss[1:])
+    for _, margin, number, standing in LFW:
         lines = [
             ": ".join(filter(None, [_accuracy(outcome), face_words(outcome)]))
             for outcome in faces
             if outcome["config"].get("margin") == margin and not for_choosing(outcome)
         ]
-        if not lines and blank is not None:
-            lines = [blank(margin)]
-        entries.append(f"{_marked(number, standing)} / {'<br>'.join(lines)}" if lines else "")
+        ours = "<br>".join(lines) or blank.format(margin)
+        entries.append(f"{_marked(number, standing)} / {ours}" if ours else "")
     return entries
 
 
@@ -201,28 +174,25 @@ def _commands(commands: Sequence[str]) -> str:
     return "\n".join(["```sh", *commands, "```"]) if commands else "None."
 
 
-def _cells(cells: Sequence[Cell], full: Sequence[Group]) -> str:
-    headers = ("configuration", "cell", "device", "paper, %", "ours, test error %", "train error %")
-    found = by_name(full)
+def _cells(cells: Sequence[Cell], full: Mapping[str, Group]) -> str:
     rows = []
     for cell in cells:
-        name = cell.config.name
-        runs = found[name][0].runs if name in found else []
-        ours = counted(errors(runs, "test")) or f"`train {name}`"
-        row = [paper_number(name), ours, spread(errors(runs, "train"))]
-        rows.append([f"`{name}`", cell.where, _devices(runs), *row])
+        group = full[cell.config.name]
+        numbers = [paper_number(group.name), _ours(group), spread(group.errors("train"))]
+        rows.append([f"`{group.name}`", cell.where, group.devices, *numbers])
+    headers = ("configuration", "cell", "device", "paper, %", "ours, test error %", "train error %")
     return _table(headers, rows, 3)
 
 
 def _every_run(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
-        measured = [spread(errors(group.runs, split)) for split in ("test", "train")]
-        angles = _angles(group.runs)
-        count = str(len(group.runs))
-        rows.append(
-            [f"`{group.name}`", text(group), _devices(group.runs), *measured, *angles, count]
-        )
+        numbers = [spread(group.errors(split)) for split in ("test", "train")]
+        for name in ("target_angle", "intra_class_angle", "inter_class_angle"):
+            angle = statistics.mean(outcome["test"][name] for outcome in group.runs)
+            numbers.append(f"{angle:.1f}")
+        row = [f"`{group.name}`", group.text, group.devices]
+        rows.append([*row, *numbers, str(len(group.runs))])
     headers = ("configuration", "changed", "device", "test error %", "train error %")
     of_angles = ("to the column", "intra-class", "inter-class", "seeds")
     return f"{_table((*headers, *of_angles), rows, 6)}\n\nAngles of the test features, degrees."
@@ -233,53 +203,32 @@ def _against_softmax(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
         softmax = _softmax_beside(group, groups)
-        if softmax is None:
-            continue
-        plain = {outcome["seed"]: outcome for outcome in softmax.runs}
-        differences = []
-        for outcome in group.runs:
-            if (baseline := plain.get(outcome["seed"])) is not None:
-                check_same_data([baseline, outcome])
-                differences.append(outcome["test"]["error"] - baseline["test"]["error"])
-        if differences:
+        if softmax and (differences := group.above(softmax)):
             lower = f"{sum(d < 0 for d in differences)} of {len(differences)}"
-            beside = own_words(softmax.name, softmax.own)
-            row = [f"`{group.name}`", text(group), beside, spread(differences), lower]
+            row = [f"`{group.name}`", group.text, softmax.own_words, spread(differences), lower]
             rows.append(row)
     headers = ("configuration", "changed", "softmax's own", "test error less softmax's, points")
     return _table((*headers, "lower"), rows, 2)
 
 
 def _softmax_beside(group: Group, groups: Sequence[Group]) -> Group | None:
-    """Softmax's runs with the same reduction: those of the same learning rate if there are any,
-    else those of the one that was tuned."""
-    name = _softmax_of(group.name)
-    beside = [g for g in groups if g.name == name and g.reduction == group.reduction]
-    if name == group.name or not beside:
-        return None
+    """Runs that differ in the loss alone and have no margin: those of the same learning rate if
+    there are any, else those of the one that was tuned."""
+    plain = replace(CONFIGS[group.name], hinge=False, margin=1)
+    alike = [g for g in groups if g.name != group.name and g.reduction == group.reduction]
+    beside = [g for g in alike if replace(plain, name=g.name) == CONFIGS[g.name]]
     rate = group.own.get("learning_rate")
     same = [g for g in beside if g.own.get("learning_rate") == rate]
     return same[0] if same else beside[0] if len(beside) == 1 else None
 
 
-def _softmax_of(name: str) -> str | None:
-    """The configuration that differs from this one in the loss alone, and has no margin."""
-    for candidate in CONFIGS.values():
-        if candidate.margin == 1 and not candidate.hinge:
-            taken = {field: getattr(candidate, field) for field in ("name", "hinge", "margin")}
-            if replace(CONFIGS[name], **taken) == candidate:
-                return candidate.name
-    return None
-
-
 def _rates(validated: Sequence[Outcome]) -> str:
     rows = []
     for group in grouped(validated):
-        if (config := CONFIGS[group.name]).margin == 1:
-            rate = group.own.get("learning_rate", config.learning_rate)
-            shared = {n: v for n, v in group.reduction.items() if n != "validation"}
-            numbers = [f"{rate:g}", spread(errors(group.runs, "test")), str(len(group.runs))]
-            rows.append([f"`{group.name}`", words(shared), *numbers])
+        if CONFIGS[group.name].margin == 1:
+            rate, count = f"{group.of('learning_rate'):g}", str(len(group.runs))
+            row = [f"`{group.name}`", group.reduced_by("validation")]
+            rows.append([*row, rate, spread(group.errors("test")), count])
     headers = ("configuration", "changed", "learning rate", "validation error %", "seeds")
     return _table(headers, rows, 3)
 
@@ -291,20 +240,21 @@ def _tunings(tunings: Sequence[Outcome]) -> str:
         changes = words(changes_of(config))
         for candidate in outcome["candidates"]:
             lam, best = candidate["lam"], candidate["lam"] == outcome["best"]
-            constants = [f"{lam[name]:g}" for name in ("base", "gamma", "power", "minimum")]
+            constants = [f"{lam[name]:g}" for name in LambdaPreset._fields]
             found = candidate["validation_errors"]
             shown = f"**{spread(found)}**" if best else spread(found)
             rows.append([f"`{config.name}`", changes, *constants, shown, str(len(found))])
-    headers = ("configuration", "changed", "base", "gamma", "power", "minimum")
-    return _table((*headers, "validation error %", "seeds"), rows, 6)
+    headers = ("configuration", "changed", *LambdaPreset._fields, "validation error %", "seeds")
+    return _table(headers, rows, 6)
 
 
 def _diverged(runs: Sequence[Outcome]) -> str:
     rows = []
     for outcome in runs:
         if seen := outcome["diverged"]:
-            numbers = (str(outcome["seed"]), str(seen["step"]), _short(seen["lam"]))
-            changed = text(Group(outcome["name"], outcome["changes"], [outcome]))
+            lam = "not finite" if seen["lam"] is None else f"{seen['lam']:.4g}"
+            changed = Group(outcome["name"], outcome["changes"], [outcome]).text
+            numbers = [str(outcome["seed"]), str(seen["step"]), lam]
             rows.append([f"`{outcome['name']}`", changed, *numbers])
     return _table(("configuration", "changed", "seed", "step", "λ"), rows, 3)
 
@@ -319,28 +269,17 @@ def _verifications(faces: Sequence[Outcome]) -> str:
             for far, tar in seen["tar_at_far"].items()
             if float(far) >= lowest_rate(outcome)
         )
-        numbers = (
+        row = [
+            f"`{outcome['file'].removesuffix('.json')}`",
+            outcome["protocol"],
             str(outcome["people_trained_on"]),
             f"{outcome['pairs']:,}",
             _accuracy(outcome),
             f"{100 * seen['equal_error_rate']:.2f}",
             f"{seen['auc']:.4f}",
             at_far,
-        )
-        rows.append([f"`{outcome['file'][:-5]}`", outcome["protocol"], *numbers])
+        ]
+        rows.append(row)
     headers = ("ours", "protocol", "people trained on", "pairs")
     metrics = ("accuracy % ± standard error over folds", "EER %", "AUC", "TAR % at FAR")
     return _table((*headers, *metrics), rows, 6)
-
-
-def _angles(runs: Sequence[Outcome]) -> list[str]:
-    names = ("target_angle", "intra_class_angle", "inter_class_angle")
-    return [f"{statistics.mean(outcome['test'][name] for outcome in runs):.1f}" for name in names]
-
-
-def _devices(runs: Sequence[Outcome]) -> str:
-    return ", ".join(sorted({outcome["device"] for outcome in runs}))
-
-
-def _short(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"

@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.runtime_version import Domain, ValidateProtobufRuntimeVersion
 from PIL import Image
 
-from experiments.__main__ import main
+from experiments.__main__ import CLONE, main
 
 DIGITS = ["train", "digits-m4", "--out", "{out}"]
 FACES = ["train-faces", "--faces", "{good}/faces", "--out", "{out}/run", "--size", "32", "32"]
@@ -302,3 +302,11 @@ def test_help_names_the_configurations_below_its_usage(command, capsys):
     usage, below = capsys.readouterr().out.split("\n", 1)
     assert usage.endswith("CONFIGURATION") and "mnist" not in usage
     assert "cifar10-m4" in below
+
+
+@pytest.mark.parametrize("command", ["report", "bench step", "quickstart"])
+def test_help_names_folders_of_the_clone_as_seen_from_it(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    said = capsys.readouterr().out
+    assert "(default:" in said and str(CLONE) not in said

@@ -9,7 +9,7 @@ from experiments.__main__ import main
 from experiments.paper import measures as measure
 from experiments.paper.cells import CONFIGS
 from experiments.report import figures, style
-from experiments.report.outcomes import by_name, grouped
+from experiments.report.outcomes import grouped
 from experiments.store import results as result
 from made_up import run_of
 
@@ -47,13 +47,18 @@ def drawn(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found():
     runs = [made_up(config, seed) for config in CONFIGS.values() for seed in range(2)]
-    return by_name(grouped(runs))
+    return grouped(runs)
+
+
+def of(names, found):
+    """The groups of some configurations."""
+    return [group for group in found if group.name in names]
 
 
 def shown(name, found):
     """A figure of the paper from its groups alone."""
     drawing = figures.DRAWINGS[name]
-    return drawing.draw({config: found[config] for config in drawing.needs})
+    return drawing.draw(of(drawing.needs, found))
 
 
 def test_every_figure_with_enough_runs_is_a_png(drawn):
@@ -85,7 +90,7 @@ def test_same_results_give_the_same_bytes(drawn, found):
 
 
 def test_a_reduced_figure_says_how_its_runs_are_reduced(found):
-    here = {name: found[name] for name in ("fig7-32", "fig7-64")}
+    here = of(("fig7-32", "fig7-64"), found)
     assert figures.how(here) == "3 updates, width 0.25, seeds 0 to 1"
     assert figures.how(here, "width") == "3 updates, seeds 0 to 1"
     figure = shown("fig7", found)
@@ -107,7 +112,7 @@ def test_a_figure_shows_runs_that_are_reduced_alike_the_longest():
     alone = [group("cifar10-m4", steps=11), group("cifar100-softmax", steps=11)]
     drawing = figures.DRAWINGS["fig5-cifar10"]
     chosen = figures.chosen(drawing, [*short, *long, *alone])
-    assert chosen == {"cifar10-softmax": long[:1], "cifar10-m4": long[1:]}
+    assert chosen == long
     assert [figures.label(g) for g in long] == [
         "softmax, learning rate 0.05",
         "L-Softmax, m = 4, λ self-paced",
@@ -117,7 +122,7 @@ def test_a_figure_shows_runs_that_are_reduced_alike_the_longest():
 
 def test_fig2_shows_stored_features_of_both_splits_at_one_scale(found):
     panels = np.array(shown("fig2", found).axes).reshape(2, 4)
-    measured = found["fig2-m3"][0].runs[0]["test"]
+    measured = of(("fig2-m3",), found)[0].runs[0]["test"]
     panel = panels[1, 2]
     points = np.concatenate([dots.get_offsets() for dots in panel.collections])
     assert {tuple(point) for point in points} == {tuple(point) for point in measured["points"]}
@@ -138,7 +143,7 @@ def test_no_line_reaches_its_digit(found):
 
 
 def test_fig3_is_psi_by_its_formula():
-    (panel,) = figures.draw_psi({}).axes
+    (panel,) = figures.draw_psi([]).axes
     for margin, line in zip((1, 2, 3, 4), panel.lines, strict=True):
         theta, psi = np.radians(line.get_xdata()), line.get_ydata()
         k = np.minimum(np.floor(theta * margin / np.pi), margin - 1)
@@ -171,7 +176,8 @@ def test_fig4_regions_overlap_nowhere_with_a_margin():
 
 def test_fig5_sums_seeds_and_counts_by_label(found):
     figure = shown("fig5-cifar10", found)
-    counts = sum(np.array(run["test"]["confusion"]) for run in found["cifar10-m4"][0].runs)
+    (margin,) = of(("cifar10-m4",), found)
+    counts = sum(np.array(run["test"]["confusion"]) for run in margin.runs)
     share = figure.axes[1].images[0].get_array()
     np.testing.assert_allclose(share, 100 * counts / counts.sum(axis=1, keepdims=True))
     assert [panel.get_title() for panel in figure.axes[:2]] == ["softmax", "L-Softmax, m = 4"]

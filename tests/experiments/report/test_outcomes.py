@@ -80,11 +80,11 @@ def test_groups_are_seeds_in_the_order_of_the_cells(tmp_path):
         run_of("mnist-softmax", 0, 4.0),
     ]
     softmax, tuned, paced = outcomes.grouped(runs)
-    assert softmax.name == "mnist-softmax" and outcomes.text(softmax) == ""
+    assert softmax.name == "mnist-softmax" and softmax.text == ""
     assert [run["seed"] for run in tuned.runs] == [0, 1]
     assert tuned.reduction == {"steps": 9}
-    assert outcomes.text(tuned) == "9 updates, λ minimum 5, learning rate 0.05"
-    assert outcomes.text(paced) == "1,000 updates, mirror, λ self-paced"
+    assert tuned.text == "9 updates, λ minimum 5, learning rate 0.05"
+    assert paced.text == "1,000 updates, mirror, λ self-paced"
 
 
 def test_runs_on_different_data_have_no_mean():

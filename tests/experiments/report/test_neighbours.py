@@ -6,7 +6,7 @@ from matplotlib.colors import to_rgba
 from experiments.faces import stand_in
 from experiments.faces.embed import Embeddings
 from experiments.faces.images import list_faces
-from experiments.report import pictures
+from experiments.report.neighbours import neighbours
 
 
 def test_neighbours_are_the_nearest_about_the_mean_framed_by_person(tmp_path):
@@ -15,7 +15,7 @@ def test_neighbours_are_the_nearest_about_the_mean_framed_by_person(tmp_path):
     names = np.array(listed.names[:6])  # eight, eight, eight, five, five, five
     rows = [[1, 0.2], [-1, -0.1], [1, 0], [-1, -0.2], [1, 0.1], [-1, 0]]
     embeddings = Embeddings(names, np.array(rows) + [100, 0])
-    figure = pictures.neighbours(listed, embeddings, queries=1, nearest=2)
+    figure = neighbours(listed, embeddings, queries=1, nearest=2)
     query, *others = figure.axes
     assert query.get_title() == "eight"
     frames = [panel.spines["left"].get_edgecolor() for panel in others]
