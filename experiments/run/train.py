@@ -74,7 +74,7 @@ def run_seeds(
       out: folder of the results.
       devices: how many to train on, the first ones; by default all.
       dispatch: updates in one dispatch; by default 100 on an accelerator, 1 on a CPU.
-      evaluations: points of the test curve, 0 for none; by default 36 on an accelerator, 6 on a CPU.
+      evaluations: points of the test curve; by default 36 on an accelerator, 6 on a CPU.
       checkpoint_seconds: seconds between two checkpoints.
       stop: asked before every dispatch; when true, each run saves a checkpoint and ends.
 
