@@ -33,6 +33,11 @@ class Cell(NamedTuple):
         return f"{self.where}{paper}; time {self.time}"
 
 
+def beyond(data: str, time: str, *configs: Config) -> list[Cell]:
+    """Cells that are not in the paper: other margins on its data."""
+    return [Cell(f"beyond the paper: {data}, {c.family}", None, None, time, c) for c in configs]
+
+
 class Column(NamedTuple):
     """A data set in the paper's tables.
 

@@ -23,7 +23,7 @@ who report 10.5 where the paper has 7.73. Nobody has trained CIFAR10+ in full.
 
 from dataclasses import replace
 
-from experiments.paper.cell import Cell, Column
+from experiments.paper.cell import Cell, Column, beyond
 from experiments.paper.config import Config
 from lsoftmax_jax.schedule import CIFAR10, CIFAR10_PLUS
 
@@ -82,6 +82,13 @@ CELLS = (
         replace(_RP, name="released-cifar10plus-m2", margin=2),
         replace(_RP, name="released-cifar10plus-m3", margin=3),
         replace(_RP, name="released-cifar10plus-m4", margin=4),
+    ),
+    *beyond(
+        "CIFAR10",
+        UNKNOWN,
+        replace(_S, name="cifar10-asoftmax", family="a-softmax", margin=4),
+        replace(_S, name="cifar10-cosface", family="cosface", margin=0.35, scale=8.0),
+        replace(_S, name="cifar10-arcface", family="arcface", margin=0.5, scale=8.0),
     ),
     Cell("Fig. 7, 32 filters", None, None, UNKNOWN, replace(_W, name="fig7-32", network="fig7-32")),
     Cell("Fig. 7, 64 filters", None, None, UNKNOWN, replace(_W, name="fig7-64", network="fig7-64")),

@@ -17,10 +17,11 @@ from tyro.conf import Suppress
 
 from experiments.paper.data import CLASSES
 from experiments.paper.networks import NETWORKS, Network
-from lsoftmax_jax import SelfPaced, annealed_lambda, margin_schedule, self_paced
+from lsoftmax_jax import SelfPaced, annealed_lambda, margin_schedule, margins, self_paced
 from lsoftmax_jax.schedule import LambdaPreset
 from lsoftmax_jax.training import Schedule
 
+Family = Literal["l-softmax", "a-softmax", "cosface", "arcface"]
 Pace = Literal["annealed", "schedule", "self-paced"]
 
 
@@ -35,8 +36,12 @@ class Recipe:
 
     seed: int = 0
     """Decides the initial weights, the shuffles and the augmentation."""
-    margin: int = 1
-    """m of the L-Softmax; 1 is the ordinary softmax."""
+    family: Suppress[Family] = "l-softmax"
+    """Whose margin it is."""
+    margin: int | float = 1
+    """m; of the L-Softmax, where 1 is the ordinary softmax, and of the A-Softmax an integer."""
+    scale: float | None = None
+    """The length that CosFace and ArcFace give features and columns of the kernel."""
     pace: Pace = "annealed"
     """What decides λ: the constants of lam, the library's margin_schedule, or the batch."""
     lam: LambdaPreset = LambdaPreset(0, 0, 0)
@@ -62,8 +67,11 @@ class Recipe:
     """Multiplies the learning rate of biases."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "margin"):
+        for name in ("steps", "batch"):
             self.must(name, ">= 1", lambda value: value >= 1)
+        if self.family.endswith("-softmax"):
+            self.must("margin", "an integer >= 1", lambda value: value >= 1 and value % 1 == 0)
+        _ = self.head_margin  # refuses its own mistakes
         self.must("seed", f"in 0..{2**31 - 1}", lambda value: 0 <= value < 2**31)
         constants = [f"lam.{constant}" for constant in self.lam._fields]
         for name in ("learning_rate", "weight_decay", "bias_rate", *constants):
@@ -77,6 +85,19 @@ class Recipe:
         value = attrgetter(name)(self)
         if value is not None and not holds(value):
             raise ValueError(f"{name} must be {be}, got {value}")
+
+    @property
+    def head_margin(self) -> int | margins.Margin:
+        """What a head takes as margin."""
+        match self.family:
+            case "l-softmax":
+                return int(self.margin)
+            case "a-softmax":
+                return margins.SphereFace(int(self.margin))
+            case "cosface":
+                return margins.CosFace(self.margin)
+            case "arcface":
+                return margins.ArcFace(self.margin)
 
     @property
     def activation_dtype(self) -> Any:

@@ -17,7 +17,7 @@ came out is in experiments/README.md.
 
 from dataclasses import replace
 
-from experiments.paper.cell import Cell, Column
+from experiments.paper.cell import Cell, Column, beyond
 from experiments.paper.config import Config
 from lsoftmax_jax.schedule import MNIST
 
@@ -55,6 +55,13 @@ CELLS = (
         replace(_R, name="released-mnist-m2", margin=2),
         replace(_R, name="released-mnist-m3", margin=3),
         replace(_R, name="released-mnist-m4", margin=4),
+    ),
+    *beyond(
+        "MNIST",
+        UNKNOWN,
+        replace(_S, name="mnist-asoftmax", family="a-softmax", margin=4),
+        replace(_S, name="mnist-cosface", family="cosface", margin=0.35, scale=8.0),
+        replace(_S, name="mnist-arcface", family="arcface", margin=0.5, scale=8.0),
     ),
     Cell("Fig. 2, m = 1", 1.55, "confirmed", UNKNOWN, _2D),
     Cell("Fig. 2, m = 2", 1.04, "confirmed", UNKNOWN, replace(_2D, name="fig2-m2", margin=2)),

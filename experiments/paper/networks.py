@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.nnx import LSoftmaxDense
 
 HE = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -205,7 +206,8 @@ class ConvNet(nnx.Module):
     Args:
       network: a value of ``NETWORKS``, scaled or with another image size if wanted.
       classes: number of classes.
-      margin: m of the head; 1 is the ordinary softmax.
+      margin: of the head; 1 is the ordinary softmax.
+      scale: of the head, where its margin needs one.
       dtype: of the activations; parameters, BN statistics, features and head stay float32.
       rngs: draws the initial weights.
     """
@@ -215,7 +217,8 @@ class ConvNet(nnx.Module):
         network: Network,
         classes: int,
         *,
-        margin: int = 1,
+        margin: int | Margin = 1,
+        scale: float | None = None,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -230,7 +233,9 @@ class ConvNet(nnx.Module):
         features = network.features
         full = nnx.Linear(math.prod(last), features, dtype=dtype, kernel_init=HE, rngs=rngs)
         self.full = full if network.linear else Normalised(full, features, network.prelu, rngs)
-        self.head = LSoftmaxDense(features, classes, margin=margin, kernel_init=HE, rngs=rngs)
+        self.head = LSoftmaxDense(
+            features, classes, margin=margin, scale=scale, kernel_init=HE, rngs=rngs
+        )
 
     def __call__(self, images: jax.Array, where: jax.Array | None = None) -> jax.Array:
         """Features (batch, features), float32, of images (batch, height, width, channels).

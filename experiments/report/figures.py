@@ -114,7 +114,7 @@ def how(groups: Sequence[Group], across: str = "") -> str:
     return ", ".join([groups[0].reduced_by(across), " or ".join(seeds)])
 
 
-def loss_title(margin: int) -> str:
+def loss_title(margin: float) -> str:
     return "softmax" if margin == 1 else f"L-Softmax, m = {margin}"
 
 

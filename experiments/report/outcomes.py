@@ -17,7 +17,7 @@ Outcome = dict[str, Any]
 
 RESULTS = Path(__file__).parents[1] / "results"
 # What every loss may be given of its own, so that runs which differ in these alone stand together.
-OF_THE_LOSS = ("pace", "lam", "learning_rate")
+OF_THE_LOSS = ("pace", "lam", "learning_rate", "scale")
 NEEDED = {
     "run": ("name", "seed", "status", "reduced", "changes", "config", "data", "device"),
     "tuning": ("config", "best", "candidates"),
@@ -55,7 +55,7 @@ class Group(NamedTuple):
 
     @property
     def own(self) -> dict[str, Any]:
-        """The changes of this loss alone: λ and the learning rate."""
+        """The changes of this loss alone: λ, the learning rate and the scale."""
         return {n: v for n, v in self.changes.items() if n in OF_THE_LOSS}
 
     @property
@@ -69,6 +69,8 @@ class Group(NamedTuple):
             said.append(f"λ {', '.join(constants)}")
         if "learning_rate" in self.own:
             said.append(f"learning rate {self.own['learning_rate']:g}")
+        if "scale" in self.own:
+            said.append(f"scale {self.own['scale']:g}")
         return ", ".join(said)
 
     @property

@@ -10,6 +10,7 @@ from experiments.report.outcomes import Group
 
 WIDTH, BATCH = 0.25, 128
 SAFE = {"pace": "self-paced"}
+BEYOND = ("asoftmax", "cosface", "arcface")
 
 
 class Wanted(NamedTuple):
@@ -58,6 +59,8 @@ WANTED = (
     *(Wanted(f"fig7-{filters}", 1, 1_500) for filters in (64, 96, 128)),
     *(Wanted(f"cifar100-{loss}", 1, 2_500) for loss in ("softmax", "m2")),
     Wanted("cifar100-m4", 1, 2_500, own=SAFE),
+    *(Wanted(f"mnist-{loss}", 3, 2_000, own=SAFE) for loss in BEYOND),
+    *(Wanted(f"cifar10-{loss}", 3, 3_000, own=SAFE) for loss in BEYOND),
 )
 
 

@@ -17,11 +17,12 @@ FULL = "Data set by loss: full runs"
 REDUCED = "Data set by loss: reduced runs, not comparable with the paper"
 PAIRED = "Against softmax with the same seed"
 TUNED = "λ by the error on the validation split"
-RATES = "Learning rate of softmax by the error on the validation split"
+RATES = "Learning rate of softmax, scale of other margins by the error on the validation split"
 ALL = "Every run"
 
 DATA = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar10plus": "CIFAR10+", "cifar100": "CIFAR100"}
 LOSSES = {"hinge": "hinge", "softmax": "softmax", "m2": "m = 2", "m3": "m = 3", "m4": "m = 4"}
+BEYOND = {"asoftmax": "A-Softmax, 4", "cosface": "CosFace, 0.35", "arcface": "ArcFace, 0.5"}
 
 # What the paper reports on LFW by loss and margin, accuracy in %; the standing is that of a cell.
 LFW = (
@@ -63,6 +64,7 @@ def sections(outcomes: Outcomes) -> dict[str, str]:
     full, reduced = full_runs(groups), [group for group in groups if group.changes]
     released = [cell for name, cell in CELLS.items() if name.startswith("released-")]
     drawn = [cell for cell in CELLS.values() if cell.where.startswith("Fig.")]
+    beyond = [cell for cell in CELLS.values() if cell.where.startswith("beyond")]
     return {
         FULL: f"{full_matrix(full, faces)}\n\n{HOW_TO_READ}.\n\n{ON_LFW}",
         REDUCED: reduced_matrix(reduced, faces),
@@ -71,6 +73,7 @@ def sections(outcomes: Outcomes) -> dict[str, str]:
         "Reduced runs that are left, in their order": _commands(protocol.left(reduced)),
         "Recipe of the released prototxts": _cells(released, full),
         "Runs of Fig. 2 and Fig. 7": _cells(drawn, full),
+        "Other margins, full runs": _cells(beyond, full),
         RATES: _rates(outcomes.validated),
         TUNED: _tunings(outcomes.tunings),
         "Diverged runs": _diverged(outcomes.runs),
@@ -93,7 +96,7 @@ def reduced_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
     """The same for reduced runs, a row a data set and reduction; blank where none is planned."""
     rows = []
     for data, title in DATA.items():
-        names = [f"{data}-{loss}" for loss in LOSSES]
+        names = [f"{data}-{loss}" for loss in LOSSES | BEYOND]
         ran = [group for group in groups if group.name in names]
         plans = [wanted for wanted in protocol.WANTED if wanted.name in names]
         reductions = [g.reduction for g in ran] + [wanted.reduction for wanted in plans]
@@ -104,8 +107,10 @@ def reduced_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
             entries = [_reduced_entry(name, here, planned) for name in names]
             rows.append([title, f"`{shown}`", *entries])
     small = [o for o in faces if 0 < o["people_trained_on"] < PEOPLE_OF_A_FULL_RUN]
-    rows.append(["LFW, accuracy", "a few hundred people of LFW", *_face_entries(small)])
-    return _table(("", "reduced by", *LOSSES.values()), rows, 0)
+    rows.append(
+        ["LFW, accuracy", "a few hundred people of LFW", *_face_entries(small), *[""] * len(BEYOND)]
+    )
+    return _table(("", "reduced by", *LOSSES.values(), *BEYOND.values()), rows, 0)
 
 
 def _ours(full: Group) -> str:
@@ -135,7 +140,8 @@ def _reduced_entry(name: str, groups: Sequence[Group], plans: Sequence[protocol.
         if plan.name == name and not plan.done(groups):
             pace = "".join(f" --{flag} {value}" for flag, value in plan.own.items())
             lines.append(f"`train {name}{pace}`")
-    return f"{paper_number(name)} / {'<br>'.join(lines)}" if lines else ""
+    paper = paper_number(name) if lines else ""
+    return " / ".join(filter(None, [paper, "<br>".join(lines)]))
 
 
 def _face_entries(faces: Sequence[Outcome], blank: str = "") -> list[str]:
@@ -214,7 +220,7 @@ def _against_softmax(groups: Sequence[Group]) -> str:
 def _softmax_beside(group: Group, groups: Sequence[Group]) -> Group | None:
     """Runs that differ in the loss alone and have no margin: those of the same learning rate if
     there are any, else those of the one that was tuned."""
-    plain = replace(CONFIGS[group.name], hinge=False, margin=1)
+    plain = replace(CONFIGS[group.name], hinge=False, family="l-softmax", margin=1, scale=None)
     alike = [g for g in groups if g.name != group.name and g.reduction == group.reduction]
     beside = [g for g in alike if replace(plain, name=g.name) == CONFIGS[g.name]]
     rate = group.own.get("learning_rate")
@@ -225,12 +231,13 @@ def _softmax_beside(group: Group, groups: Sequence[Group]) -> Group | None:
 def _rates(validated: Sequence[Outcome]) -> str:
     rows = []
     for group in grouped(validated):
-        if CONFIGS[group.name].margin == 1:
-            rate, count = f"{group.of('learning_rate'):g}", str(len(group.runs))
+        scale = group.of("scale")
+        if CONFIGS[group.name].margin == 1 or scale is not None:
             row = [f"`{group.name}`", group.reduced_by("validation")]
-            rows.append([*row, rate, spread(group.errors("test")), count])
-    headers = ("configuration", "changed", "learning rate", "validation error %", "seeds")
-    return _table(headers, rows, 3)
+            constants = [f"{group.of('learning_rate'):g}", "" if scale is None else f"{scale:g}"]
+            rows.append([*row, *constants, spread(group.errors("test")), str(len(group.runs))])
+    headers = ("configuration", "changed", "learning rate", "scale", "validation error %", "seeds")
+    return _table(headers, rows, 4)
 
 
 def _tunings(tunings: Sequence[Outcome]) -> str:

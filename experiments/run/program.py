@@ -31,8 +31,14 @@ def network_state(
     """
 
     def model(seed: Any) -> models.ConvNet:
-        dtype, rngs = recipe.activation_dtype, nnx.Rngs(jax.random.key(seed))
-        return models.ConvNet(network, classes, margin=recipe.margin, dtype=dtype, rngs=rngs)
+        return models.ConvNet(
+            network,
+            classes,
+            margin=recipe.head_margin,
+            scale=recipe.scale,
+            dtype=recipe.activation_dtype,
+            rngs=nnx.Rngs(jax.random.key(seed)),
+        )
 
     def create(seed: Any) -> training.State:
         return training.create(model(seed), recipe.optimizer)[1]

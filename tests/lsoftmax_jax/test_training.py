@@ -289,6 +289,24 @@ def test_a_batch_that_is_no_number_changes_nothing_but_the_step(
     assert not train(state, images, labels)[1].skipped
 
 
+class Headed(nnx.Module):
+    """The head alone."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.head = LSoftmaxDense(3, CLASSES, rngs=rngs)
+
+    def __call__(self, rows: jax.Array, where: jax.Array | None = None) -> jax.Array:
+        return rows
+
+
+def test_a_batch_of_padding_alone_is_a_step_without_gradient():
+    graphdef, state = training.create(Headed(nnx.Rngs(0)), optax.sgd(0.1))
+    step = training.train_step(graphdef, optax.sgd(0.1), LAM)
+    kept, metrics = step(state, jnp.ones((2, 3)), jnp.zeros(2, int), jnp.zeros(2, bool))
+    assert not metrics.skipped and metrics.sums.examples == 0
+    chex.assert_trees_all_equal(kept.params, state.params)
+
+
 @pytest.mark.parametrize("lam", [5.0, None, "self-paced"])
 def test_a_lam_that_is_no_schedule_is_refused_in_words(graphdef_and_state, lam):
     with pytest.raises(TypeError, match=r"lam must be a schedule step -> λ or self_paced\(\)"):

@@ -31,7 +31,9 @@ def test_every_cell_has_a_configuration():
     }
     released = {f"released-{name}" for name in tables if not name.startswith("cifar100")}
     figures = {f"fig2-m{m}" for m in (1, 2, 3, 4)} | {f"fig7-{n}" for n in (32, 64, 96, 128)}
-    assert tables | released | figures | {"digits-softmax", "digits-m4"} == CONFIGS.keys()
+    beyond = {f"{d}-{f}" for d in ("mnist", "cifar10") for f in ("asoftmax", "cosface", "arcface")}
+    digits = {"digits-softmax", "digits-m4"}
+    assert tables | released | figures | beyond | digits == CONFIGS.keys()
 
 
 @pytest.mark.parametrize("data", ["mnist", "cifar10", "cifar10plus", "cifar100", "released-mnist"])

@@ -129,7 +129,7 @@ def test_every_cell_with_a_number_is_in_a_table(tmp_path):
     for name, cell in CELLS.items():
         if cell.where != "quickstart":
             assert f"`train {name}`" in text
-    assert text.count("<details>") == text.count("</details>") == 9
+    assert text.count("<details>") == text.count("</details>") == 10
 
 
 def test_diverged_runs_stand_apart(tmp_path):
@@ -171,17 +171,19 @@ def test_a_tuned_softmax_is_what_margins_are_compared_with(tmp_path):
     assert table.splitlines()[2:] == ["| `mnist-m2` | 8 updates |  | -1.50 | 1 of 1 |"]
 
 
-def test_learning_rates_of_softmax_by_their_validation_error(tmp_path):
+def test_learning_rates_and_scales_by_their_validation_error(tmp_path):
     tried = {"steps": 8, "validation": True}
     runs = [
         run_of("mnist-softmax", 0, 2.0, **tried),
         run_of("mnist-softmax", 0, 1.5, **tried, learning_rate=0.05),
         run_of("mnist-m4", 0, 1.0, **tried),
+        run_of("mnist-arcface", 0, 1.2, **tried, scale=16.0),
         run_of("mnist-softmax", 0, 3.0, steps=8),
     ]
     assert sections(tmp_path, runs)[tables.RATES].splitlines()[2:] == [
-        "| `mnist-softmax` | 8 updates | 0.1 | 2.00 | 1 |",
-        "| `mnist-softmax` | 8 updates | 0.05 | 1.50 | 1 |",
+        "| `mnist-softmax` | 8 updates | 0.1 |  | 2.00 | 1 |",
+        "| `mnist-softmax` | 8 updates | 0.05 |  | 1.50 | 1 |",
+        "| `mnist-arcface` | 8 updates | 0.1 | 16 | 1.20 | 1 |",
     ]
 
 
