@@ -229,6 +229,7 @@ OTHERS = [
     ("step must be", lambda: lsm.annealed_lambda(1000, 0.1, 1)("3")),
     # margins
     ("margin must be", lambda: margins.ArcFace(-0.5)),
+    ("margin must be", lambda: margins.ArcFace(28.6)),  # degrees
     ("margin must be", lambda: margins.ArcFace("0.5")),
     ("margin must be", lambda: margins.ArcFace(NAN)),
     ("margin must be", lambda: margins.CosFace(-0.35)),

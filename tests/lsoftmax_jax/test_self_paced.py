@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lsoftmax_jax as lsm
+from lsoftmax_jax import _pace
 from tests import oracle
 from tests.answers import PLANS, assert_gradients_close
 from tests.oracle import Gradients, as_arrays, assert_close
@@ -201,6 +202,21 @@ def test_scan_paces_every_microbatch(x64):
         wanted += oracle.loss_pullback(*rows, np.ones(8), MARGIN, float(lam)).kernel
     assert lams[0] != lams[1]
     assert_close(dkernel, wanted, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "force, zero",
+    [
+        ([-1.0, -2.0, -3.0], 0.0),  # always below
+        ([0.0, -1.0, -2.0], 0.0),
+        ([3.0, 1.0, -1.0], 0.75),
+        ([-1.0, 1.0, -3.0], 0.625),  # for good, not at first
+        ([3.0, 2.0, 1.0], 1.0),
+    ],
+)
+def test_the_share_is_where_the_force_falls_below_zero_for_good(force, zero):
+    found = _pace._last_zero(jnp.array([0.0, 0.5, 1.0]), jnp.array(force))
+    assert float(found) == zero
 
 
 def test_batches_do_not_retrace():
