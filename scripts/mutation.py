@@ -55,7 +55,7 @@ TESTS = {
     "devices": "training bad_calls",
     "interop": "interop bad_calls",
     "linen": "modules bad_calls sharded",
-    "logits": f"{HEAD} margin_family loss_precision bad_calls tiles",
+    "logits": f"{HEAD} margin_family loss_precision bad_calls tiles plans_hlo",
     "loss": f"{HEAD} loss_plans self_paced bad_calls loss_transforms",
     "margins": "margins margin_family bad_calls logits",
     "nnx": "modules bad_calls sharded",
