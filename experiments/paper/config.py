@@ -70,7 +70,8 @@ class Recipe:
         for name in ("steps", "batch"):
             self.must(name, ">= 1", lambda value: value >= 1)
         if self.family.endswith("-softmax"):
-            self.must("margin", "an integer >= 1", lambda value: value >= 1 and value % 1 == 0)
+            self.must("margin", ">= 1", lambda value: value >= 1)
+            self.must("margin", "an integer", lambda value: value % 1 == 0)
         _ = self.head_margin  # refuses its own mistakes
         self.must("seed", f"in 0..{2**31 - 1}", lambda value: 0 <= value < 2**31)
         constants = [f"lam.{constant}" for constant in self.lam._fields]

@@ -119,7 +119,7 @@ MISTAKES = [
     ([*DIGITS, "--batch", "-1"], "batch must be >= 1, got -1"),
     ([*DIGITS, "--batch", "100000"], "batch must be at most the 1297 training images"),
     ([*DIGITS, "--margin", "0"], "margin must be >= 1, got 0"),
-    ([*DIGITS, "--margin", "2.5"], "--margin"),
+    ([*DIGITS, "--margin", "2.5"], "margin must be an integer, got 2.5"),
     ([*DIGITS, "--seed", "-1"], "seed must be in 0..2147483647, got -1"),
     ([*DIGITS, "--seed", "1" + 19 * "0"], "seed must be in 0..2147483647"),
     ([*DIGITS, "--width", "inf"], "width must be > 0 and finite, got inf"),
