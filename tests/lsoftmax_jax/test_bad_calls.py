@@ -261,6 +261,7 @@ OTHERS = [
     ("sample must be", lambda: sampled.take_columns(jnp.asarray(K), L)),
     ("kernel must be", lambda: sampled.take_columns(None, sample())),
     ("kernel must have shape", lambda: sampled.take_columns(jnp.ones(D), sample())),
+    ("kernel must have shape", lambda: sampled.take_columns(jnp.ones((D, 2, 3)), sample())),
     ("sample must be", lambda: lsm.lsoftmax_sampled_loss(F, K, L, margin=2, lam=1.0)),
     (
         "columns .* must be those of the sample",
@@ -351,6 +352,10 @@ OTHERS = [
     ("mesh must be", lambda: devices.compile_step(lambda: None, None)),
     ("batch", lambda: compiled(devices.data_mesh(), batch=jax.device_count() + 1)),
     # weights from elsewhere
+    (
+        "loss must be",
+        lambda: interop.from_metric_learning("ArcFace", np.ones((D, C)), margin=28.6, scale=64),
+    ),
     ("weight must be", lambda: interop.kernel_from_rows(None)),
     ("weight must be", lambda: interop.kernel_from_rows("w")),
     ("weight must be floating point", lambda: interop.kernel_from_rows(np.ones((2, 2), np.int32))),

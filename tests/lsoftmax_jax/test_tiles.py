@@ -1,5 +1,7 @@
 """What a TPU's order of storage asks for; the compiled programs are in test_compiled.py."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,14 @@ from lsoftmax_jax import _tiles
 def test_the_order_that_fills_up_less_is_the_one_stored(shape, by_columns):
     # As libtpu 0.0.42 reported them for bfloat16 and float32, v5e and v6e.
     assert _tiles.is_by_columns(shape) == by_columns
+
+
+@pytest.mark.parametrize("shape", [(121, 1_000_001), (1_000_001, 121), (9, 129), (8, 128)])
+def test_tiles_are_of_8_by_128(shape):
+    def bytes_of(rows, columns):
+        return 8 * math.ceil(rows / 8) * 128 * math.ceil(columns / 128)
+
+    assert _tiles.is_by_columns(shape) == (bytes_of(*shape[::-1]) < bytes_of(*shape))
 
 
 @pytest.mark.parametrize("classes", [128, 300, 384])

@@ -153,6 +153,14 @@ def test_updates_in_a_row_are_those_in_a_loop(graphdef_and_state, examples, sing
     assert_close(many(jax.tree.map(jnp.copy, state), examples, 3), single)
 
 
+def test_updates_in_a_row_are_a_loop_but_on_a_cpu(graphdef_and_state, examples):
+    graphdef, state = graphdef_and_state
+    step = training.train_step(graphdef, OPTIMIZER, LAM)
+    many = devices.repeat(step, lambda step, data: data, devices.data_mesh(1))
+    text = many.lower(state, examples, 3).as_text()
+    assert ("stablehlo.while" in text) == (jax.default_backend() != "cpu")
+
+
 def test_pmap_is_one_device(graphdef_and_state, examples, single):
     graphdef, state = graphdef_and_state
     step = jax.pmap(
