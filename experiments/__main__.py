@@ -239,12 +239,14 @@ def main(arguments: list[str] | None = None) -> int:
         # Whoever reads, `head` say, has seen enough. Python would flush once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, ImportError) as error:
         if TRACEBACK in os.environ:
             raise
-        if not isinstance(error, KeyboardInterrupt):
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if TRACEBACK in os.environ:
+            raise
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return loop.INTERRUPTED
 

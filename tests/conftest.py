@@ -16,8 +16,9 @@ from jax.sharding import AxisType, Mesh
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the processes that tests start read it
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)
-# Not for the processes that tests start and kill, perhaps in the middle of writing there.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".compiled"))
+if jax.config.jax_compilation_cache_dir is None:
+    # Not for the processes that tests start and kill, perhaps in the middle of writing there.
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 if not hasattr(jax, "enable_x64"):  # JAX 0.7 has it elsewhere
     jax.enable_x64 = jax.experimental.enable_x64

@@ -71,7 +71,7 @@ def chosen(name: str, batch: int | None, width: float) -> Config:
     if name not in CONFIGS:
         raise ValueError(f"configurations: there is no {name!r}; list prints them")
     config = CONFIGS[name]
-    if config.margin == 1:
+    if not config.has_margin:
         raise ValueError(f"configurations: {name} has no margin to compare softmax with")
     return replace(config, batch=config.batch if batch is None else batch, width=width)
 
@@ -94,7 +94,7 @@ def prepare(config: Config) -> dict[str, Run]:
 def prepare_arm(arm: str, config: Config) -> Run:
     """An arm's run; what its images show does not change the time."""
     if arm != MARGIN:
-        config = replace(config, margin=1)
+        config = config.without_margin()
     rng, network = np.random.default_rng(0), config.built_network
     images = rng.standard_normal((config.batch, *network.image), np.float32)
     operands = jnp.asarray(images), jnp.asarray(rng.integers(config.classes, size=config.batch))

@@ -6,9 +6,9 @@ belongs to small images. ``experiments.paper.cells`` has one named configuration
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from tyro.conf import Suppress
 from experiments.paper.data import CLASSES
 from experiments.paper.networks import NETWORKS, Network
 from lsoftmax_jax import SelfPaced, annealed_lambda, margin_schedule, margins, self_paced
+from lsoftmax_jax.logits import check_head
 from lsoftmax_jax.schedule import LambdaPreset
 from lsoftmax_jax.training import Schedule
 
@@ -41,7 +42,7 @@ class Recipe:
     margin: int | float = 1
     """m; of the L-Softmax, where 1 is the ordinary softmax, and of the A-Softmax an integer."""
     scale: float | None = None
-    """The length that CosFace and ArcFace give features and columns of the kernel."""
+    """Gives features and columns of the kernel this length; CosFace and ArcFace need it."""
     pace: Pace = "annealed"
     """What decides λ: the constants of lam, the library's margin_schedule, or the batch."""
     lam: LambdaPreset = LambdaPreset(0, 0, 0)
@@ -72,7 +73,7 @@ class Recipe:
         if self.family.endswith("-softmax"):
             self.must("margin", ">= 1", lambda value: value >= 1)
             self.must("margin", "an integer", lambda value: value % 1 == 0)
-        _ = self.head_margin  # refuses its own mistakes
+        check_head(self.head_margin, self.scale)
         self.must("seed", f"in 0..{2**31 - 1}", lambda value: 0 <= value < 2**31)
         constants = [f"lam.{constant}" for constant in self.lam._fields]
         for name in ("learning_rate", "weight_decay", "bias_rate", *constants):
@@ -99,6 +100,14 @@ class Recipe:
                 return margins.CosFace(self.margin)
             case "arcface":
                 return margins.ArcFace(self.margin)
+
+    @property
+    def has_margin(self) -> bool:
+        return self.head_margin != 1
+
+    def without_margin(self) -> Self:
+        """The same with the ordinary softmax."""
+        return replace(self, family="l-softmax", margin=1, scale=None)
 
     @property
     def activation_dtype(self) -> Any:

@@ -220,7 +220,7 @@ def _against_softmax(groups: Sequence[Group]) -> str:
 def _softmax_beside(group: Group, groups: Sequence[Group]) -> Group | None:
     """Runs that differ in the loss alone and have no margin: those of the same learning rate if
     there are any, else those of the one that was tuned."""
-    plain = replace(CONFIGS[group.name], hinge=False, family="l-softmax", margin=1, scale=None)
+    plain = replace(CONFIGS[group.name].without_margin(), hinge=False)
     alike = [g for g in groups if g.name != group.name and g.reduction == group.reduction]
     beside = [g for g in alike if replace(plain, name=g.name) == CONFIGS[g.name]]
     rate = group.own.get("learning_rate")
@@ -232,7 +232,7 @@ def _rates(validated: Sequence[Outcome]) -> str:
     rows = []
     for group in grouped(validated):
         scale = group.of("scale")
-        if CONFIGS[group.name].margin == 1 or scale is not None:
+        if scale is not None or not CONFIGS[group.name].has_margin:
             row = [f"`{group.name}`", group.reduced_by("validation")]
             constants = [f"{group.of('learning_rate'):g}", "" if scale is None else f"{scale:g}"]
             rows.append([*row, *constants, spread(group.errors("test")), str(len(group.runs))])

@@ -176,7 +176,7 @@ def warn_if_lam_stays(config: Config) -> None:
     if isinstance(policy, SelfPaced):
         return
     lam = float(policy(jnp.int32(config.steps - 1)))
-    if config.margin > 1 and lam > max(9.0, config.lam.minimum):
+    if config.has_margin and lam > max(9.0, config.lam.minimum):
         print(
             f"warning: λ is still {lam:.3g} at the last update, so the margin weighs no more than "
             f"1 / (1 + λ) = {1 / (1 + lam):.2g}; raise --lam.gamma or --lam.power",

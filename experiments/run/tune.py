@@ -80,7 +80,7 @@ def tune(
       devices: how many to train on, the first ones; by default all.
       checkpoint_seconds: seconds between two checkpoints.
     """
-    if config.margin == 1:
+    if not config.has_margin:
         raise ValueError(f"{config.name} has no margin, so that λ changes nothing")
     out = out / "tune"
     candidates = [

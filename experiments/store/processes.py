@@ -65,7 +65,9 @@ def joined(meeting: Meeting) -> Iterator[None]:
     late.start()
     try:
         jax.distributed.initialize(
-            *meeting[:3],
+            meeting.coordinator,
+            meeting.processes,
+            meeting.process,
             initialization_timeout=meeting.heartbeat_seconds + GRACE_SECONDS,
             heartbeat_timeout_seconds=meeting.heartbeat_seconds,
             shutdown_timeout_seconds=meeting.heartbeat_seconds,

@@ -99,6 +99,15 @@ def test_json_round_trip(config):
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
+def test_a_margin_of_one_is_plain_softmax_in_l_softmax_alone():
+    arcface = CONFIGS["mnist-arcface"]
+    assert replace(arcface, margin=1.0).has_margin and not CONFIGS["mnist-softmax"].has_margin
+    plain = arcface.without_margin()
+    assert replace(plain, name="mnist-softmax") == CONFIGS["mnist-softmax"]
+    with pytest.raises(ValueError, match="scale must be given"):
+        replace(arcface, scale=None)
+
+
 @pytest.mark.parametrize("field", ["steps", "batch", "margin", "width", "examples"])
 def test_nonsense_is_refused(field):
     with pytest.raises(ValueError, match=field):
