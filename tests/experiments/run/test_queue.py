@@ -234,4 +234,5 @@ def test_whole_mnist_row_at_toy_size(tmp_path):
     words = ["reproduce", "--only", "mnist-*", "--seeds", "1", "--toy", "--data", str(tmp_path)]
     assert main([*words, "--out", str(tmp_path), "--devices", "1"]) == 0
     names = {result.load(file)["name"] for file in (tmp_path / "toy").glob("*/*.json")}
-    assert names == {f"mnist-{loss}" for loss in ("hinge", "softmax", "m2", "m3", "m4")}
+    losses = ("hinge", "softmax", "m2", "m3", "m4", "asoftmax", "cosface", "arcface")
+    assert names == {f"mnist-{loss}" for loss in losses}
