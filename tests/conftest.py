@@ -1,7 +1,8 @@
 """What every test shares: eight fake devices on a CPU, fixtures named after what they do.
 
-The suite runs on the CPU unless JAX_PLATFORMS names another platform. What it compiles is kept in
-.compiled, where the next run and the other test processes find it.
+The suite runs on the CPU unless JAX_PLATFORMS names another platform. Compiling is most of its work:
+programs are compiled quickly, at the cost of their speed, and kept in .compiled, where the next run
+and the other test processes find them. `XLA_FLAGS= pytest` compiles them as users' programs are.
 """
 
 import os
@@ -13,8 +14,15 @@ import jax
 import pytest
 from jax.sharding import AxisType, Mesh
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the processes that tests start read it
+# The processes that tests start read the environment.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+if "XLA_FLAGS" not in os.environ:
+    # The older way from a fusion to LLVM, each program in one piece, LLVM's passes few: what XLA
+    # makes of a program before that, its products, fusions and memory, stays.
+    quickly = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ |= {"XLA_FLAGS": quickly, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 if jax.config.jax_compilation_cache_dir is None:
     # Not for the processes that tests start and kill, perhaps in the middle of writing there.

@@ -21,7 +21,7 @@ from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
 from experiments.run.program import network_state
 from experiments.store.results import save
-from lsoftmax_jax import annealed_lambda, training
+from lsoftmax_jax import training
 
 PLAIN, NO_MARGIN, MARGIN = "optax softmax", "m = 1", "margin"
 # Of a step's time and temporary memory with the margin, to those of plain softmax.
@@ -100,8 +100,7 @@ def prepare_arm(arm: str, config: Config) -> Run:
     operands = jnp.asarray(images), jnp.asarray(rng.integers(config.classes, size=config.batch))
     loss = optax.softmax_cross_entropy_with_integer_labels if arm == PLAIN else None
     graphdef, create = network_state(config, network, config.classes)
-    lam = annealed_lambda(*config.lam)
-    step = training.train_step(graphdef, config.optimizer, lam, loss=loss)
+    step = training.train_step(graphdef, config.optimizer, config.lam_policy, loss=loss)
     state: Any = create(config.seed)
     compiled = jax.jit(step, donate_argnums=0).lower(state, *operands).compile()
 

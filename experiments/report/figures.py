@@ -120,7 +120,7 @@ def loss_title(margin: float) -> str:
 
 def label(group: Group) -> str:
     """The loss, and what the group has of its own."""
-    return ", ".join(filter(None, [loss_title(CONFIGS[group.name].margin), group.own_words]))
+    return ", ".join(filter(None, [loss_title(group.of("margin")), group.own_words]))
 
 
 def draw_planes(groups: Sequence[Group]) -> Figure:

@@ -1,10 +1,8 @@
 """Fixtures of the experiments' tests."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
 from experiments.paper.data import import_tfds
@@ -17,21 +15,6 @@ def tfds() -> None:
         import_tfds()
     except ImportError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled() -> Iterator[None]:
-    """XLA optimises little: in runs of seconds that costs more than it saves.
-
-    The library's own tests are optimised as its users' programs are, and so is a module here that
-    asserts what the compiler makes of a program: it overrides this. Processes that a test starts
-    are told the same.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def real_data(variable: str, expected: str, source: str) -> Path:

@@ -607,11 +607,6 @@ def program(margin, scale, **plan):
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="older compilers take more memory; see CONTRIBUTING.md"
 )
-def test_what_is_usual_is_the_default():
-    assert ArcFace() == ArcFace(0.5) and CosFace() == CosFace(0.35)
-    assert SphereFace() == SphereFace(4) and Combined() == Combined(1.0, 0.0, 0.0)
-
-
 @pytest.mark.parametrize("margin", [ArcFace(0.5), SphereFace(4)], ids=str)
 def test_the_kernel_is_not_copied_to_be_normalised(margin):
     # The gradient of a block of columns, in one shot of all, exists once more: before what lies
@@ -626,7 +621,12 @@ def test_the_kernel_is_not_copied_to_be_normalised(margin):
         assert ours.temporary_bytes - plain.temporary_bytes <= share * 4 * 128 * 8192
 
 
-# Mistakes.
+# Mistakes, and what is usual.
+
+
+def test_what_is_usual_is_the_default():
+    assert ArcFace() == ArcFace(0.5) and CosFace() == CosFace(0.35)
+    assert SphereFace() == SphereFace(4) and Combined() == Combined(1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("scale", [None, 0, -1.0, np.nan, np.inf, "x", True])

@@ -313,6 +313,21 @@ def test_the_flax_heads_on_a_mesh_that_is_given_and_not_set(axis_type):
     oracle.assert_close(twins, lsm.lsoftmax_loss(*plain, margin=MARGIN, lam=LAM), 1e-5)
 
 
+def test_the_kernel_is_created_under_jit_where_no_device_holds_it_whole():
+    layout = LAYOUTS["data by model"]
+    mesh = make_mesh(layout)
+    traced = []
+
+    def init(key, shape, dtype):
+        traced.append(isinstance(key, jax.core.Tracer))
+        return jnp.zeros(shape, dtype)
+
+    parallel = lsm.ClassParallel("model", "data", mesh)
+    rngs = flax_nnx.Rngs(0)
+    nnx.LSoftmaxDense(DIM, CLASSES, layout=parallel, kernel_init=init, rngs=rngs)
+    assert traced == [True]
+
+
 MISTAKES = {
     "axis": ({"class_axis": "models"}, ValueError, "class_axis"),
     "batch axis": ({"batch_axes": "rows"}, ValueError, "batch_axes"),

@@ -16,11 +16,6 @@ from experiments.benchmarks.arms import Shape
 README = (compiled.OUT.parents[2] / "README.md").read_text()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Optimised: what the compiler makes of a program is asserted here."""
-
-
 def aot(test):
     missing = pytest.mark.skipif(not targets.installed("tpu"), reason="no libtpu: extra aot-tpu")
     return pytest.mark.aot(missing(test))

@@ -22,11 +22,6 @@ MESHES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Optimised: what the compiler makes of a program is asserted here."""
-
-
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_formulas_equal_the_compiled_step(mesh):
     job = JOB._replace(**mesh)
