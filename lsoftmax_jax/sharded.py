@@ -182,9 +182,12 @@ def lsoftmax_loss(
       >>> import jax, jax.numpy as jnp, lsoftmax_jax as lsm
       >>> mesh = jax.make_mesh((1, jax.device_count()), ("data", "model"))
       >>> features, kernel = jnp.ones((2, 3)), jnp.eye(3, 8 * jax.device_count())
-      >>> lsm.sharded.lsoftmax_loss(
-      ...     features, kernel, jnp.array([0, 2]), margin=4, lam=5.0,
-      ...     layout=lsm.ClassParallel("model", "data", mesh, classes=3)).round(3).tolist()
+      >>> layout = lsm.ClassParallel("model", "data", mesh, classes=3)
+      >>> @jax.jit
+      ... def loss(features, kernel, labels):
+      ...     return lsm.sharded.lsoftmax_loss(
+      ...         features, kernel, labels, margin=4, lam=5.0, layout=layout)
+      >>> loss(features, kernel, jnp.array([0, 2])).round(3).tolist()
       [1.473..., 1.473...]
     """
     return lsoftmax_loss_and_statistics(
@@ -228,10 +231,12 @@ def lsoftmax_loss_and_statistics(
 
     Example:
       >>> import jax, jax.numpy as jnp, lsoftmax_jax as lsm
-      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
-      >>> loss, seen = lsm.sharded.lsoftmax_loss_and_statistics(
-      ...     jnp.ones((2, 3)), jnp.eye(3), jnp.array([0, 2]), margin=4, lam=5.0,
-      ...     layout=lsm.ClassParallel("model", "data", mesh))
+      >>> layout = lsm.ClassParallel("model", "data", jax.make_mesh((1, 1), ("data", "model")))
+      >>> @jax.jit
+      ... def loss(features, kernel, labels):
+      ...     return lsm.sharded.lsoftmax_loss_and_statistics(
+      ...         features, kernel, labels, margin=4, lam=5.0, layout=layout)
+      >>> losses, seen = loss(jnp.ones((2, 3)), jnp.eye(3), jnp.array([0, 2]))
       >>> seen.plain_logit.tolist(), float(seen.lam)
       ([1.0, 1.0], 5.0)
     """
@@ -277,11 +282,12 @@ def lsoftmax_loss_sum(
 
     Example:
       >>> import jax, jax.numpy as jnp, lsoftmax_jax as lsm
-      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
-      >>> features, kernel, labels = jnp.ones((2, 3)), jnp.eye(3), jnp.array([0, 2])
-      >>> lsm.sharded.lsoftmax_loss_sum(
-      ...     features, kernel, labels, jnp.full(2, 0.5), margin=4, lam=5.0,
-      ...     layout=lsm.ClassParallel("model", "data", mesh)).round(3).item()
+      >>> layout = lsm.ClassParallel("model", "data", jax.make_mesh((1, 1), ("data", "model")))
+      >>> @jax.jit
+      ... def mean(features, kernel, labels):
+      ...     return lsm.sharded.lsoftmax_loss_sum(
+      ...         features, kernel, labels, jnp.full(2, 0.5), margin=4, lam=5.0, layout=layout)
+      >>> mean(jnp.ones((2, 3)), jnp.eye(3), jnp.array([0, 2])).round(3).item()
       1.473...
     """
     call, on_mesh = _checked(

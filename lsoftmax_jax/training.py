@@ -192,7 +192,7 @@ def train_step(
       TypeError, ValueError: when the step is traced, as `lsoftmax_jax.lsoftmax_loss`.
 
     Example:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> from lsoftmax_jax import self_paced
       >>> from lsoftmax_jax.nnx import LSoftmaxDense
@@ -200,7 +200,7 @@ def train_step(
       >>> model.head = LSoftmaxDense(3, 2, margin=4, rngs=nnx.Rngs(0))
       >>> sgd = optax.sgd(0.1)
       >>> graphdef, state = create(model, sgd)
-      >>> step = train_step(graphdef, sgd, self_paced())
+      >>> step = jax.jit(train_step(graphdef, sgd, self_paced()))
       >>> state, metrics = step(state, jnp.ones((4, 3)), jnp.array([0, 1, 1, 1]))
       >>> int(state.step), float(metrics.sums.examples), bool(metrics.skipped)
       (1, 4.0, False)
@@ -279,14 +279,14 @@ def eval_step(
       TypeError, ValueError: when the step is traced, as `lsoftmax_jax.lsoftmax_loss`.
 
     Example:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> from lsoftmax_jax.nnx import LSoftmaxDense
       >>> model = nnx.Sequential(nnx.relu)
       >>> model.head = LSoftmaxDense(3, 2, margin=4, rngs=nnx.Rngs(0))
       >>> graphdef, state = create(model, optax.sgd(0.1))
       >>> where = jnp.array([True, True, False])
-      >>> sums = eval_step(graphdef)(state, jnp.eye(3), jnp.array([0, 1, 0]), where)
+      >>> sums = jax.jit(eval_step(graphdef))(state, jnp.eye(3), jnp.array([0, 1, 0]), where)
       >>> float(sums.examples), bool(sums.correct <= 2)
       (2.0, True)
     """
