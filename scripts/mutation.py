@@ -47,7 +47,7 @@ HEAD = "labels logits loss_values loss_degenerate loss_range loss_masks"
 TESTS = {
     "_checks": "bad_calls labels loss_mistakes loss_masks logits schedule sgd",
     "_fused": "loss_values loss_degenerate loss_masks self_paced loss_precision loss_plans",
-    "_head": "modules bad_calls",
+    "_head": "modules bad_calls sharded",
     "_pace": "self_paced",
     "_placement": "logits modules sharded loss_transforms training",
     "_plans": "loss_plans loss_values loss_degenerate self_paced bad_calls plans_hlo sampled",

@@ -1,8 +1,9 @@
 """What every test shares: eight fake devices on a CPU, fixtures named after what they do.
 
-The suite runs on the CPU unless JAX_PLATFORMS names another platform. Compiling is most of its work:
-programs are compiled quickly, at the cost of their speed, and kept in .compiled, where the next run
-and the other test processes find them. `XLA_FLAGS= pytest` compiles them as users' programs are.
+The suite runs on the CPU unless JAX_PLATFORMS names another platform. Compiling is most of its
+work: programs are compiled quickly, at the cost of their speed, and kept in .compiled, where the
+next run and the other test processes find them. `XLA_FLAGS= pytest` compiles them as users'
+programs are.
 """
 
 import os

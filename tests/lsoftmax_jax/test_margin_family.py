@@ -204,18 +204,17 @@ def test_lambda_from_zero_to_infinity_with_many_classes(x64, case):
 def test_logits(x64, case):
     problem = oracle.problem(5, BATCH, DIM, CLASSES)
     keywords = {"margin": case.margin, "scale": case.scale, "lam": 0.4}
-    logits = lsm.lsoftmax_logits(*oracle.as_arrays(problem, jnp.float64), **keywords)
+    logits = jax.jit(functools.partial(lsm.lsoftmax_logits, **keywords))
     wanted = oracle.angular(*problem, case.of_theta, case.scale, 0.4)[0]
-    oracle.assert_close(logits, wanted, 1e-13)
-    plain = lsm.lsoftmax_logits(*problem[:2], None, **keywords)
+    oracle.assert_close(logits(*oracle.as_arrays(problem, jnp.float64)), wanted, 1e-13)
     wanted = oracle.angular(*problem, case.of_theta, case.scale, np.inf)[0]
-    oracle.assert_close(plain, wanted, 1e-13)
+    oracle.assert_close(logits(*problem[:2], None), wanted, 1e-13)
 
     def through_logits(features, kernel):
-        z = lsm.lsoftmax_logits(features, kernel, problem.labels, **keywords)
+        z = logits(features, kernel, problem.labels)
         return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(z, problem.labels))
 
-    gradients = jax.grad(through_logits, (0, 1))(*map(jnp.asarray, problem[:2]))
+    gradients = jax.jit(jax.grad(through_logits, (0, 1)))(*map(jnp.asarray, problem[:2]))
     assert_all_close(gradients, wanted_of(case, problem, np.ones(BATCH), 0.4)[1][:2], 1e-11)
 
 
@@ -265,14 +264,23 @@ def test_no_margin_is_normalised_softmax(x64):
         z = SCALE * oracle_unit(features, 1) @ oracle_unit(kernel, 0)
         return optax.softmax_cross_entropy_with_integer_labels(z, arguments[2])
 
-    value, pull = jax.vjp(literal, *arguments[:2])
+    value, bars = value_and_pullback(literal, *arguments[:2], arguments[3])
     oracle.assert_close(wanted[0], value, 1e-13)
-    assert_all_close(wanted[1][:2], pull(arguments[3]), 1e-12)
+    assert_all_close(wanted[1][:2], bars, 1e-12)
     for margin in (ArcFace(0.0), CosFace(0.0), Combined(), SphereFace(1)):
         got = jax.jit(functools.partial(loss_and_gradients, Case(margin, SCALE, {})))
         got = got(*arguments, 0.0)
         oracle.assert_close(got[0], wanted[0], 1e-15)
         assert_all_close(got[1][:2], wanted[1][:2], 1e-14)
+
+
+def value_and_pullback(loss, features, kernel, cotangent):
+    @jax.jit
+    def run(*operands):
+        value, pull = jax.vjp(loss, *operands)
+        return value, pull(cotangent)
+
+    return run(features, kernel)
 
 
 def oracle_unit(array, axis):
@@ -297,10 +305,11 @@ def test_detached_is_a_margin_that_is_added_without_gradient(x64, margin):
 
     value, pull = jax.vjp(literal, *arguments[:2])
     detached = Case(margin, SCALE, {})
-    got, bars = loss_and_gradients(detached, *arguments, jnp.float64(0))
+    run = jax.jit(functools.partial(loss_and_gradients, detached))
+    got, bars = run(*arguments, jnp.float64(0))
     oracle.assert_close(got, value, 1e-12)
     assert_all_close(bars[:2], pull(arguments[3]), 1e-12)
-    true = loss_and_gradients(case, *arguments, jnp.float64(0))[1]
+    true = jax.jit(functools.partial(loss_and_gradients, case))(*arguments, jnp.float64(0))[1]
     assert np.max(np.abs(bars[0] - true[0])) > 0.1 * np.max(np.abs(true[0]))
 
 
@@ -328,9 +337,8 @@ def test_without_a_direction_the_cosine_counts_as_zero(x64, case):
     features, kernel, labels = oracle.problem(1, 3, DIM, CLASSES)
     labels[:] = 3, 5, 7
     features[0], kernel[:, 5] = 0.0, 0.0
-    value, (dfeatures, dkernel, _) = loss_and_gradients(
-        case, jnp.asarray(features), jnp.asarray(kernel), jnp.asarray(labels), jnp.ones(3), 0.0
-    )
+    run = jax.jit(functools.partial(loss_and_gradients, case))
+    value, (dfeatures, dkernel, _) = run(features, kernel, labels, jnp.ones(3), 0.0)
     target = float(case.margin.value_and_slope(jnp.zeros(()))[0])
     length = 0.0 if case.scale is None else case.scale
     score = np.array([length * target] + [0.0] * (CLASSES - 1))
@@ -389,10 +397,15 @@ def test_self_paced(x64, case):
     keywords = {"margin": case.margin, "scale": case.scale}
     lams = []
     for plan in (PLANS["one-shot"], PLANS["class blocks, recomputed"]):
-        loss, seen = lsm.lsoftmax_loss_and_statistics(
-            features, kernel, labels, lam=lsm.self_paced(), plan=plan, **keywords
-        )
-        fixed = lsm.lsoftmax_loss(features, kernel, labels, lam=seen.lam, **keywords)
+
+        @jax.jit
+        def paced_and_fixed(*operands, plan=plan):
+            loss, seen = lsm.lsoftmax_loss_and_statistics(
+                *operands, lam=lsm.self_paced(), plan=plan, **keywords
+            )
+            return loss, seen, lsm.lsoftmax_loss(*operands, lam=seen.lam, **keywords)
+
+        loss, seen, fixed = paced_and_fixed(features, kernel, labels)
         oracle.assert_close(loss, fixed, 1e-12)
         lams.append(float(seen.lam))
     assert 0 <= lams[0] < np.inf
@@ -476,16 +489,22 @@ def test_classes_split_over_devices(x64, case, mesh, axis_type):
 def test_all_classes_drawn_is_the_exact_loss(x64, case):
     problem = oracle.problem(3, BATCH, DIM, CLASSES)
     features, kernel, labels, weights, cotangent = given(problem)
-    sample = lsm.sample_classes(jax.random.key(0), labels, CLASSES, CLASSES)
 
-    def loss(features, columns):
-        return lsm.lsoftmax_sampled_loss(
-            features, columns, sample, margin=case.margin, scale=case.scale, lam=0.7
-        )
+    @jax.jit
+    def run(features, kernel, labels):
+        sample = lsm.sample_classes(jax.random.key(0), labels, CLASSES, CLASSES)
 
-    value, pull = jax.vjp(loss, features, lsm.sampled.take_columns(kernel, sample))
-    dfeatures, dcolumns = pull(weights)
-    dkernel = lsm.sampled.put_columns(jnp.zeros_like(kernel), sample, dcolumns)
+        def loss(features, columns):
+            return lsm.lsoftmax_sampled_loss(
+                features, columns, sample, margin=case.margin, scale=case.scale, lam=0.7
+            )
+
+        value, pull = jax.vjp(loss, features, lsm.sampled.take_columns(kernel, sample))
+        dfeatures, dcolumns = pull(weights)
+        dkernel = lsm.sampled.put_columns(jnp.zeros_like(kernel), sample, dcolumns)
+        return value, dfeatures, dkernel
+
+    value, dfeatures, dkernel = run(features, kernel, labels)
     wanted, bars = wanted_of(case, problem, cotangent, 0.7)
     oracle.assert_close(value, wanted, 1e-12)
     assert_all_close((dfeatures, dkernel), bars[:2], 1e-11)
@@ -495,10 +514,9 @@ def test_all_classes_drawn_is_the_exact_loss(x64, case):
 def test_the_step_with_sgd_inside(x64, case):
     problem = oracle.problem(3, BATCH, DIM, CLASSES)
     features, kernel, labels, weights, cotangent = given(problem)
-    done = lsm.lsoftmax_sgd(
-        features, kernel, jnp.zeros_like(kernel), labels, weights,
-        margin=case.margin, scale=case.scale, lam=0.7, learning_rate=0.1, class_block=4,
-    )  # fmt: skip
+    keywords = {"margin": case.margin, "scale": case.scale, "lam": 0.7, "learning_rate": 0.1}
+    step = jax.jit(functools.partial(lsm.lsoftmax_sgd, class_block=4, **keywords))
+    done = step(features, kernel, jnp.zeros_like(kernel), labels, weights)
     loss, bars = wanted_of(case, problem, cotangent, 0.7)
     oracle.assert_close(done.loss, np.sum(loss * cotangent), 1e-12)
     oracle.assert_close(done.dfeatures, bars[0], 1e-11)

@@ -300,6 +300,15 @@ def test_a_schedule_in_place_of_its_value_is_refused_in_words(rule):
         getattr(nnx_head(), rule)(features, labels, lsm.margin_schedule(10))
 
 
+@pytest.mark.parametrize("rule", ["loss", "loss_and_statistics"])
+def test_lam_may_be_named_and_options_must(rule):
+    features, labels, lam = arguments()
+    call = getattr(nnx_head(), rule)
+    chex.assert_trees_all_equal(call(features, labels, lam=lam), call(features, labels, lam))
+    with pytest.raises(TypeError, match="positional"):
+        call(features, labels, lam, jnp.ones(B, bool))
+
+
 def test_a_head_goes_through_an_orbax_checkpoint(tmp_path):
     checkpoint = pytest.importorskip("orbax.checkpoint")
     head, other = nnx_head(), NnxHead(D, C, margin=3, rngs=nnx.Rngs(9))
