@@ -1,5 +1,7 @@
 """Sampled classes: what is drawn, how uniformly, and what loss the sample gives."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +15,13 @@ from tests import oracle
 
 BATCH, DIM, CLASSES = 7, 5, 11
 
+draw = jax.jit(lsm.sample_classes, static_argnums=(2, 3))
+
 
 def test_a_sample_is_the_labels_and_distinct_others():
     classes, negatives = 10_007, 500
     labels = jnp.array([5, 17, 5, 10_006, 0])
-    sample = lsm.sample_classes(jax.random.key(3), labels, classes, negatives)
+    sample = draw(jax.random.key(3), labels, classes, negatives)
     ids = np.asarray(sample.ids)
     real = ids[ids < classes]
     assert len(set(real)) == len(real)
@@ -31,7 +35,7 @@ def test_a_sample_is_the_labels_and_distinct_others():
 
 
 def test_drawing_all_classes_draws_each_once():
-    sample = lsm.sample_classes(jax.random.key(0), jnp.array([3]), 5000, 5000)
+    sample = draw(jax.random.key(0), jnp.array([3]), 5000, 5000)
     np.testing.assert_array_equal(np.sort(sample.ids), [*range(5000), 5000])
 
 
@@ -40,8 +44,8 @@ def test_the_draw_is_uniform(classes):
     """Chi-squared of how often each class is drawn, drawn first, last, and after another."""
     negatives, keys = 20, 30_000
     labels = jnp.zeros(0, jnp.int32)
-    draw = jax.jit(jax.vmap(lambda key: lsm.sample_classes(key, labels, classes, negatives).ids))
-    ids = np.asarray(draw(jax.random.split(jax.random.key(7), keys)))
+    ids_of = jax.vmap(lambda key: lsm.sample_classes(key, labels, classes, negatives).ids)
+    ids = np.asarray(jax.jit(ids_of)(jax.random.split(jax.random.key(7), keys)))
 
     def surprise(counts, variance_share=1.0):
         expected = counts.sum() / counts.size
@@ -63,11 +67,10 @@ def sampled_loss(columns, features, sample):
 
 def test_all_classes_drawn_is_the_exact_loss_and_gradient(x64):
     features, kernel, labels = oracle.as_arrays(oracle.problem(1, BATCH, DIM, CLASSES), jnp.float64)
-    sample = lsm.sample_classes(jax.random.key(0), labels, CLASSES, CLASSES)
+    sample = draw(jax.random.key(0), labels, CLASSES, CLASSES)
     columns = lsm.sampled.take_columns(kernel, sample)
-    loss, (dcolumns, dfeatures) = jax.value_and_grad(sampled_loss, (0, 1))(
-        columns, features, sample
-    )
+    pulled_back = jax.jit(jax.value_and_grad(sampled_loss, (0, 1)))
+    loss, (dcolumns, dfeatures) = pulled_back(columns, features, sample)
     arrays = [np.asarray(array) for array in (features, kernel, labels)]
     pulled = oracle.loss_pullback(*arrays, np.ones(BATCH), 3, 1.0)
     oracle.assert_close(loss, np.sum(oracle.loss(*arrays, 3, 1.0)), 1e-12)
@@ -98,9 +101,9 @@ def test_only_drawn_columns_and_their_optimiser_state_change():
     features, kernel, labels = oracle.as_arrays(oracle.problem(1, 4, DIM, 200), jnp.float32)
     optimizer = optax.sgd(0.1, momentum=0.9)
     trace = jnp.full_like(kernel, 0.5)
-    sample = lsm.sample_classes(jax.random.key(2), labels, 200, 10)
+    sample = draw(jax.random.key(2), labels, 200, 10)
     columns, drawn_trace = (lsm.sampled.take_columns(a, sample) for a in (kernel, trace))
-    gradient = jax.grad(sampled_loss)(columns, features, sample)
+    gradient = jax.jit(jax.grad(sampled_loss))(columns, features, sample)
     state = optax.tree.set(optimizer.init(columns), trace=drawn_trace)
     updates, state = optimizer.update(gradient, state, columns)
     changed = lsm.sampled.put_columns(kernel, sample, optax.apply_updates(columns, updates))
@@ -116,10 +119,11 @@ def test_only_drawn_columns_and_their_optimiser_state_change():
 def test_invalid_labels_give_nan_unless_masked():
     features, kernel, labels = oracle.as_arrays(oracle.problem(1, BATCH, DIM, 50), jnp.float32)
     labels = labels.at[0].set(-1).at[1].set(50)
-    sample = lsm.sample_classes(jax.random.key(0), labels, 50, 10)
+    sample = draw(jax.random.key(0), labels, 50, 10)
     columns = lsm.sampled.take_columns(kernel, sample)
     where = jnp.ones(BATCH, bool).at[1].set(False)
-    loss = lsm.lsoftmax_sampled_loss(features, columns, sample, margin=3, lam=0.0, where=where)
+    sampled_loss = jax.jit(partial(lsm.lsoftmax_sampled_loss, margin=3, lam=0.0))
+    loss = sampled_loss(features, columns, sample, where=where)
     assert np.isnan(loss[0]) and loss[1] == 0 and np.all(np.isfinite(loss[2:]))
 
 

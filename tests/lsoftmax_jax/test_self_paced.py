@@ -295,10 +295,14 @@ def test_sharded_classes_show_the_same_lam(x64, name, axis_type):
 def test_the_sampled_loss_and_the_fused_update_pace_themselves_too():
     features, kernel, labels = as_arrays(learned(9), jnp.float32)
     whole = paced(features, kernel, labels)
-    sample = lsm.sample_classes(jax.random.key(0), labels, CLASSES, CLASSES)
-    columns = lsm.sampled.take_columns(kernel, sample)
-    sampled = lsm.lsoftmax_sampled_loss(features, columns, sample, margin=MARGIN, lam=PACE)
-    assert_close(sampled, whole.loss, 1e-5)
+
+    @jax.jit
+    def sampled(features, kernel, labels):
+        sample = lsm.sample_classes(jax.random.key(0), labels, CLASSES, CLASSES)
+        columns = lsm.sampled.take_columns(kernel, sample)
+        return lsm.lsoftmax_sampled_loss(features, columns, sample, margin=MARGIN, lam=PACE)
+
+    assert_close(sampled(features, kernel, labels), whole.loss, 1e-5)
     update = jax.jit(functools.partial(lsm.lsoftmax_sgd, margin=MARGIN, lam=PACE, class_block=5))
     step = update(features, kernel, jnp.zeros_like(kernel), labels, learning_rate=0.1)
     np.testing.assert_allclose(step.statistics.lam, whole.lam, rtol=1e-4)

@@ -309,7 +309,7 @@ class Headed(nnx.Module):
 
 def test_a_batch_of_padding_alone_is_a_step_without_gradient():
     graphdef, state = training.create(Headed(nnx.Rngs(0)), optax.sgd(0.1))
-    step = training.train_step(graphdef, optax.sgd(0.1), LAM)
+    step = jax.jit(training.train_step(graphdef, optax.sgd(0.1), LAM))
     kept, metrics = step(state, jnp.ones((2, 3)), jnp.zeros(2, int), jnp.zeros(2, bool))
     assert not metrics.skipped and metrics.sums.examples == 0
     chex.assert_trees_all_equal(kept.params, state.params)
