@@ -19,10 +19,13 @@ from jax.sharding import AxisType, Mesh
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 if "XLA_FLAGS" not in os.environ:
-    # The older way from a fusion to LLVM, each program in one piece, LLVM's passes few: what XLA
-    # makes of a program before that, its products, fusions and memory, stays.
-    quickly = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    os.environ |= {"XLA_FLAGS": quickly, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    # Each program in one piece, by few of LLVM's passes and by the older way from a fusion to LLVM,
+    # which JAX 0.12 no longer has: what XLA makes of a program before that, its products, fusions
+    # and memory, stays.
+    quickly = ["--xla_cpu_parallel_codegen_split_count=1"]
+    if jax.__version_info__ < (0, 11):
+        quickly.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ |= {"XLA_FLAGS": " ".join(quickly), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 if jax.config.jax_compilation_cache_dir is None:
