@@ -7,6 +7,7 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.benchmarks import step
+from experiments.paper.cells import CONFIGS
 
 
 def test_steps_are_timed_and_judged(tmp_path):
@@ -38,6 +39,14 @@ def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):
     monkeypatch.setattr(step, "prepare_arm", run)
     with pytest.raises(ValueError, match=r"m = 1 computes something else: its loss is 2.1"):
         step.prepare(None)
+
+
+def test_a_margin_shows_in_the_loss_where_it_must(monkeypatch):
+    monkeypatch.setattr(step, "prepare_arm", lambda arm, config: SimpleNamespace(loss=2.0))
+    with pytest.raises(ValueError, match=r"must make the loss larger than 2.0, got 2.0"):
+        step.prepare(CONFIGS["mnist-m4"])
+    for of_another_length_or_pace in ("mnist-arcface", "digits-m4"):
+        assert len(step.prepare(CONFIGS[of_another_length_or_pace])) == 3
 
 
 MISTAKES = {
