@@ -135,7 +135,7 @@ def margin_schedule(
         done = _checks.as_array("step", step, "a number").astype(jnp.float32) / steps
         part = jnp.clip((done - start) / (end - start), 0, 1)
         now = largest * part * part * (3 - 2 * part)
-        return jnp.where(now > 0, 1 / jnp.where(now > 0, now, 1) - 1, jnp.inf)
+        return 1 / now - 1  # infinite where now is 0
 
     return schedule
 

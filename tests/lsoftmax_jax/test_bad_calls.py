@@ -1,5 +1,6 @@
 """Every way to call the library wrongly that came to mind: one error, which names the argument."""
 
+import inspect
 import re
 from functools import partial
 
@@ -403,6 +404,25 @@ def test_every_loss_names_what_it_refuses(name, argument, value, message):
 )
 def test_bad_call_is_named(message, call):
     assert_named(call, message)
+
+
+MODULES = devices, interop, margins, sampled, training, lsm.sharded
+# Operands, and what a call of one argument is about.
+BY_PLACE = {"weights", "minimum", "devices"}
+
+
+def test_what_has_a_default_must_be_named():
+    public = [*vars(lsm).values(), *(f for module in MODULES for f in vars(module).values())]
+    home = [lsm.__name__, *(module.__name__ for module in MODULES)]
+    named = 0
+    for function in filter(inspect.isfunction, public):
+        exported = getattr(lsm, function.__name__, None) is function
+        if exported or (function.__module__ in home and function.__name__[0] != "_"):
+            for parameter in inspect.signature(function).parameters.values():
+                if parameter.default is not parameter.empty and parameter.name not in BY_PLACE:
+                    assert parameter.kind is parameter.KEYWORD_ONLY, (function, parameter)
+                    named += 1
+    assert named > 40
 
 
 def test_there_are_enough():

@@ -315,6 +315,15 @@ def test_a_batch_of_padding_alone_is_a_step_without_gradient():
     chex.assert_trees_all_equal(kept.params, state.params)
 
 
+def test_a_feature_without_length_is_at_a_right_angle_to_its_column():
+    model = nnx.Sequential(nnx.relu)
+    model.head = LSoftmaxDense(3, 2, rngs=nnx.Rngs(0))
+    graphdef, state = training.create(model, optax.sgd(0.1))
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    sums = jax.jit(training.eval_step(graphdef, loss=loss))(state, jnp.zeros((2, 3)), jnp.arange(2))
+    np.testing.assert_allclose(sums.target_angle, 2 * math.pi / 2, rtol=1e-6)
+
+
 @pytest.mark.parametrize("lam", [5.0, None, "self-paced"])
 def test_a_lam_that_is_no_schedule_is_refused_in_words(graphdef_and_state, lam):
     with pytest.raises(TypeError, match=r"lam must be a schedule step -> λ or self_paced\(\)"):
