@@ -4,7 +4,6 @@ python scripts/stacks.py                  every test on every stack; stacks/ and
                                           keep what came out
 python scripts/stacks.py --core colab     the tests of the library alone, on one stack
 python scripts/stacks.py --core --brief   without those that no version of JAX decides
-python scripts/stacks.py --as-users       compiled as users' programs are, which takes twice as long
 python scripts/stacks.py --table          what was run when, as a table
 
 A stack whose Python is missing is skipped, and said to be.
@@ -158,7 +157,6 @@ def main() -> int:
     parser.add_argument("stack", nargs="*", help=f"of {', '.join(STACKS)}; all by default")
     parser.add_argument("--core", action="store_true", help="the tests of the library alone")
     parser.add_argument("--brief", action="store_true", help="not those no version of JAX decides")
-    parser.add_argument("--as-users", action="store_true", help="compile as users' programs are")
     parser.add_argument("--install", action="store_true", help="make the environments, run nothing")
     parser.add_argument("--table", action="store_true", help="only print what was run when")
     parser.add_argument("--no-record", action="store_true", help="leave stacks/results.json alone")
@@ -168,8 +166,6 @@ def main() -> int:
     if given.table:
         print(table())
         return 0
-    if given.as_users:
-        os.environ["XLA_FLAGS"] = ""  # as tests/conftest.py says
     unknown = set(given.stack) - set(STACKS)
     if unknown:
         parser.error(f"stack must be of {list(STACKS)}, got {sorted(unknown)}")

@@ -16,6 +16,15 @@ from experiments.benchmarks.arms import Shape
 README = (compiled.OUT.parents[2] / "README.md").read_text()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_as_for_users():
+    """What a compiler makes of a program is asserted here."""
+    quickly = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", quickly)
+
+
 def aot(test):
     missing = pytest.mark.skipif(not targets.installed("tpu"), reason="no libtpu: extra aot-tpu")
     return pytest.mark.aot(missing(test))
