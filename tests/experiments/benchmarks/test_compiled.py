@@ -4,6 +4,7 @@ Those marked `aot` need the extra aot-tpu.
 """
 
 import json
+import os
 import sys
 
 import jax
@@ -19,9 +20,9 @@ README = (compiled.OUT.parents[2] / "README.md").read_text()
 @pytest.fixture(scope="module", autouse=True)
 def compiled_as_for_users():
     """What a compiler makes of a program is asserted here."""
-    quickly = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
+    quickly = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"  # as tests/conftest.py set it
     jax.config.update("jax_disable_most_optimizations", quickly)
 
 
