@@ -31,9 +31,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 if jax.config.jax_compilation_cache_dir is None:
     # Not for the processes that tests start and kill, perhaps in the middle of writing there.
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".compiled"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-# Or the folder's path is one of the compiler's options, and another clone finds nothing there.
-jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+# Every program is kept, here and in those processes, and under a key without the folder's path,
+# which is otherwise one of the compiler's options: another clone would find nothing.
+kept = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_enable_xla_caches": "none",
+}
+for name, value in kept.items():
+    os.environ[name.upper()] = str(value)
+    jax.config.update(name, value)
 if not hasattr(jax, "enable_x64"):  # JAX 0.7 has it elsewhere
     jax.enable_x64 = jax.experimental.enable_x64
 

@@ -219,7 +219,6 @@ def test_killed_queue_continues_to_the_same_bits(together, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_whole_mnist_row_at_toy_size(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
