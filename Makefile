@@ -4,7 +4,7 @@
 # make crash-test   kill runs of every source and continue them; KILLS=30 SEED=0
 # make fuzz         losses and gradients beside an 80-bit reference; SECONDS=60 SEED=0
 # make mutation     changes the library in so many places, and counts what its tests miss; SAMPLE=400
-# Other targets: linkcheck, lint, pytest, test-slow, test-lowest, test-newest, test-stacks,
+# Other targets: coverage, linkcheck, lint, pytest, test-slow, test-lowest, test-newest, test-stacks,
 # notebooks-colab, parity, compile-gpu, format, notebooks, constraints.
 
 PYTHON ?= python3
@@ -19,14 +19,17 @@ STACKS_ARGS ?=
 JOBS ?= 2
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test docs linkcheck lint pytest test-slow test-lowest test-newest test-stacks \
-    notebooks-colab parity compile-gpu crash-test fuzz format notebooks constraints
+.PHONY: quickstart test coverage docs linkcheck lint pytest test-slow test-lowest test-newest \
+    test-stacks notebooks-colab parity compile-gpu crash-test fuzz format notebooks constraints
 
 quickstart: $(VENV)/experiments.stamp
 	$(VENV)/bin/python -m experiments quickstart
 
-test: COVERAGE = --cov=lsoftmax_jax --cov-report=term:skip-covered
 test: lint pytest
+
+# Counting lines makes the tests' Python half as slow again.
+coverage: COVERAGE = --cov=lsoftmax_jax --cov-report=term:skip-covered
+coverage: pytest
 
 docs: $(VENV)/docs.stamp
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -W --keep-going -q docs site

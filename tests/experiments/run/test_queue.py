@@ -186,8 +186,7 @@ def test_request_to_stop_ends_the_queue(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
-@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("together", [1, pytest.param(2, marks=pytest.mark.ci)])
 def test_killed_queue_continues_to_the_same_bits(together, tmp_path):
     words = ["reproduce", "--only", "digits-m4", "--seeds", "2", "--toy", "--devices", "1"]
     words += ["--together", str(together), "--checkpoint-seconds", "0"]
