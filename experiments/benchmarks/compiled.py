@@ -91,7 +91,7 @@ def compile_(
     Args:
       targets: such as v5e:2x4, v5e:16x16, v6e:16x16, v5p:2x2x1, h100, h200, a100, b200.
       heads: compile the heads.
-      steps: compile whole steps of the paper's networks, which takes half a minute each.
+      steps: compile whole steps of the paper's networks; for a TPU one to six minutes each.
       only: a part of a name; only such cases are compiled.
       out: folder of the results, two files a chip and two a slice.
     """
