@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 import lsoftmax_jax as lsm
 from experiments.benchmarks import arms as every
-from experiments.benchmarks import hlo, scale, tables
+from experiments.benchmarks import hlo, scale, tables, written
 from experiments.benchmarks.arms import Shape
 from experiments.benchmarks.records import earlier, heading
 from experiments.benchmarks.tables import amount
-from experiments.benchmarks.targets import Target, compilers, target
+from experiments.benchmarks.targets import Target, compilers, placed, target
 from experiments.faces.recipe import FaceRecipe
 from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
@@ -219,10 +219,6 @@ def operands(shape: Shape, dtype: str) -> every.Problem:
     )
 
 
-def placed(tree: Any, sharding: Any) -> Any:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
-
-
 def lower_sampled(on: Target, shape: Shape) -> Lowered:
     """A step of the sampled loss: draw, take the columns, their gradient, put them back."""
 
@@ -239,7 +235,7 @@ def lower_sampled(on: Target, shape: Shape) -> Lowered:
         return loss, dfeatures, lsm.sampled.put_columns(kernel, sample, changed)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return _on_one(on, step, key, *operands(shape, "bf16")[:3], donate_argnums=2)
+    return on.lower(step, key, *operands(shape, "bf16")[:3], donate_argnums=2)
 
 
 def lower_gradients(on: Target, job: scale.Job) -> Lowered:
@@ -270,11 +266,12 @@ def step_cases(on: Target) -> Iterator[Case]:
     yield _step(on, large, "features and logits", _embed)
     yield _step(on, small, f"{UPDATES} updates in one dispatch", _repeat)
     yield _step(on, _of(CONFIGS["digits-m4"]), "quickstart's training step", _train)
-    # Those of notebook reproduce are mnist-m4 and digits-m4, above; tour and devices have networks
-    # of 64 pixels written out there.
+    # Those of notebook reproduce are mnist-m4 and digits-m4, above.
     faces = Network(FaceRecipe(), FaceRecipe().network, PEOPLE)
     yield _step(on, faces, "training step of notebook faces", _train)
     yield _step(on, faces, "features of notebook faces", _embed)
+    for notebook, lower in (("tour", written.lower_tour), ("devices", written.lower_devices)):
+        yield Case(f"training step of notebook {notebook}", written.SIZE, partial(lower, on))
 
 
 def slice_step_cases(on: Target) -> Iterator[Case]:
@@ -283,6 +280,8 @@ def slice_step_cases(on: Target) -> Iterator[Case]:
     network = _of(replace(CONFIGS["mnist-m4"], dtype="bf16", batch=32 * chips))
     yield _step(on, network, "data-parallel step", _data_parallel, chips)
     yield _step(on, network, "pmap's step", _pmap, chips)
+    sharded = partial(written.lower_sharded, on)
+    yield Case("notebook devices, classes sharded", written.SIZE, sharded, chips)
 
 
 class Network(NamedTuple):
@@ -324,23 +323,19 @@ def _step(
     return Case(name, size, lambda: lower(on, network), chips)
 
 
-def _on_one(on: Target, step: Callable[..., Any], *operands: Any, **options: Any) -> Lowered:
-    return jax.jit(step, **options).lower(*placed(operands, on.one))
-
-
 def _train(on: Target, network: Network) -> Lowered:
     step, state = network.train_step()
-    return _on_one(on, step, state, *network.batch, donate_argnums=0)
+    return on.lower(step, state, *network.batch, donate_argnums=0)
 
 
 def _evaluate(on: Target, network: Network) -> Lowered:
     graphdef, state = network.parts
-    return _on_one(on, training.eval_step(graphdef), state, *network.batch)
+    return on.lower(training.eval_step(graphdef), state, *network.batch)
 
 
 def _embed(on: Target, network: Network) -> Lowered:
     graphdef, state = network.parts
-    return _on_one(on, training.embed_step(graphdef), state, network.batch[0])
+    return on.lower(training.embed_step(graphdef), state, network.batch[0])
 
 
 def _repeat(on: Target, network: Network) -> Lowered:

@@ -7,12 +7,13 @@ collectives, kernels, is the program that would run; how fast it would run they 
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, Sharding, SingleDeviceSharding
 from jax.stages import Compiled, Lowered
 
 from experiments.benchmarks import peers
@@ -109,6 +110,10 @@ class Target(NamedTuple):
         """On its first chip."""
         return SingleDeviceSharding(self.devices[0])
 
+    def lower(self, step: Callable[..., Any], *operands: Any, **options: Any) -> Lowered:
+        """A function of arrays, lowered for its first chip; the options are those of `jax.jit`."""
+        return jax.jit(step, **options).lower(*placed(operands, self.one))
+
     def compile(self, lowered: Lowered) -> Compiled | str:
         """A program for this target, or how much of how much memory a TPU's compiler refuses it."""
         # A GPU's would time kernels on the device.
@@ -124,6 +129,11 @@ class Target(NamedTuple):
         """Chips in the order that they are listed."""
         chips = np.array(self.devices[: np.prod(shape)]).reshape(shape)
         return Mesh(chips, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def placed(tree: Any, sharding: Sharding) -> Any:
+    """Arrays, abstract, where a sharding puts them."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
 def installed(platform: str) -> bool:

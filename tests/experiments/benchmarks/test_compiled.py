@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from experiments.__main__ import main
-from experiments.benchmarks import arms, compiled, hlo, records, scale, targets
+from experiments.benchmarks import arms, compiled, hlo, records, scale, targets, written
 from experiments.benchmarks.arms import Shape
 
 README = (compiled.OUT.parents[2] / "README.md").read_text()
@@ -161,6 +161,16 @@ def test_1e8_classes_on_256_chips_fit_and_gather_no_logits():
     assert "f64[" not in compiled_.as_text()
 
 
+@pytest.mark.parametrize("lower", [written.lower_tour, written.lower_devices])
+def test_the_notebooks_steps_are_theirs_and_run_nothing(lower, capsys):
+    here = targets.Target("here", targets.CHIPS["v5e"], jax.devices("cpu")[:1])
+    step = lower(here)
+    assert [leaf.shape for leaf in jax.tree.leaves(step.in_avals)][-2:] == [(64, 64), (64,)]
+    facts = hlo.facts(step.compile(), sys.maxsize)
+    # Both have a first layer of 64 x 128 numbers, and more.
+    assert facts.argument_bytes > 4 * 64 * 128 and capsys.readouterr().out == ""
+
+
 def compile_two(monkeypatch, folder, commit="a" * 40, versions=None, only=""):
     """Names of what is compiled of a part with programs `one` and `two`; and the saved result."""
     done = []
@@ -216,10 +226,13 @@ def test_a_slice_steps_over_all_chips_by_jit_and_by_pmap(monkeypatch):
     monkeypatch.setitem(compiled.CONFIGS, "mnist-m4", compiled.CONFIGS["digits-m4"])
     on = targets.target("v5e:2x2")
     rows = [compiled.compiled_row(on, case) for case in compiled.slice_step_cases(on)]
-    assert [row["name"] for row in rows] == ["data-parallel step", "pmap's step"]
-    for row in rows:
-        assert row["fits"] and not row["float64"]
+    by_jit, by_pmap, sharded = rows
+    assert by_jit["name"] == "data-parallel step" and by_pmap["name"] == "pmap's step"
+    for row in by_jit, by_pmap:
         assert {(c["kind"], c["devices"]) for c in row["collectives"]} == {("all-reduce", 4)}
+    # The classes over every two chips: a few numbers of a row are gathered.
+    assert {c["kind"] for c in sharded["collectives"]} == {"all-reduce", "all-gather"}
+    assert all(row["fits"] and not row["float64"] for row in rows)
 
 
 def committed(name):
