@@ -29,7 +29,6 @@ if "XLA_FLAGS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 if jax.config.jax_compilation_cache_dir is None:
-    # Not for the processes that tests start and kill, perhaps in the middle of writing there.
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".compiled"))
 # Every program is kept, here and in those processes, and under a key without the folder's path,
 # which is otherwise one of the compiler's options: another clone would find nothing.
@@ -58,6 +57,25 @@ def x64() -> Iterator[None]:
     """float64 stays float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def kept_programs() -> dict[str, str]:
+    """The environment with which a process shares the programs that are kept.
+
+    Only for a process that is not killed before it has compiled everything, or after another one
+    that compiled the same: half a program could stay there.
+    """
+    return {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+
+
+@pytest.fixture
+def compiled_as_for_users() -> Iterator[None]:
+    """All of the compiler's passes, for a test that asserts what they make or trains for long."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    quickly = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"  # as set above
+    jax.config.update("jax_disable_most_optimizations", quickly)
 
 
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])

@@ -4,7 +4,6 @@ Those marked `aot` need the extra aot-tpu.
 """
 
 import json
-import os
 import sys
 
 import jax
@@ -14,16 +13,9 @@ from experiments.__main__ import main
 from experiments.benchmarks import arms, compiled, hlo, records, scale, targets, written
 from experiments.benchmarks.arms import Shape
 
+pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
+
 README = (compiled.OUT.parents[2] / "README.md").read_text()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_as_for_users():
-    """What a compiler makes of a program is asserted here."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    quickly = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"  # as tests/conftest.py set it
-    jax.config.update("jax_disable_most_optimizations", quickly)
 
 
 def aot(test):

@@ -24,14 +24,13 @@ SOURCES = {
 }
 
 
-def start(words, out, cache):
+def start(words, out, environment):
     """A process that trains, with a checkpoint after every update."""
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, "-m", "experiments", *words, "--steps", STEPS, "--out", str(out)]
     return subprocess.Popen(
         [*command, "--checkpoint-seconds", "0"],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=os.environ | environment | {"JAX_NUM_CPU_DEVICES": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -52,25 +51,32 @@ def outcome_of(out, logs):
     return outcome["status"], outcome["curves"], outcome.get("test"), state
 
 
+# CI kills a queue of runs with images in memory, in test_queue.py.
 @pytest.mark.slow
-@pytest.mark.ci
-@pytest.mark.parametrize("source", SOURCES)
-def test_killed_run_continues_to_the_same_bits(source, tmp_path):
+@pytest.mark.parametrize(
+    "source",
+    [
+        "images in memory",
+        pytest.param("streamed faces", marks=pytest.mark.ci),
+        pytest.param("synthetic classes", marks=pytest.mark.ci),
+    ],
+)
+def test_killed_run_continues_to_the_same_bits(source, kept_programs, tmp_path):
     words, logs = SOURCES[source], LOGS[SOURCES[source][0]]
     if words[0] == "train-faces":
         write_digits(tmp_path / "faces", images=8)
         words = [*words, "--faces", str(tmp_path / "faces")]
     outs = [tmp_path / "whole" / "run", tmp_path / "broken" / "run"]
-    with start(words, outs[0], tmp_path / "cache") as process:
+    with start(words, outs[0], kept_programs) as process:
         assert process.wait() == 0, process.stderr.read()
-    with start(words, outs[1], tmp_path / "cache") as process:
+    with start(words, outs[1], kept_programs) as process:
         while sum(log.read_bytes().count(b"\n") for log in outs[1].glob(logs)) < 4:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.005)
         process.kill()
     folder = the(outs[1].glob(logs)).parent
     assert not folder.with_name(f"{folder.name}.json").exists()
-    with start(words, outs[1], tmp_path / "cache") as process:
+    with start(words, outs[1], kept_programs) as process:
         assert process.wait() == 0, process.stderr.read()
     whole, broken = (outcome_of(out, logs) for out in outs)
     assert whole[0] == "finished" and len(whole[1]["train"]["loss"]) == int(STEPS)

@@ -187,12 +187,12 @@ def test_request_to_stop_ends_the_queue(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("together", [1, pytest.param(2, marks=pytest.mark.ci)])
-def test_killed_queue_continues_to_the_same_bits(together, tmp_path):
+def test_killed_queue_continues_to_the_same_bits(together, kept_programs, tmp_path):
     words = ["reproduce", "--only", "digits-m4", "--seeds", "2", "--toy", "--devices", "1"]
     words += ["--together", str(together), "--checkpoint-seconds", "0"]
 
     def command(out):
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+        environment = os.environ | kept_programs
         whole = [sys.executable, "-m", "experiments", *words, "--out", str(out)]
         return subprocess.Popen(
             whole, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

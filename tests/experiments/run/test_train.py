@@ -278,6 +278,7 @@ def test_cell_runs_at_toy_size(config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ci
+@pytest.mark.usefixtures("compiled_as_for_users")
 def test_released_mnist_recipe_trains(tfds_dir, tmp_path):
     small = {"steps": 240, "batch": 64, "width": 1 / 8, "examples": 6000}
     config = replace(CONFIGS["released-mnist-m4"], **small)

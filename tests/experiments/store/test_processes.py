@@ -85,7 +85,7 @@ def test_other_processes_write_no_log(tmp_path):
 
 
 @contextmanager
-def pair(out, cache):
+def pair(out, environment):
     """Two processes of two devices each that train CONFIG; killed in the end if need be."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -96,7 +96,7 @@ def pair(out, cache):
         subprocess.Popen(
             [sys.executable, *words, "--process", str(process)],
             cwd=ROOT,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_COMPILATION_CACHE_DIR": str(cache)},
+            env=os.environ | environment | {"JAX_NUM_CPU_DEVICES": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -131,12 +131,6 @@ def assert_numbers_of_one(outcome, one):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """What a pair compiles, for the next one."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The run in this process, on as many devices as the two have together."""
     return train.run(CONFIG, out=tmp_path_factory.mktemp("one"), devices=4)
@@ -144,8 +138,8 @@ def one(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_two_processes_stop_together_and_end_with_the_numbers_of_one(one, cache, tmp_path):
-    with pair(tmp_path, cache) as both:
+def test_two_processes_stop_together_and_end_with_the_numbers_of_one(one, kept_programs, tmp_path):
+    with pair(tmp_path, kept_programs) as both:
         until_step(3, tmp_path, both)
         both[1].send_signal(signal.SIGTERM)
         said = [process.communicate(timeout=60) for process in both]
@@ -155,7 +149,7 @@ def test_two_processes_stop_together_and_end_with_the_numbers_of_one(one, cache,
     assert f"stopped at step {stopped};" in said[0][0]
     assert "stopped" not in said[1][0]
 
-    with pair(tmp_path, cache) as both:
+    with pair(tmp_path, kept_programs) as both:
         said = [process.communicate(timeout=240) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert "last iterate" in said[0][0]
@@ -169,8 +163,8 @@ def test_two_processes_stop_together_and_end_with_the_numbers_of_one(one, cache,
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_a_lost_process_ends_the_other_and_the_run_goes_on_elsewhere(one, cache, tmp_path):
-    with pair(tmp_path, cache) as both:
+def test_a_lost_process_ends_the_other_and_the_run_goes_on_elsewhere(one, kept_programs, tmp_path):
+    with pair(tmp_path, kept_programs) as both:
         until_step(3, tmp_path, both)
         both[1].kill()
         _, said = both[0].communicate(timeout=60)
