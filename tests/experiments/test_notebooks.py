@@ -171,6 +171,7 @@ def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, pictures:
     """Runs a notebook in an empty folder; checks what holds for all of them."""
     monkeypatch.setenv("PYTHONWARNINGS", "default")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # on an accelerator they are not small
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
     notebook = Executed(name, folder)
     assert "Warning" not in notebook.printed
     assert re.search(rf"devices: .*\nPython 3[\d.]+ .*'jax': '{jax.__version__}'", notebook.printed)

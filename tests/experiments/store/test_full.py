@@ -21,22 +21,22 @@ sys.exit(main([*words.split(), "--out", sys.argv[2]]))
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_a_checkpoint_that_finds_no_room(tmp_path):
-    def train(most):
+def test_a_checkpoint_that_finds_no_room(kept_programs, tmp_path):
+    def train(most, environment):
         return subprocess.run(
             [sys.executable, "-c", SCRIPT, str(most), str(tmp_path)],
             cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
             capture_output=True,
             text=True,
             timeout=300,
         )
 
-    full = train(20_000)
+    full = train(20_000, {})  # and keeps no program: half of one would stay
     said = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
     assert full.returncode == 2 and len(said) == 1, full.stderr
     assert "checkpoints: no checkpoint could be written: [Errno 27] File too large" in said[0]
     assert not list(tmp_path.glob("*/*.json"))
-    done = train(0)
+    done = train(0, kept_programs)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("*/*.json"))) == 1
