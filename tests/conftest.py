@@ -30,8 +30,8 @@ if "XLA_FLAGS" not in os.environ:
 jax.config.update("jax_num_cpu_devices", 8)
 if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".compiled"))
-# Every program is kept, here and in those processes, and under a key without the folder's path,
-# which is otherwise one of the compiler's options: another clone would find nothing.
+# Every program is kept, here and in the processes that tests start, under a key without the
+# folder's path, which is otherwise one of the compiler's options: another clone would find nothing.
 kept = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_enable_xla_caches": "none",

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import lsoftmax_jax as lsm
 from experiments.benchmarks import arms as every
-from experiments.benchmarks import hlo, scale, tables, written
+from experiments.benchmarks import hlo, notebooks, scale, tables
 from experiments.benchmarks.arms import Shape
 from experiments.benchmarks.records import earlier, heading
 from experiments.benchmarks.tables import amount
@@ -270,8 +270,8 @@ def step_cases(on: Target) -> Iterator[Case]:
     faces = Network(FaceRecipe(), FaceRecipe().network, PEOPLE)
     yield _step(on, faces, "training step of notebook faces", _train)
     yield _step(on, faces, "features of notebook faces", _embed)
-    for notebook, lower in (("tour", written.lower_tour), ("devices", written.lower_devices)):
-        yield Case(f"training step of notebook {notebook}", written.SIZE, partial(lower, on))
+    for notebook, lower in (("tour", notebooks.lower_tour), ("devices", notebooks.lower_devices)):
+        yield Case(f"training step of notebook {notebook}", notebooks.SIZE, partial(lower, on))
 
 
 def slice_step_cases(on: Target) -> Iterator[Case]:
@@ -280,8 +280,8 @@ def slice_step_cases(on: Target) -> Iterator[Case]:
     network = _of(replace(CONFIGS["mnist-m4"], dtype="bf16", batch=32 * chips))
     yield _step(on, network, "data-parallel step", _data_parallel, chips)
     yield _step(on, network, "pmap's step", _pmap, chips)
-    sharded = partial(written.lower_sharded, on)
-    yield Case("notebook devices, classes sharded", written.SIZE, sharded, chips)
+    sharded = partial(notebooks.lower_sharded, on)
+    yield Case("notebook devices, classes sharded", notebooks.SIZE, sharded, chips)
 
 
 class Network(NamedTuple):

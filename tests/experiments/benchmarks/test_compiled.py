@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from experiments.__main__ import main
-from experiments.benchmarks import arms, compiled, hlo, records, scale, targets, written
+from experiments.benchmarks import arms, compiled, hlo, notebooks, records, scale, targets
 from experiments.benchmarks.arms import Shape
 
 pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
@@ -153,7 +153,7 @@ def test_1e8_classes_on_256_chips_fit_and_gather_no_logits():
     assert "f64[" not in compiled_.as_text()
 
 
-@pytest.mark.parametrize("lower", [written.lower_tour, written.lower_devices])
+@pytest.mark.parametrize("lower", [notebooks.lower_tour, notebooks.lower_devices])
 def test_the_notebooks_steps_are_theirs_and_run_nothing(lower, capsys):
     here = targets.Target("here", targets.CHIPS["v5e"], jax.devices("cpu")[:1])
     step = lower(here)

@@ -55,11 +55,7 @@ def outcome_of(out, logs):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
-    [
-        "images in memory",
-        pytest.param("streamed faces", marks=pytest.mark.ci),
-        pytest.param("synthetic classes", marks=pytest.mark.ci),
-    ],
+    [pytest.param(s, marks=[pytest.mark.ci] * (s != "images in memory")) for s in SOURCES],
 )
 def test_killed_run_continues_to_the_same_bits(source, kept_programs, tmp_path):
     words, logs = SOURCES[source], LOGS[SOURCES[source][0]]
