@@ -18,6 +18,8 @@ from experiments.paper import data
 from experiments.paper import measures as measure
 from experiments.paper import networks as models
 from experiments.paper.config import Config, Recipe
+from experiments.store import processes
+from experiments.store.progress import Progress
 from lsoftmax_jax import training
 from lsoftmax_jax.devices import DATA_AXIS, compile_step, put, repeat
 
@@ -105,14 +107,17 @@ class Program:
         return jax.eval_shape(self.create, 0)
 
     def evaluate(
-        self, state: training.State, split: data.Split
+        self, state: training.State, split: data.Split, progress: Progress | None = None
     ) -> tuple[training.Sums, NDArray, NDArray]:
-        """Sums, features and plain logits of a whole split."""
-        mesh, count = self._mesh, len(split.labels)
+        """Sums, features and plain logits of a whole split; `progress` counts its images."""
+        mesh, count, seen = self._mesh, len(split.labels), []
         size = mesh.size * -(-500 // mesh.size)
-        batches = (put(rows, mesh, jax.P(DATA_AXIS)) for rows in data.padded_batches(split, size))
-        # One program in flight: the collectives of more can hang fake CPU devices, and XLA aborts.
-        seen = [jax.device_get(self._examine(state, *batch)) for batch in batches]
+        for images, labels, where in data.padded_batches(split, size):
+            batch = put((images, labels, where), mesh, jax.P(DATA_AXIS))
+            # One program in flight: collectives of more can hang fake CPU devices, and XLA aborts.
+            seen.append(jax.device_get(self._examine(state, *batch)))
+            if progress is not None:
+                progress.advance(int(where.sum()))
         sums, outputs = zip(*seen, strict=True)
         features, logits = (np.concatenate(parts)[:count] for parts in zip(*outputs, strict=True))
         return jax.tree.map(lambda *parts: np.sum(parts), *sums), features, logits
@@ -120,10 +125,13 @@ class Program:
     def measures(self, state: training.State) -> dict[str, Any]:
         """Everything `measure` knows about both splits, and their margin-free loss."""
         kernel, measured = np.asarray(state.params["head"]["kernel"]), {}
-        for name, split in (("train", self.dataset.train), ("test", self.dataset.test)):
-            sums, features, logits = self.evaluate(state, split)
-            loss = {"loss": float(averages(sums)["loss"])}
-            measured[name] = loss | measure.measures(features, logits, split.labels, kernel)
+        splits = {"train": self.dataset.train, "test": self.dataset.test}
+        total = sum(len(split.labels) for split in splits.values())
+        with Progress("measuring", total, "images", shown=processes.is_first()) as progress:
+            for name, split in splits.items():
+                sums, features, logits = self.evaluate(state, split, progress)
+                loss = {"loss": float(averages(sums)["loss"])}
+                measured[name] = loss | measure.measures(features, logits, split.labels, kernel)
         return measured
 
 

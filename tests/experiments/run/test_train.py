@@ -15,6 +15,7 @@ from experiments.__main__ import main
 from experiments.paper.cells import CELLS, CONFIGS, command_of, run_name, toy
 from experiments.paper.networks import NETWORKS
 from experiments.run import loop, train
+from experiments.store import progress
 from experiments.store import results as result
 from experiments.store.claims import claim
 from experiments.store.logs import Log, Seconds
@@ -120,10 +121,13 @@ def test_devices_and_dispatches_change_rounding_only(unbroken, tmp_path):
     chex.assert_trees_all_close(spread["test"]["kernel"], unbroken[1]["test"]["kernel"], rtol=0.02)
 
 
-def test_evaluate_measures_the_checkpoint(unbroken):
+def test_evaluate_measures_the_checkpoint(unbroken, monkeypatch, capsys):
     out, outcome = unbroken
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     step, measured = train.evaluate_run(out / run_name(CONFIG), None, 1)
     assert step == 12 and measured == {"train": outcome["train"], "test": outcome["test"]}
+    said = capsys.readouterr().err
+    assert "measuring: 100 of 200 images" in said and "measuring: 200 of 200 images" in said
     with pytest.raises(FileNotFoundError, match="no run in"):
         train.evaluate_run(out / "runs" / "absent", None, 1)
 
