@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import chex  # noqa: F401  what tests import is imported once, before the forks
-import mpmath  # noqa: F401
-import optax  # noqa: F401
+import mpmath  # noqa: F401  the same
+import optax  # noqa: F401  the same
 import pytest
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
-from flax import linen, nnx  # noqa: F401
+from flax import linen, nnx  # noqa: F401  the same
 
 from experiments.store.results import provenance, save
 
