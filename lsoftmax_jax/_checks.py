@@ -39,11 +39,12 @@ def check_size(name: str, value: int) -> int:
     return int(value)
 
 
-def check_real(name: str, value: float, least: float, below: float) -> None:
+def check_real(name: str, value: float, least: float, below: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {value!r}")
     if not least <= value < below:
         raise ValueError(f"{name} must be in [{least}, {below:.4g}), got {value}")
+    return float(value)
 
 
 def check_fraction(name: str, value: float) -> float:

@@ -4,6 +4,7 @@ Source: `annealed_lambda` is the formula of the loss layer in the authors' relea
 https://github.com/wy1iu/LargeMargin_Softmax_Loss.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -68,12 +69,10 @@ def annealed_lambda(
 
     `lsoftmax_jax.schedule` has the released constants for MNIST, CIFAR10 and CIFAR10+.
     """
-    constants = {"base": base, "gamma": gamma, "power": power, "minimum": minimum}
-    for name, value in constants.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a real number, got {value!r}")
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be finite and >= 0, got {value}")
+    base = _checks.check_real("base", base, 0, math.inf)
+    gamma = _checks.check_real("gamma", gamma, 0, math.inf)
+    power = _checks.check_real("power", power, 0, math.inf)
+    minimum = _checks.check_real("minimum", minimum, 0, math.inf)
 
     def schedule(step: ArrayLike) -> jax.Array:
         updates = _checks.as_array("step", step, "a number").astype(jnp.float32) + 1
@@ -184,11 +183,8 @@ def self_paced(
       1.0
     """
     fraction = _checks.check_fraction("fraction", fraction)
-    if isinstance(power, bool) or not isinstance(power, (int, float)):
-        raise TypeError(f"power must be a real number, got {power!r}")
-    if not 0 <= power < float("inf"):
-        raise ValueError(f"power must be finite and >= 0, got {power}")
+    power = _checks.check_real("power", power, 0, math.inf)
     names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
     if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"axis_name must be a name, names or None, got {axis_name!r}")
-    return SelfPaced(fraction, float(power), tuple(names))
+    return SelfPaced(fraction, power, tuple(names))

@@ -30,6 +30,13 @@ def test_first_update_counts_as_one():
     np.testing.assert_allclose(lsm.annealed_lambda(27.0, 1.0, 3.0)(1), 1.0, rtol=1e-6)
 
 
+def test_constants_may_be_numpy_numbers(x64):
+    for kind in (np.float32, np.float64, np.int32):
+        lam = lsm.annealed_lambda(kind(8), kind(1), kind(3))(0)
+        np.testing.assert_allclose(lam, 1.0, rtol=1e-6)
+        assert lam.dtype == np.float32
+
+
 def test_small_gammas_keep_their_digits_in_float32():
     for step in (0, 99, 999):
         lam = lsm.annealed_lambda(1000.0, 2.5e-5, 35.0)(step)
