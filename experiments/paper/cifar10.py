@@ -16,7 +16,7 @@ CIFAR10+ pads by 4 pixels, crops and mirrors; λ is as released for each. ``rele
 authors' prototxt: another network, batch 128, biases at twice the rate, CIFAR10 mirrored too.
 Fig. 7 draws CIFAR10+ with m = 4 and 32 to 128 filters a convolution, without numbers.
 ``cifar10-asoftmax``, ``-cosface`` and ``-arcface`` have margins that the paper does not know;
-nobody has trained them yet.
+nobody has trained them in full.
 
 Time: 6.5 minutes a run on an H200 that six other runs shared; alone nobody has measured it. Softmax
 and m4 on CIFAR10 have been trained in full, and stay above the paper's errors, as third parties do,
