@@ -52,8 +52,8 @@ WANTED = (
     Wanted("mnist-m4", 3, 2_000, own=SAFE),
     *(Wanted(f"cifar10-{loss}", 3, 3_000) for loss in ("softmax", "m2")),
     Wanted("cifar10-m4", 3, 3_000, own=SAFE),
-    Wanted("cifar10plus-softmax", 2, 3_000),
-    Wanted("cifar10plus-m4", 2, 3_000, own=SAFE),
+    Wanted("cifar10plus-softmax", 3, 3_000),
+    Wanted("cifar10plus-m4", 3, 3_000, own=SAFE),
     # 12, 16, 24 and 32 filters.
     Wanted("fig7-32", 1, 1_500, width=0.375),
     *(Wanted(f"fig7-{filters}", 1, 1_500) for filters in (64, 96, 128)),
