@@ -1,28 +1,34 @@
-"""What a caller may pass, checked once, in the form the cores compute with."""
+"""Checks of what a caller passes. Each error names the argument, the expectation and the value."""
 
 import math
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-
-class Operands(NamedTuple):
-    """The arrays of a classification head, the batch flattened to one axis."""
-
-    features: jax.Array  # (batch, D)
-    kernel: jax.Array  # (D, classes), in the dtype of features
-    labels: jax.Array  # (batch,) int32, -1 where outside [0, classes)
-    batch_shape: tuple[int, ...]
+# The largest float32: every constant of a loss must survive the cast to float32.
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def as_array(name: str, value: Any, expected: str) -> jax.Array:
-    """`value` as an array; a TypeError that names the argument where it is none."""
-    if value is None or isinstance(value, str) or callable(value):
-        raise TypeError(f"{name} must be {expected}, got {value!r}")
+    """`value` as an array; a TypeError that names the argument if `value` is not an array."""
+    if _is_parameter(value):
+        value = value.__jax_array__()
+    if value is None or isinstance(value, (str, bytes)) or callable(value):
+        raise TypeError(f"{name} must be {expected}, got {value!r:.80}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must be {expected}, got a masked array: fill it, and mask examples by `where`"
+        )
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+        if value.is_deleted():
+            raise ValueError(f"{name} must be {expected}, got an array that was donated or deleted")
+        return value
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
+        value = value.astype(value.dtype.newbyteorder("="))
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
@@ -31,32 +37,54 @@ def as_array(name: str, value: Any, expected: str) -> jax.Array:
         ) from error
 
 
-def check_size(name: str, value: int) -> int:
+def _is_parameter(value: Any) -> bool:
+    """Whether `value` holds an array as a parameter of Flax NNX does."""
+    return not isinstance(value, jax.Array) and callable(getattr(value, "__jax_array__", None))
+
+
+def check_size(name: str, value: int, most: int = 2**31 - 1) -> int:
+    """A Python int in [1, most]; JAX indexes with int32."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be a Python int >= 1, got {value!r}")
+        raise TypeError(f"{name} must be a Python int >= 1, got {value!r:.80}")
     if value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value!r:.80}")
     return int(value)
 
 
 def check_real(name: str, value: float, least: float, below: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {value!r}")
+        raise TypeError(f"{name} must be a real number, got {value!r:.80}")
     if not least <= value < below:
-        raise ValueError(f"{name} must be in [{least}, {below:.4g}), got {value}")
+        raise ValueError(f"{name} must be in [{least:g}, {below:.4g}), got {value}")
     return float(value)
 
 
 def check_fraction(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a Python float in [0, 1], got {value!r}")
+        raise TypeError(f"{name} must be a Python float in [0, 1], got {value!r:.80}")
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
     return float(value)
 
 
+def check_flag(name: str, value: bool) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r:.80}")
+    return bool(value)
+
+
+def check_scale(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"scale must be a Python float > 0, got {value!r:.80}")
+    if not 0 < value <= LARGEST:
+        raise ValueError(f"scale must be a finite float32 > 0, got {value}")
+    return float(value)
+
+
 def shape_of(name: str, value: Any, expected: str) -> tuple[int, ...]:
-    """The shape of what may be an array of any dtype."""
+    """The shape of an array of any dtype."""
     try:
         return np.shape(value)
     except ValueError as error:
@@ -65,26 +93,43 @@ def shape_of(name: str, value: Any, expected: str) -> tuple[int, ...]:
         ) from error
 
 
-def check_scalar(
-    name: str, value: ArrayLike, dtype: jnp.dtype, most: float = math.inf
-) -> jax.Array:
-    """A real scalar in [0, most] of `dtype`; another number raises, in a JAX array it is NaN."""
-    if callable(value):
+def check_scalar(name: str, value: ArrayLike, most: float = math.inf) -> Any:
+    """A real scalar in [0, most]; in a JAX array the range is checked by `in_range`."""
+    if callable(value) and not _is_parameter(value):
         raise TypeError(
             f"{name} must be a real scalar: pass schedule(step), not the schedule, got {value!r}"
         )
-    scalar = as_array(name, value, "a real scalar >= 0")
-    if scalar.shape != ():
-        raise ValueError(f"{name} must be a scalar, got shape {scalar.shape}")
-    if not jnp.issubdtype(scalar.dtype, jnp.floating) and not jnp.issubdtype(
-        scalar.dtype, jnp.integer
-    ):
-        raise TypeError(f"{name} must be a real scalar >= 0, got dtype {scalar.dtype}")
-    if not isinstance(value, jax.Array) and not 0 <= np.asarray(value) <= most:
+    given = value
+    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
+        value = as_array(name, value, "a real scalar >= 0")
+    dtype, shape = jnp.result_type(value), np.shape(value)
+    if shape != ():
+        raise ValueError(f"{name} must be a scalar, got shape {shape}")
+    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    if not real or isinstance(given, bool):
+        raise TypeError(f"{name} must be a real scalar >= 0, got dtype {dtype}")
+    if isinstance(given, jax.Array):
+        return value
+    number = float(given)  # type: ignore[arg-type]  # shape () was checked
+    if not 0 <= number <= most:
         wanted = ">= 0" if most == math.inf else f"in [0, {most:g}]"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-    scalar = scalar.astype(dtype)
+        raise ValueError(f"{name} must be {wanted}, got {given}")
+    return np.asarray(number, jnp.result_type(float))
+
+
+def in_range(scalar: Any, dtype: jnp.dtype, most: float = math.inf) -> jax.Array:
+    """`scalar` in `dtype`, NaN outside [0, most]."""
+    scalar = jnp.asarray(scalar).astype(dtype)
     return jnp.where((scalar >= 0) & (scalar <= most), scalar, jnp.nan)
+
+
+def check_floating(name: str, array: jax.Array) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating point, got dtype {array.dtype}")
+    if array.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name} must have a dtype of 16 bits or more, got {array.dtype}: cast it first"
+        )
 
 
 def check_features(
@@ -92,13 +137,14 @@ def check_features(
 ) -> tuple[jax.Array, jax.Array]:
     features = as_array("features", features, "a floating-point array (..., D)")
     kernel = as_array(kernel_name, kernel, "a floating-point array (D, classes)")
-    for name, array in (("features", features), (kernel_name, kernel)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating point, got dtype {array.dtype}")
+    check_floating("features", features)
+    check_floating(kernel_name, kernel)
     if features.ndim < 1:
         raise ValueError("features must have shape (..., D), got a scalar")
     if kernel.ndim != 2 or kernel.shape[1] < 1:
         raise ValueError(f"{kernel_name} must have shape (D, classes >= 1), got {kernel.shape}")
+    if kernel.shape[1] >= 2**31:
+        raise ValueError(f"{kernel_name} must have fewer than 2**31 classes, got {kernel.shape}")
     if features.shape[-1] != kernel.shape[0]:
         raise ValueError(
             f"features (..., D) and {kernel_name} (D, classes) must agree in D, "
@@ -108,7 +154,7 @@ def check_features(
 
 
 def check_labels(labels: ArrayLike, batch_shape: tuple[int, ...], classes: int) -> jax.Array:
-    """Labels as int32, every value outside [0, classes) as -1."""
+    """Integer labels of the batch shape; `known_labels` marks those outside [0, classes)."""
     if not isinstance(labels, jax.Array):
         labels = _narrowed(labels, classes)
     labels = as_array("labels", labels, "integers")
@@ -128,22 +174,31 @@ def check_labels(labels: ArrayLike, batch_shape: tuple[int, ...], classes: int) 
         raise ValueError(
             f"labels must have the batch shape {batch_shape} of features, got {labels.shape}"
         )
-    if labels.dtype.itemsize < 4:
-        labels = labels.astype(jnp.int32)
-    return jnp.where((labels >= 0) & (labels < classes), labels, -1).astype(jnp.int32)
+    return labels
 
 
 def _narrowed(labels: Any, classes: int) -> Any:
-    """Host integers wider than 32 bits with -1 outside [0, classes), before JAX cuts them off."""
+    """Host integers wider than 32 bits with -1 outside [0, classes), before JAX truncates them."""
+    if isinstance(labels, np.ma.MaskedArray):
+        return labels
     try:
         host = np.asarray(labels)
     except (TypeError, ValueError, jax.errors.TracerArrayConversionError):
-        return labels  # a list of tracers, or nothing that is an array
-    if not np.issubdtype(host.dtype, np.integer) or host.dtype.itemsize <= 4:
+        return labels  # a list of tracers, or not an array
+    if host.dtype.kind not in "iu" or host.dtype.itemsize <= 4:
+        if host.dtype.kind in "mM":
+            raise TypeError(f"labels must be integers, got dtype {host.dtype}")
         return labels
     inside = (host >= 0) & (host < classes)
     # Unsigned integers hold no -1.
     return np.where(inside, np.where(inside, host, 0).astype(np.int32), np.int32(-1))
+
+
+def known_labels(labels: jax.Array, classes: int) -> jax.Array:
+    """Labels as int32, with -1 for every label outside [0, classes)."""
+    if labels.dtype.itemsize < 4:
+        labels = labels.astype(jnp.int32)
+    return jnp.where((labels >= 0) & (labels < classes), labels, -1).astype(jnp.int32)
 
 
 def check_mask(where: ArrayLike | None, batch_shape: tuple[int, ...]) -> jax.Array | None:
@@ -157,34 +212,22 @@ def check_mask(where: ArrayLike | None, batch_shape: tuple[int, ...]) -> jax.Arr
     return where
 
 
-def check_weights(
-    weights: ArrayLike | None, batch_shape: tuple[int, ...], dtype: jnp.dtype
-) -> jax.Array:
+def check_weights(weights: ArrayLike | None, batch_shape: tuple[int, ...]) -> jax.Array | None:
     if weights is None:
-        return jnp.ones(batch_shape, dtype)
+        return None
     weights = as_array("weights", weights, "a floating-point array")
     if weights.shape != batch_shape:
         raise ValueError(f"weights must have the batch shape {batch_shape}, got {weights.shape}")
-    if not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise TypeError(f"weights must be floating point, got dtype {weights.dtype}")
-    return weights.astype(dtype)
-
-
-def flattened(features: jax.Array, kernel: jax.Array, labels: jax.Array) -> Operands:
-    batch_shape = features.shape[:-1]
-    if len(batch_shape) != 1:
-        # Not reshape(-1, D): an empty batch has no -1 to infer.
-        features = features.reshape(math.prod(batch_shape), features.shape[-1])
-        labels = labels.reshape(math.prod(batch_shape))
-    return Operands(features, kernel, labels, batch_shape)
+    check_floating("weights", weights)
+    return weights
 
 
 def promoted(*arrays: jax.Array) -> jnp.dtype:
-    """Their common dtype under the standard rules, whatever mode the caller is in."""
+    """The common dtype under the standard rules, whatever promotion mode the caller is in."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*(array.dtype for array in arrays))
 
 
 def at_least_f32(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype computed and accumulated in: float32, or float64 for float64 operands."""
+    """The dtype of sums and angles: float32, or float64 for float64 operands."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

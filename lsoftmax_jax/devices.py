@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
-from lsoftmax_jax._placement import with_auto_axes
+from lsoftmax_jax._core.placement import with_auto_axes
 from lsoftmax_jax.training import State, StepMetrics, TrainStep
 
 DATA_AXIS = "data"

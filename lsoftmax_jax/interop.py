@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lsoftmax_jax._checks import check_real, check_size
-from lsoftmax_jax.logits import check_head
-from lsoftmax_jax.margins import ArcFace, CosFace, Margin, SphereFace
+from lsoftmax_jax._checks import check_real, check_scale, check_size
+from lsoftmax_jax.margins import ArcFace, CosFace, LSoftmax, Margin, SphereFace
 from lsoftmax_jax.schedule import LambdaPreset, annealed_lambda
 
 # The axes of a kernel, of any size.
@@ -125,50 +124,60 @@ def kernel_to_rows(kernel: ArrayLike) -> np.ndarray:
 
 def from_metric_learning(
     loss: str, weight: Any, *, margin: Any, scale: float
-) -> tuple[np.ndarray, int | Margin, float | None]:
-    """Kernel, margin and scale of a loss of pytorch-metric-learning.
+) -> tuple[np.ndarray, Margin]:
+    """Kernel and margin of a loss of pytorch-metric-learning.
 
     Args:
       loss: its class: ArcFaceLoss, CosFaceLoss, SphereFaceLoss or LargeMarginSoftmaxLoss.
       weight: its `W`, (in_features, classes) floating point, anything `np.asarray` takes.
       margin: as its constructor takes it, so ArcFace's in degrees, 28.6 unless said otherwise;
-        its attribute `margin` holds radians.
+        its attribute `margin` holds radians. An ArcFace margin below 2 degrees is refused: radians
+        were meant.
       scale: as its constructor takes it.
 
     Returns:
-      (kernel, margin, scale) of the same loss here. The scale of LargeMarginSoftmaxLoss is in the
-      kernel. Where θ + margin exceeds π their ArcFace jumps down; ours is continuous.
+      (kernel, margin) of the same loss here. The scale of LargeMarginSoftmaxLoss is in the kernel.
+      Where θ + margin exceeds π their ArcFace jumps down; ours is continuous.
 
     Raises:
-      TypeError: `weight` is not floating point, or `margin` or `scale` no number.
-      ValueError: `loss` is none of the four, `weight` no matrix, or a number out of range;
-        SphereFaceLoss with another scale than 1, which belongs into the features here.
+      TypeError: `weight` is not floating point, or `margin` or `scale` not a number.
+      ValueError: `loss` is none of the four, `weight` not a matrix, or a number out of range;
+        SphereFaceLoss with another scale than 1, which belongs into the features here; a scale that
+        takes the kernel beyond its dtype.
 
     Example:
       >>> import numpy as np
       >>> from lsoftmax_jax import interop
-      >>> kernel, margin, scale = interop.from_metric_learning(
+      >>> kernel, margin = interop.from_metric_learning(
       ...     "ArcFaceLoss", np.ones((512, 10), np.float32), margin=28.6, scale=64)
-      >>> round(margin.margin, 3), scale
+      >>> round(margin.margin, 3), margin.scale
       (0.499, 64.0)
 
     Source: https://kevinmusgrave.github.io/pytorch-metric-learning/losses/.
     """
-    kernel = kernel_from_columns(weight)
-    check_head(ArcFace(), scale)  # one of the losses that cannot do without
+    kernel, scale = kernel_from_columns(weight), check_scale(scale)
     if loss == "ArcFaceLoss":
         check_real("margin", margin, 0, 180)
-        return kernel, ArcFace(math.radians(margin)), float(scale)
+        if 0 < margin < 2:
+            raise ValueError(
+                f"margin must be in degrees, as ArcFaceLoss takes it, got {margin}: for radians "
+                f"pass math.degrees({margin})"
+            )
+        return kernel, ArcFace(math.radians(margin), scale=scale)
     if loss == "CosFaceLoss":
-        return kernel, CosFace(margin), float(scale)
+        return kernel, CosFace(margin, scale=scale)
     if loss == "SphereFaceLoss":
         if scale != 1:
             raise ValueError(
                 f"scale must be 1 with SphereFaceLoss, got {scale}: multiply the features by it"
             )
-        return kernel, SphereFace(check_size("margin", margin)), None
+        return kernel, SphereFace(check_size("margin", margin))
     if loss == "LargeMarginSoftmaxLoss":
-        return kernel * kernel.dtype.type(scale), check_size("margin", margin), None
+        with np.errstate(over="ignore"):
+            scaled = (kernel.astype(np.float64) * scale).astype(kernel.dtype)
+        if not np.array_equal(np.isfinite(scaled), np.isfinite(kernel)):
+            raise ValueError(f"scale must keep the kernel within {kernel.dtype}, got {scale}")
+        return scaled, LSoftmax(check_size("margin", margin))
     raise ValueError(
         f"loss must be ArcFaceLoss, CosFaceLoss, SphereFaceLoss or LargeMarginSoftmaxLoss, "
         f"got {loss!r}"
@@ -183,12 +192,15 @@ def from_insightface(
     m2: float,
     m3: float,
     interclass_filtering_threshold: float = 0.0,
-) -> tuple[np.ndarray, Margin, float]:
-    """Kernel, margin and scale of insightface's `CombinedMarginLoss`, as it computes them.
+) -> tuple[np.ndarray, Margin]:
+    """Kernel and margin of insightface's `CombinedMarginLoss`, as it computes them.
 
     With m1 = 1 and m3 = 0 it is ArcFace, since 2022 without a gradient through the margin. With
-    m3 > 0 it is CosFace and ignores m1 and m2. It refuses anything else. The formula of its papers
-    is `lsoftmax_jax.margins.Combined`.
+    m3 > 0 it is CosFace, and insightface ignores m1 and m2 without a word: so does this function.
+    It refuses anything else. The formula of its papers is `lsoftmax_jax.margins.Combined`.
+
+    insightface clamps probabilities at 1e-30, so its loss of an example ends at 69.1; ours does not
+    end.
 
     Args:
       weight: of its `PartialFC_V2`, (classes, in_features) floating point.
@@ -196,20 +208,20 @@ def from_insightface(
       interclass_filtering_threshold: must be 0: nothing here filters other classes.
 
     Returns:
-      (kernel, margin, scale) of the same loss here. Their ArcFace rises again where θ + m2 exceeds
-      π; ours goes on falling.
+      (kernel, margin) of the same loss here. Their ArcFace rises again where θ + m2 exceeds π; ours
+      goes on falling.
 
     Raises:
-      TypeError: `weight` is not floating point, or a setting no number.
-      ValueError: `weight` is no matrix, or a setting is one that neither has.
+      TypeError: `weight` is not floating point, or a setting not a number.
+      ValueError: `weight` is not a matrix, or a setting is one that neither has.
 
     Example:
       >>> import numpy as np
       >>> from lsoftmax_jax import interop
-      >>> _, margin, scale = interop.from_insightface(
+      >>> _, margin = interop.from_insightface(
       ...     np.ones((10, 512), np.float32), s=64, m1=1.0, m2=0.5, m3=0.0)
-      >>> margin, scale
-      (ArcFace(margin=0.5, easy=False, detach=True), 64.0)
+      >>> margin
+      ArcFace(margin=0.5, scale=64.0, easy=False, detach=True)
 
     Source: `CombinedMarginLoss` and `PartialFC_V2` in `recognition/arcface_torch` of
     https://github.com/deepinsight/insightface.
@@ -226,9 +238,9 @@ def from_insightface(
             f"m1 must be 1 and m3 0, or m3 > 0, as in insightface, got m1={m1} and m3={m3}; the "
             f"formula is lsoftmax_jax.margins.Combined(m1, m2, m3)"
         )
-    margin = CosFace(m3) if m3 > 0 else ArcFace(m2, detach=True)
-    check_head(margin, s)
-    return kernel_from_rows(weight), margin, float(s)
+    scale = check_scale(s)
+    margin = CosFace(m3, scale=scale) if m3 > 0 else ArcFace(m2, scale=scale, detach=True)
+    return kernel_from_rows(weight), margin
 
 
 def from_caffe(
@@ -319,6 +331,10 @@ def read_safetensors(path: str | os.PathLike[str], name: str) -> np.ndarray:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError("a safetensors file needs: pip install safetensors") from error
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"path must be a safetensors file, got {path}: no such file")
+    if not os.path.isfile(path):  # a named pipe would be waited for
+        raise ValueError(f"path must be a safetensors file, got {path}: not a regular file")
     try:
         with safe_open(path, framework="numpy") as file:
             names = sorted(file.keys())
@@ -333,6 +349,8 @@ def _matrix(
     name: str, array: Any, sizes: Mapping[str, int | None], transposing: str = ""
 ) -> np.ndarray:
     """`array` as a matrix with the axes `sizes`, checked where a size is given."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a matrix, got a masked array: fill it first")
     try:
         matrix = np.asarray(array)
     except ValueError as error:
@@ -341,10 +359,14 @@ def _matrix(
         raise TypeError(f"{name} must be floating point, got dtype {matrix.dtype}")
     if math.prod(matrix.shape[:-2]) == 1:
         matrix = matrix.reshape(matrix.shape[-2:])
+    for axis, size in sizes.items():
+        if size is not None:
+            check_size(axis, size)
 
     def fits(shape: tuple[int, ...]) -> bool:
         wanted = tuple(sizes.values())
-        return len(shape) == 2 and all(w in (None, n) for w, n in zip(wanted, shape, strict=True))
+        pairs = zip(wanted, shape, strict=True)
+        return len(shape) == 2 and 0 not in shape and all(w in (None, n) for w, n in pairs)
 
     if fits(matrix.shape):
         return matrix

@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
-from lsoftmax_jax import _head, sharded
-from lsoftmax_jax._placement import given_or_set, resharded
+from lsoftmax_jax import _calls
+from lsoftmax_jax._core.placement import resharded
+from lsoftmax_jax._core.run import Statistics
+from lsoftmax_jax._core.spec import ClassParallel, Layout, Plan
 from lsoftmax_jax.margins import Margin
-from lsoftmax_jax.sharded import ClassParallel
+from lsoftmax_jax.schedule import SelfPaced
 
 
-class LSoftmaxDense(_head.HeadCalls, linen.Module):
+class LSoftmaxDense(linen.Module):
     """The last layer of a classifier: a bias-free Dense that knows the margin in training.
 
     It is the Linen twin of `lsoftmax_jax.nnx.LSoftmaxDense`, with the same parameter `kernel`
@@ -24,18 +27,20 @@ class LSoftmaxDense(_head.HeadCalls, linen.Module):
     of a bias-free `linen.Dense` loads.
 
     Attributes:
-      classes: number of classes, >= 1.
+      classes: number of classes, >= 1; also readable as `out_features`.
       margin: integer m >= 1, by default the paper's largest, 4; 1 is plain softmax. Or one of
         `lsoftmax_jax.margins`.
-      scale: s > 0, for features and kernel columns of unit length times s; None keeps their norms.
+      lam: λ of every call that is not given its own: a number >= 0, or a rule such as
+        `lsoftmax_jax.self_paced(strength)`. None is `self_paced()`, or 0 if the margin has a scale.
       dtype: features and kernel are cast to it for the computation; None promotes them. Sums,
-        norms and angles are float32 or better whatever the dtype.
+        norms and angles are float32 or better whatever the dtype, so there is no
+        `preferred_element_type`. For the precision of the products set
+        `jax.default_matmul_precision`; up to 256 classes they are at full precision.
       param_dtype: dtype of the kernel.
       kernel_init: initializer of the kernel, `linen.Dense`'s by default.
       layout: the mesh axes to shard the classes and the batch over. The kernel is then created
-        with `linen.with_partitioning`, and the loss is `lsoftmax_jax.sharded.lsoftmax_loss`. If the
-        class axis does not divide the classes, the kernel has a few more columns, which take no
-        part.
+        with `linen.with_partitioning`. If the class axis does not divide the classes, the kernel
+        has a few more columns, which take no part.
 
     Raises:
       TypeError, ValueError: an argument has the wrong type or value, or a layout lacks its mesh.
@@ -55,23 +60,118 @@ class LSoftmaxDense(_head.HeadCalls, linen.Module):
 
     classes: int
     margin: int | Margin = 4
-    scale: float | None = None
+    lam: float | SelfPaced | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: linen.initializers.Initializer = linen.initializers.lecun_normal()
     layout: ClassParallel | None = None
 
+    @property
+    def out_features(self) -> int:
+        return self.classes
+
     def setup(self) -> None:
-        _head.check_fields(self)
+        _calls.check_settings(self)
+
+    @linen.compact
+    def __call__(
+        self,
+        features: ArrayLike,
+        labels: ArrayLike | None = None,
+        lam: ArrayLike | SelfPaced | None = None,
+    ) -> jax.Array:
+        """Logits of a batch.
+
+        Args:
+          features: (..., D) floating point.
+          labels: (...,) integers in [0, classes), or None for inference.
+          lam: λ >= 0 or a rule; None is the head's.
+
+        Returns:
+          (..., classes): the logits without a margin; with labels those with the margin,
+          `lsoftmax_jax.lsoftmax_logits`.
+        """
+        features = _calls.check_features(features)
+        return _calls.logits(self, features, self._kernel_for(features), labels, lam)
+
+    def loss(
+        self,
+        features: ArrayLike,
+        labels: ArrayLike,
+        lam: ArrayLike | SelfPaced | None = None,
+        *,
+        where: ArrayLike | None = None,
+        label_smoothing: float = 0.0,
+        plan: Plan | None = None,
+    ) -> jax.Array:
+        """The fused loss of each example, `lsoftmax_jax.lsoftmax_loss`.
+
+        Args:
+          features: (..., D) floating point.
+          labels: (...,) integers in [0, classes).
+          lam: λ >= 0 or a rule; None is the head's.
+          where: (...,) bool; False gives exactly zero loss and gradient.
+          label_smoothing: in [0, 1].
+          plan: in which pieces to compute.
+
+        Returns:
+          (...,) float32, or float64 for float64 operands.
+        """
+        return self.loss_and_statistics(
+            features, labels, lam, where=where, label_smoothing=label_smoothing, plan=plan
+        )[0]
+
+    def loss_and_statistics(
+        self,
+        features: ArrayLike,
+        labels: ArrayLike,
+        lam: ArrayLike | SelfPaced | None = None,
+        *,
+        where: ArrayLike | None = None,
+        label_smoothing: float = 0.0,
+        plan: Plan | None = None,
+    ) -> tuple[jax.Array, Statistics]:
+        """`loss`, and the `lsoftmax_jax.Statistics` of the same pass."""
+        features = _calls.check_features(features)
+        kernel = self._kernel_for(features)
+        return _calls.losses(self, features, kernel, labels, lam, where, label_smoothing, plan)
+
+    def loss_sum(
+        self,
+        features: ArrayLike,
+        labels: ArrayLike,
+        weights: ArrayLike | None = None,
+        lam: ArrayLike | SelfPaced | None = None,
+        *,
+        where: ArrayLike | None = None,
+        label_smoothing: float = 0.0,
+        plan: Plan | None = None,
+    ) -> jax.Array:
+        """The scalar sum of weights * loss, `lsoftmax_jax.lsoftmax_loss_sum`.
+
+        Args:
+          weights: (...,) floating point, or None for ones.
+          features, labels, lam, where, label_smoothing, plan: as in `loss`.
+        """
+        features = _calls.check_features(features)
+        kernel, smoothing = self._kernel_for(features), label_smoothing
+        return _calls.loss_sum(self, features, kernel, labels, weights, lam, where, smoothing, plan)
 
     @linen.compact
     def _kernel_for(self, features: jax.Array) -> jax.Array:
-        if (there := self._stored()) is not None and there.shape[0] != features.shape[-1]:
-            return there  # the functions name both shapes
+        if self.has_variable("params", "kernel"):
+            # The functions name both shapes where they do not agree.
+            stored: jax.Array = linen.meta.unbox(self.get_variable("params", "kernel"))
+            return stored
+        if self.scope is not None and not self.is_mutable_collection("params"):
+            raise ValueError(
+                f"variables must hold the parameter 'kernel' of shape (D, {self.classes}) for this "
+                f"head, got none: call init, or load a checkpoint of this model"
+            )
         columns, init = self.classes, self.kernel_init
-        if (layout := self.layout) is not None:
-            columns = sharded.padded_columns(self.classes, layout)
-            mesh, spec = given_or_set(layout.mesh), (None, layout.class_axis)
+        if (parallel := self.layout) is not None:
+            columns = parallel.columns(self.classes)
+            mesh, spec = Layout.of(parallel).mesh, (None, parallel.class_axis)
 
             def placed(*arguments: Any) -> jax.Array:
                 return resharded(self.kernel_init(*arguments), mesh, P(*spec))
@@ -79,9 +179,3 @@ class LSoftmaxDense(_head.HeadCalls, linen.Module):
             init = linen.with_partitioning(placed, spec)
         shape = features.shape[-1], columns
         return self.param("kernel", init, shape, self.param_dtype)
-
-    def _stored(self) -> jax.Array | None:
-        if not self.has_variable("params", "kernel"):
-            return None
-        stored: jax.Array = linen.meta.unbox(self.get_variable("params", "kernel"))
-        return stored

@@ -1,19 +1,17 @@
-"""Margins: functions that replace the target's cosine, given as value and slope of that cosine.
+"""Margins: functions that replace the target's cosine, given as value and slope of the cosine.
 
-An int m is the margin of the large-margin softmax, psi(theta). With c = cos(theta), cos(m theta) =
-T_m(c), the Chebyshev polynomial of the first kind, and d cos(m theta) / dc = m U_{m-1}(c), that of
-the second kind. Neither needs an arccos, whose slope is infinite at theta = 0 and pi.
-
-The classes below are the margins of other losses. Any other object that has their method
-`value_and_slope` and is hashable, as a frozen dataclass is, is a margin too.
+A `Margin` is one frozen object. An int m >= 1 stands for `LSoftmax(m)`, the margin of the
+large-margin softmax. With c = cos(theta), cos(m theta) = T_m(c) is the Chebyshev polynomial of the
+first kind, and its slope in c is m U_{m-1}(c), of the second kind. Neither needs an arccos, whose
+slope is infinite at theta = 0 and pi.
 
 Source: Deng et al., "ArcFace", CVPR 2019, https://arxiv.org/abs/1801.07698, whose section 2
 compares these margins."""
 
 import functools
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +20,10 @@ from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
 
-# Longer recurrences stay loops, which bounds the compile time of any margin.
-_UNROLLED_MARGIN = 16
+# A loop bounds the compile time of a longer recurrence.
+_UNROLLED = 16
+# The knots of psi take batch x m comparisons.
+_LARGEST = 4096
 
 
 def psi(cos_theta: ArrayLike, margin: int) -> jax.Array:
@@ -34,33 +34,37 @@ def psi(cos_theta: ArrayLike, margin: int) -> jax.Array:
         \theta \in [k\pi/m, (k+1)\pi/m], \quad k = 0 .. m-1
 
     computed as :math:`(-1)^k T_m(c) - 2k` with the Chebyshev polynomial :math:`T_m` of
-    :math:`c = \cos\theta`. It falls in theta, from 1 at theta = 0 to 1 - 2m at theta = pi, and is
+    :math:`c = \cos\theta`. psi falls in theta, from 1 at theta = 0 to 1 - 2m at theta = pi, and is
     continuously differentiable in c: the slope is 0 at the inner knots and m² at c = 1 and -1.
 
-    It supports forward and reverse mode, to any order.
+    psi supports forward and reverse mode, to any order.
 
     Args:
       cos_theta: cosine of the angle, any shape, floating point. Values outside [-1, 1] are
         clipped but keep the slope of the end point: a cosine that rounding has pushed past 1
         still has its gradient. Half precision is computed in float32.
-      margin: the integer m >= 1; 1 gives the plain cosine. Static.
+      margin: the integer m in [1, 4096]; 1 gives the plain cosine. Static.
 
     Returns:
       psi, shape and dtype of `cos_theta`.
 
     Raises:
-      TypeError: `cos_theta` is not floating point, or `margin` is no Python int.
-      ValueError: `margin` is below 1.
+      TypeError: `cos_theta` is not floating point, or `margin` is not a Python int.
+      ValueError: `margin` is outside its range.
 
     Example:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
       >>> [float(value) for value in lsm.psi(jnp.array([1.0, 0.0, -1.0]), margin=2)]
       [1.0, -1.0, -3.0]
     """
-    margin = _checks.check_size("margin", margin)
+    margin = _checks.check_size("margin", margin, _LARGEST)
     cos_theta = _checks.as_array("cos_theta", cos_theta, "a floating-point array")
-    if not jnp.issubdtype(cos_theta.dtype, jnp.floating):
-        raise TypeError(f"cos_theta must be floating point, got dtype {cos_theta.dtype}")
+    _checks.check_floating("cos_theta", cos_theta)
+    return _psi_of(cos_theta, margin)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _psi_of(cos_theta: jax.Array, margin: int) -> jax.Array:
     wide = cos_theta.astype(_checks.at_least_f32(cos_theta.dtype))
     return _psi(wide, margin).astype(cos_theta.dtype)
 
@@ -87,8 +91,13 @@ def psi_and_slope(cos_theta: jax.Array, margin: int) -> tuple[jax.Array, jax.Arr
         return t, 2 * c * t - t_last, u, 2 * c * u - u_last
 
     one = jnp.ones_like(c)
-    unroll = margin <= _UNROLLED_MARGIN
-    _, t_m, _, u_m = jax.lax.fori_loop(1, margin, recur, (one, c, 0 * c, one), unroll=unroll)
+    terms: tuple[jax.Array, ...] = one, c, 0 * c, one
+    if margin <= _UNROLLED:
+        for step in range(1, margin):
+            terms = recur(step, terms)
+    else:
+        terms = jax.lax.fori_loop(1, margin, recur, terms)
+    _, t_m, _, u_m = terms
     knots = np.cos(np.arange(1, margin) * np.pi / margin).astype(c.dtype)
     knots = knots.reshape((1,) * c.ndim + (margin - 1,))
     k = jnp.sum(c[..., None] < knots, axis=-1, dtype=jnp.int32)
@@ -98,32 +107,155 @@ def psi_and_slope(cos_theta: jax.Array, margin: int) -> tuple[jax.Array, jax.Arr
 
 @runtime_checkable
 class Margin(Protocol):
-    """A margin: v, in place of the target's cosine c, and dv/dc, both of any shape."""
+    """What a loss asks of a margin. A margin of one's own is a frozen dataclass with these three.
 
-    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]: ...
+    Attributes:
+      scale: s > 0, a Python float: features and kernel columns have unit length, and their product
+        is multiplied by s. None keeps the features' norms.
+      unit_columns: whether the kernel's columns have unit length. A scale implies it.
+    """
+
+    @property
+    def scale(self) -> float | None: ...
+
+    @property
+    def unit_columns(self) -> bool: ...
+
+    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """v, in place of the target's cosine c, and dv/dc >= 0, for c in [-1, 1].
+
+        Args:
+          cosine: any shape, float32 or float64.
+
+        Returns:
+          two arrays of the shape and dtype of `cosine`.
+        """
+        ...
 
 
-def value_and_slope(margin: int | Margin, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """v(c) and dv/dc for a cosine in [-1, 1] of at least float32."""
-    if isinstance(margin, int):
-        return psi_and_slope(cosine, margin)
-    return margin.value_and_slope(cosine)
+@dataclass(frozen=True)
+class LSoftmax:
+    """The margin of the large-margin softmax, psi: norms of features and columns are kept.
+
+    Args:
+      margin: the integer m >= 1, with λ; 1 is plain softmax.
+
+    Raises:
+      TypeError, ValueError: `margin` is not an int in [1, 4096].
+
+    Example:
+      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> lsm.margins.LSoftmax(2).value_and_slope(jnp.float32(0.0))[0].item()
+      -1.0
+
+    Source: https://arxiv.org/abs/1612.02295.
+    """
+
+    margin: int = 4
+    scale: ClassVar[None] = None
+    unit_columns: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "margin", _checks.check_size("margin", self.margin, _LARGEST))
+
+    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return psi_and_slope(cosine, self.margin)
 
 
-def check_margin(margin: int | Margin) -> int | Margin:
-    if isinstance(margin, Margin) and not isinstance(margin, type):
-        try:
-            hash(margin)
-        except TypeError as error:
-            raise TypeError(
-                f"margin must be hashable, as a frozen dataclass is, got {margin!r}"
-            ) from error
-        return margin
-    if isinstance(margin, bool) or not isinstance(margin, (int, np.integer)):
-        raise TypeError(
-            f"margin must be a Python int >= 1 or one of lsoftmax_jax.margins, got {margin!r}"
-        )
-    return _checks.check_size("margin", int(margin))
+@dataclass(frozen=True)
+class SphereFace:
+    """A-Softmax: psi of L-Softmax with kernel columns of unit length.
+
+    Args:
+      margin: the integer m >= 1; usually 4, with λ.
+      scale: s > 0 gives all features the length s; None keeps their norms.
+
+    Raises:
+      TypeError, ValueError: `margin` is not an int in [1, 4096], or `scale` out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> features, kernel = jnp.array([3.0, 4.0]), jnp.array([[9.0, 0.0], [0.0, 1.0]])
+      >>> lsm.lsoftmax_logits(
+      ...     features, kernel, 1, margin=lsm.margins.SphereFace(1), lam=0.0).tolist()
+      [3.0, 4.0]
+
+    Source: https://arxiv.org/abs/1704.08063.
+    """
+
+    margin: int = 4
+    scale: float | None = field(default=None, kw_only=True)
+    unit_columns: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "margin", _checks.check_size("margin", self.margin, _LARGEST))
+        if self.scale is not None:
+            _checks.check_scale(self.scale)
+
+    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return psi_and_slope(cosine, self.margin)
+
+
+@dataclass(frozen=True)
+class NormFace:
+    """Softmax over the cosines times s, without a margin.
+
+    Args:
+      scale: s > 0; 16 for hundreds of classes, more for more.
+
+    Raises:
+      TypeError, ValueError: `scale` is not a number, or out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> features, kernel = jnp.array([3.0, 4.0]), jnp.array([[9.0, 0.0], [0.0, 1.0]])
+      >>> margin = lsm.margins.NormFace(scale=10.0)
+      >>> lsm.lsoftmax_logits(features, kernel, 1, margin=margin, lam=0.0).round(3).tolist()
+      [6.0, 8.0]
+
+    Source: https://arxiv.org/abs/1704.06369.
+    """
+
+    scale: float = field(kw_only=True)
+    unit_columns: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _checks.check_scale(self.scale)
+
+    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return cosine, jnp.ones_like(cosine)
+
+
+@dataclass(frozen=True)
+class CosFace:
+    """The additive cosine margin of CosFace and AM-Softmax: cos θ - m in place of cos θ.
+
+    Args:
+      margin: m >= 0; usually 0.35.
+      scale: s > 0; 64 for many classes, 8 to 10 for ten.
+
+    Raises:
+      TypeError, ValueError: a number is not a number, or out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> margin = lsm.margins.CosFace(0.35, scale=64.0)
+      >>> margin.value_and_slope(jnp.float32(1.0))[0].round(2).item()
+      0.64...
+
+    Source: https://arxiv.org/abs/1801.09414.
+    """
+
+    margin: float = 0.35
+    scale: float = field(kw_only=True)
+    unit_columns: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _checks.check_real("margin", self.margin, 0, _checks.LARGEST)
+        _checks.check_scale(self.scale)
+
+    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return cosine - self.margin, jnp.ones_like(cosine)
 
 
 @dataclass(frozen=True)
@@ -135,25 +267,24 @@ class Combined:
 
     Where m1 θ + m2 exceeds π, the cosine would rise again. There v is the plain cosine less a
     constant that makes v continuous, so v increases in c everywhere. With m2 > 0 the slope is
-    infinite at θ = 0. It is cut off where sin θ is below the square root of the dtype's eps, which
-    keeps the gradient, the slope times sin θ, finite.
-
-    It needs a `scale` s, the length of features and columns: 64 for many classes, 8 to 10 for ten.
+    infinite at θ = 0. The slope is cut off where sin θ is below the square root of the dtype's eps,
+    which keeps the gradient, the slope times sin θ, finite.
 
     Args:
       m1: factor of the angle, >= 1.
       m2: added to the angle, in radians, in [0, π).
-      m3: taken off the cosine, >= 0.
+      m3: subtracted from the cosine, >= 0.
+      scale: s > 0; 64 for many classes, 8 to 10 for ten.
       easy: leave the margin out where cos θ <= 0.
       detach: take slope 1 everywhere, as if the margin were a constant without a gradient, which
         insightface has done since 2022. False takes the true slope.
 
     Raises:
-      TypeError, ValueError: a number is none or outside its range.
+      TypeError, ValueError: a number is not a number, or out of range; a flag is not a Boolean.
 
     Example:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
-      >>> margin = lsm.margins.Combined(1.0, 0.3, 0.2)
+      >>> margin = lsm.margins.Combined(1.0, 0.3, 0.2, scale=64.0)
       >>> value, slope = margin.value_and_slope(jnp.array([0.0, 1.0]))
       >>> value.round(3).tolist(), slope.round(3)[0].item()
       ([-0.496..., 0.755...], 0.955...)
@@ -162,14 +293,18 @@ class Combined:
     m1: float = 1.0
     m2: float = 0.0
     m3: float = 0.0
-    easy: bool = False
-    detach: bool = False
-    needs_scale: ClassVar[bool] = True
+    scale: float = field(kw_only=True)
+    easy: bool = field(default=False, kw_only=True)
+    detach: bool = field(default=False, kw_only=True)
+    unit_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _checks.check_real("m1", self.m1, 1, math.inf)
+        _checks.check_real("m1", self.m1, 1, _checks.LARGEST)
         _checks.check_real("m2", self.m2, 0, math.pi)
-        _checks.check_real("m3", self.m3, 0, math.inf)
+        _checks.check_real("m3", self.m3, 0, _checks.LARGEST)
+        _checks.check_scale(self.scale)
+        _checks.check_flag("easy", self.easy)
+        _checks.check_flag("detach", self.detach)
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         square = (1 - cosine) * (1 + cosine)
@@ -177,7 +312,7 @@ class Combined:
         sine = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
         floor = math.sqrt(jnp.finfo(cosine.dtype).eps)
         if self.m1 == 1:
-            # Addition formulas: exact where arccos is not, near θ = 0.
+            # The addition formulas are exact near θ = 0, where arccos is not.
             raised = cosine * math.cos(self.m2) - sine * math.sin(self.m2)
             sine_raised = sine * math.cos(self.m2) + cosine * math.sin(self.m2)
         else:
@@ -188,14 +323,12 @@ class Combined:
             # m1 sin(m1 θ) / sin θ tends to m1² at θ = 0.
             slope = jnp.where(sine < floor, self.m1**2, slope)
         last = math.cos((math.pi - self.m2) / self.m1)
-        goes_on = cosine < last
-        value = jnp.where(goes_on, cosine - last - 1, raised) - self.m3
-        slope = jnp.where(goes_on, 1, slope)
+        beyond = cosine < last
+        value = jnp.where(beyond, cosine - last - 1, raised) - self.m3
+        slope = jnp.where(beyond, 1, slope)
         if self.easy:
-            value, slope = (
-                jnp.where(cosine > 0, value, cosine),
-                jnp.where(cosine > 0, slope, 1),
-            )
+            value = jnp.where(cosine > 0, value, cosine)
+            slope = jnp.where(cosine > 0, slope, 1)
         return value, jnp.ones_like(slope) if self.detach else slope
 
 
@@ -205,83 +338,90 @@ class ArcFace:
 
     Args:
       margin: m in radians, in [0, π); usually 0.5.
+      scale: s > 0; 64 for many classes, 8 to 10 for ten.
       easy, detach: as in `Combined`.
 
     Raises:
-      TypeError, ValueError: `margin` is no number or outside its range.
+      TypeError, ValueError: a number is not a number, or out of range; a flag is not a Boolean.
 
     Example:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
-      >>> lsm.margins.ArcFace(0.5).value_and_slope(jnp.float32(0.0))[0].round(4).item()
+      >>> margin = lsm.margins.ArcFace(0.5, scale=64.0)
+      >>> margin.value_and_slope(jnp.float32(0.0))[0].round(4).item()
       -0.479...
     """
 
     margin: float = 0.5
-    easy: bool = False
-    detach: bool = False
-    needs_scale: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _checks.check_real("margin", self.margin, 0, math.pi)
-
-    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
-        same = Combined(m2=self.margin, easy=self.easy, detach=self.detach)
-        return same.value_and_slope(cosine)
-
-
-@dataclass(frozen=True)
-class CosFace:
-    """The additive cosine margin of CosFace and AM-Softmax: cos θ - m in place of cos θ.
-
-    It needs a `scale`, as `Combined` does.
-
-    Args:
-      margin: m >= 0; usually 0.35.
-
-    Raises:
-      TypeError, ValueError: `margin` is no number or below 0.
-
-    Example:
-      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
-      >>> lsm.margins.CosFace(0.35).value_and_slope(jnp.float32(1.0))[0].round(2).item()
-      0.64...
-    """
-
-    margin: float = 0.35
-    needs_scale: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _checks.check_real("margin", self.margin, 0, math.inf)
-
-    def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return cosine - self.margin, jnp.ones_like(cosine)
-
-
-@dataclass(frozen=True)
-class SphereFace:
-    """A-Softmax: psi of L-Softmax with kernel columns of unit length.
-
-    Features keep their norm, unless `scale` gives all of them one length.
-
-    Args:
-      margin: the integer m >= 1; usually 4, with λ.
-
-    Raises:
-      TypeError, ValueError: `margin` is no int or below 1.
-
-    Example:
-      >>> import jax.numpy as jnp, lsoftmax_jax as lsm
-      >>> features, kernel = jnp.array([3.0, 4.0]), jnp.array([[9.0, 0.0], [0.0, 1.0]])
-      >>> lsm.lsoftmax_logits(
-      ...     features, kernel, 1, margin=lsm.margins.SphereFace(1), lam=0.0).tolist()
-      [3.0, 4.0]
-    """
-
-    margin: int = 4
+    scale: float = field(kw_only=True)
+    easy: bool = field(default=False, kw_only=True)
+    detach: bool = field(default=False, kw_only=True)
     unit_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _checks.check_size("margin", self.margin)
+        _checks.check_real("margin", self.margin, 0, math.pi)
+        self._combined()  # checks the rest
+
+    def _combined(self) -> Combined:
+        return Combined(m2=self.margin, scale=self.scale, easy=self.easy, detach=self.detach)
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return psi_and_slope(cosine, self.margin)
+        return self._combined().value_and_slope(cosine)
+
+
+OURS = (LSoftmax, SphereFace, NormFace, CosFace, Combined, ArcFace)
+
+
+def check_margin(margin: int | Margin) -> Margin:
+    """`margin` as a `Margin`; an int m becomes `LSoftmax(m)`."""
+    if isinstance(margin, OURS):
+        return margin
+    if isinstance(margin, (bool, type)) or not (
+        isinstance(margin, (int, np.integer)) or hasattr(margin, "value_and_slope")
+    ):
+        raise TypeError(
+            f"margin must be a Python int >= 1 or one of lsoftmax_jax.margins, got {margin!r:.80}"
+        )
+    if isinstance(margin, (int, np.integer)):
+        return LSoftmax(int(margin))
+    for name in ("scale", "unit_columns"):
+        if not hasattr(margin, name):
+            raise TypeError(f"margin must have the attribute {name}, got {margin!r:.80}")
+    try:
+        hash(margin)
+    except TypeError as error:
+        raise TypeError(
+            f"margin must be hashable and hold no arrays, as a frozen dataclass of Python numbers "
+            f"does, got {margin!r:.80}; a margin that changes in training is what lam is for"
+        ) from error
+    _try_once(margin)  # type: ignore[arg-type]  # hash() has just been tried
+    return margin
+
+
+@functools.lru_cache(maxsize=256)
+def _try_once(margin: Any) -> None:
+    """Tries a margin of the caller's own on a few cosines."""
+    _checks.check_flag("margin.unit_columns", margin.unit_columns)
+    if margin.scale is not None:
+        _checks.check_scale(margin.scale)
+    with jax.ensure_compile_time_eval():
+        slope = value_and_slope(margin, jnp.linspace(-1, 1, 33, dtype=jnp.float32))[1]
+        least = float(jnp.min(slope))
+    if not least >= 0:
+        raise ValueError(
+            f"margin must not fall in the cosine, got {margin!r:.80} with the slope {least:.3g}"
+        )
+
+
+def value_and_slope(margin: Margin, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """v(c) and dv/dc for a cosine in [-1, 1] of at least float32, checked."""
+    found: Any = margin.value_and_slope(cosine)
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        raise TypeError(f"margin must give (value, slope), got {found!r:.80} from {margin!r:.80}")
+    for name, array in zip(("value", "slope"), found, strict=True):
+        kind = getattr(array, "shape", None), getattr(array, "dtype", None)
+        if kind != (cosine.shape, cosine.dtype):
+            raise TypeError(
+                f"margin must give a {name} of shape {cosine.shape} and dtype {cosine.dtype}, as "
+                f"its cosine has, got shape {kind[0]} and dtype {kind[1]} from {margin!r:.80}"
+            )
+    return found[0], found[1]

@@ -4,45 +4,55 @@ Source: Liu et al., ICML 2016, https://arxiv.org/abs/1612.02295.
 """
 
 import functools
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
+from flax.nnx.variablelib import VariableMetadata
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
-from lsoftmax_jax import _checks, _head, sharded
+from lsoftmax_jax import _calls, _checks
+from lsoftmax_jax._core.run import Statistics
+from lsoftmax_jax._core.spec import ClassParallel, Plan
 from lsoftmax_jax.margins import Margin
-from lsoftmax_jax.sharded import ClassParallel
+from lsoftmax_jax.schedule import SelfPaced
 
-# What `nnx.get_partition_spec` reads; Flax 0.11 calls it otherwise.
+# What `nnx.get_partition_spec` reads; Flax 0.11 has another name for it.
 _SHARDING = "out_sharding" if hasattr(nnx, "use_eager_sharding") else "sharding"
 _KERNEL_INIT = initializers.lecun_normal()
 
 
-class LSoftmaxDense(_head.HeadCalls, nnx.Module):
+class LSoftmaxDense(nnx.Module):
     """The last layer of a classifier: a bias-free Dense that knows the margin in training.
 
-    ``loss(features, labels)`` is the fused loss of each example. It paces itself unless it is given
-    a λ. Called with features alone, the head gives the plain product features @ kernel. The one
-    parameter is `kernel` (in_features, classes): a checkpoint of a bias-free `nnx.Linear` loads,
-    and the trained head exports as a plain matrix product.
+    ``loss(features, labels)`` is the fused loss of each example. Called with features alone, the
+    head gives the plain product features @ kernel. The one parameter is `kernel` (in_features,
+    classes): a checkpoint of a bias-free `nnx.Linear` loads, and the trained head exports as a
+    plain matrix product.
 
     Args:
       in_features: D, the length of a feature.
-      classes: number of classes, >= 1.
+      classes: number of classes, >= 1; also readable as `out_features`.
       margin: integer m >= 1, by default the paper's largest, 4; 1 is plain softmax. Or one of
         `lsoftmax_jax.margins`.
-      scale: s > 0, for features and kernel columns of unit length times s; None keeps their norms.
+      lam: λ of every call that is not given its own: a number >= 0, or a rule such as
+        `lsoftmax_jax.self_paced(strength)`. None is `self_paced()`, or 0 if the margin has a scale.
       dtype: features and kernel are cast to it for the computation; None promotes them. Sums,
-        norms and angles are float32 or better whatever the dtype.
+        norms and angles are float32 or better whatever the dtype, so there is no
+        `preferred_element_type`. For the precision of the products set
+        `jax.default_matmul_precision`; up to 256 classes they are at full precision.
       param_dtype: dtype of the kernel.
       kernel_init: initializer of the kernel, `nnx.Linear`'s by default.
-      layout: the mesh axes to shard the classes and the batch over. The loss is then
-        `lsoftmax_jax.sharded.lsoftmax_loss`. If the class axis does not divide the classes, the
-        kernel has a few more columns, which take no part.
+      kernel_metadata: metadata of the `nnx.Param`, as for `nnx.Linear`.
+      layout: the mesh axes to shard the classes and the batch over. If the class axis does not
+        divide the classes, the kernel has a few more columns, which take no part.
       rngs: source of the `params` key.
 
     Raises:
@@ -67,37 +77,129 @@ class LSoftmaxDense(_head.HeadCalls, nnx.Module):
         classes: int,
         *,
         margin: int | Margin = 4,
-        scale: float | None = None,
+        lam: float | SelfPaced | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         kernel_init: nnx.Initializer = _KERNEL_INIT,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         layout: ClassParallel | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.in_features = _checks.check_size("in_features", in_features)
-        self.classes, self.margin, self.scale = classes, margin, scale
+        self.classes, self.margin, self.lam = classes, margin, lam
         self.dtype, self.param_dtype, self.layout = dtype, param_dtype, layout
-        _head.check_fields(self)
+        _calls.check_settings(self)
         if not isinstance(rngs, nnx.Rngs):
             raise TypeError(f"rngs must be a flax.nnx.Rngs, got {rngs!r}")
+        key = rngs.params()
         if layout is None:
-            kernel = kernel_init(rngs.params(), (in_features, classes), param_dtype)
-            self.kernel = nnx.Param(kernel)
+            kernel = kernel_init(key, (in_features, classes), param_dtype)
+            self.kernel = nnx.Param(kernel, **kernel_metadata)
             return
-        shape = in_features, sharded.padded_columns(classes, layout)
+        shape = in_features, layout.columns(classes)
         spec, mesh = (None, layout.class_axis), layout.mesh
-
-        # Under jit, where no device ever holds more than its shard. Of a mesh that is given jit
-        # must be told, and Flax 0.11 places no parameter.
+        # jit needs the mesh that was given; Flax 0.11 places no parameters. Under jit no device
+        # ever holds more than its shard.
         placed = NamedSharding(mesh, P(*spec)) if isinstance(mesh, Mesh) else P(*spec)
 
         @functools.partial(jax.jit, out_shardings=placed)
         def create(key: jax.Array) -> nnx.Param[jax.Array]:
             kernel = kernel_init(key, shape, param_dtype)
-            metadata: dict[str, Any] = {_SHARDING: spec}
+            if isinstance(kernel, VariableMetadata):  # of nnx.with_partitioning: the layout decides
+                kernel = kernel.raw_value
+            metadata: dict[str, Any] = {**kernel_metadata, _SHARDING: spec}
             return nnx.Param(kernel, mesh=mesh, **metadata)
 
-        self.kernel = create(rngs.params())
+        self.kernel = create(key)
 
-    def _kernel_for(self, features: jax.Array) -> jax.Array:
-        return self.kernel[...]
+    @property
+    def out_features(self) -> int:
+        return self.classes
+
+    def __call__(
+        self,
+        features: ArrayLike,
+        labels: ArrayLike | None = None,
+        lam: ArrayLike | SelfPaced | None = None,
+    ) -> jax.Array:
+        """Logits of a batch.
+
+        Args:
+          features: (..., D) floating point.
+          labels: (...,) integers in [0, classes), or None for inference.
+          lam: λ >= 0 or a rule; None is the head's.
+
+        Returns:
+          (..., classes): the logits without a margin; with labels those with the margin,
+          `lsoftmax_jax.lsoftmax_logits`.
+        """
+        features = _calls.check_features(features)
+        return _calls.logits(self, features, self.kernel[...], labels, lam)
+
+    def loss(
+        self,
+        features: ArrayLike,
+        labels: ArrayLike,
+        lam: ArrayLike | SelfPaced | None = None,
+        *,
+        where: ArrayLike | None = None,
+        label_smoothing: float = 0.0,
+        plan: Plan | None = None,
+    ) -> jax.Array:
+        """The fused loss of each example, `lsoftmax_jax.lsoftmax_loss`.
+
+        Args:
+          features: (..., D) floating point.
+          labels: (...,) integers in [0, classes).
+          lam: λ >= 0 or a rule; None is the head's.
+          where: (...,) bool; False gives exactly zero loss and gradient.
+          label_smoothing: in [0, 1].
+          plan: in which pieces to compute.
+
+        Returns:
+          (...,) float32, or float64 for float64 operands.
+        """
+        return self.loss_and_statistics(
+            features, labels, lam, where=where, label_smoothing=label_smoothing, plan=plan
+        )[0]
+
+    def loss_and_statistics(
+        self,
+        features: ArrayLike,
+        labels: ArrayLike,
+        lam: ArrayLike | SelfPaced | None = None,
+        *,
+        where: ArrayLike | None = None,
+        label_smoothing: float = 0.0,
+        plan: Plan | None = None,
+    ) -> tuple[jax.Array, Statistics]:
+        """`loss`, and the `lsoftmax_jax.Statistics` of the same pass."""
+        features = _calls.check_features(features)
+        kernel = self.kernel[...]
+        return _calls.losses(self, features, kernel, labels, lam, where, label_smoothing, plan)
+
+    def loss_sum(
+        self,
+        features: ArrayLike,
+        labels: ArrayLike,
+        weights: ArrayLike | None = None,
+        lam: ArrayLike | SelfPaced | None = None,
+        *,
+        where: ArrayLike | None = None,
+        label_smoothing: float = 0.0,
+        plan: Plan | None = None,
+    ) -> jax.Array:
+        """The scalar sum of weights * loss, `lsoftmax_jax.lsoftmax_loss_sum`.
+
+        Args:
+          weights: (...,) floating point, or None for ones.
+          features, labels, lam, where, label_smoothing, plan: as in `loss`.
+        """
+        features = _calls.check_features(features)
+        kernel, smoothing = self.kernel[...], label_smoothing
+        return _calls.loss_sum(self, features, kernel, labels, weights, lam, where, smoothing, plan)
+
+
+# NNX's metaclass hides the signature from help() and the documentation.
+_parameters = list(inspect.signature(LSoftmaxDense.__init__).parameters.values())[1:]
+LSoftmaxDense.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]

@@ -2,27 +2,33 @@
 
 The target logit and its gradient are exact. The sum over the other logits is estimated from the
 classes of the batch's labels, which are always in the sample, and from others drawn without
-replacement. Only the sampled columns of the kernel are read and updated.
+replacement. Only the sampled columns of the kernel are read and updated. With a `ClassParallel`
+layout every device draws from its own classes, beside the positives that it holds (Partial FC).
 
 Source: An et al., "Partial FC: Training 10 Million Identities on a Single Machine", 2021,
 https://arxiv.org/abs/2010.05222.
 """
 
+import dataclasses
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._pace import SelfPaced
-from lsoftmax_jax._plans import Plan, pieces_of
-from lsoftmax_jax.loss import Call, Given, per_example
+from lsoftmax_jax._core import run, shards
+from lsoftmax_jax._core.placement import is_explicit, resharded
+from lsoftmax_jax._core.run import Statistics
+from lsoftmax_jax._core.spec import Arrays, ClassParallel, Layout, Plan, Spec, prepare
 from lsoftmax_jax.margins import Margin
+from lsoftmax_jax.schedule import SelfPaced
 
 _ROUNDS = 6
-# Up to here shuffling all classes is as quick, and so small a Feistel network mixes badly.
+# Up to here shuffling all classes is as fast, and so small a Feistel network mixes badly.
 _SHUFFLED_CLASSES = 4096
 
 
@@ -31,9 +37,12 @@ class Sample(NamedTuple):
 
     Attributes:
       ids: (batch + negatives,) int32 class numbers: the distinct labels, then the drawn others.
-        An entry without a class, for a repeated or a drawn label, holds the number of classes.
-      offset: added to the logits of these classes except as a target; -inf without a class.
-      labels: the batch's labels as positions in `ids`, -1 for a label outside [0, classes).
+        An entry without a class, for a repeated or a drawn label, holds the number of classes. With
+        a layout every device has such a part, one after the other.
+      offset: (ids.size,), added to the logits of these classes except as a target; -inf without a
+        class. A class stands for exp(offset) classes.
+      labels: (batch,), the batch's labels as positions in `ids`, -1 for a label outside
+        [0, classes).
     """
 
     ids: jax.Array
@@ -42,7 +51,13 @@ class Sample(NamedTuple):
 
 
 def sample_classes(
-    key: jax.Array, labels: ArrayLike, classes: int, negatives: int, *, corrected: bool = True
+    key: jax.Array,
+    labels: ArrayLike,
+    classes: int,
+    negatives: int,
+    *,
+    corrected: bool = True,
+    layout: ClassParallel | None = None,
 ) -> Sample:
     r"""Draws `negatives` distinct classes uniformly, and adds the classes of the labels.
 
@@ -54,10 +69,13 @@ def sample_classes(
       key: a key of `jax.random`.
       labels: (...,) integers in [0, classes).
       classes: number of classes, static.
-      negatives: how many to draw, from 1 to `classes`, static. Those that are labels count once.
+      negatives: how many to draw, from 1 to `classes`, static. A drawn label counts once. (Paddle
+        and insightface count the labels in: they draw max(labels, n) classes in all.)
       corrected: add :math:`\log\frac{\text{classes} - p}{n}` to the logits of the n drawn classes
         (p being the number of distinct labels), which makes the sum of the other exponentials an
         unbiased estimate. False lets fewer classes compete, as the published Partial FC does.
+      layout: how the kernel lies on a mesh. Each device then draws its part of the negatives from
+        its own classes; the class axis must divide `negatives`.
 
     Returns:
       `Sample`, labels flattened.
@@ -74,26 +92,88 @@ def sample_classes(
     classes = _checks.check_size("classes", classes)
     if _checks.check_size("negatives", negatives) > classes:
         raise ValueError(f"negatives must be at most classes = {classes}, got {negatives}")
-    shape = _checks.shape_of("labels", labels, "integers")
+    corrected = _checks.check_flag("corrected", corrected)
+    labels = _checks.check_labels(labels, _checks.shape_of("labels", labels, "integers"), classes)
     kind = getattr(key, "dtype", None)
     if kind is None or not (jnp.issubdtype(kind, jax.dtypes.prng_key) or kind == jnp.uint32):
-        raise TypeError(f"key must be a key of jax.random, got {key!r}")
-    labels = _checks.check_labels(labels, shape, classes).reshape(math.prod(shape))
-    known = jnp.where(labels >= 0, labels, classes)
-    positives = jnp.unique(known, size=labels.size, fill_value=classes)
-    drawn = _permuted(key, classes, negatives)
+        raise TypeError(f"key must be a key of jax.random, got {key!r:.80}")
+    on_mesh = None if layout is None else Layout.of(layout)
+    if on_mesh is not None and negatives % on_mesh.shards:
+        raise ValueError(
+            f"negatives must be a multiple of the {on_mesh.shards} devices along "
+            f"{on_mesh.class_axis!r}, got {negatives}"
+        )
+    return _drawn(classes, negatives, corrected, on_mesh, key, labels)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+def _drawn(
+    classes: int,
+    negatives: int,
+    corrected: bool,
+    layout: Layout | None,
+    key: jax.Array,
+    labels: jax.Array,
+) -> Sample:
+    mesh = jax.typeof(labels).sharding.mesh
+    if is_explicit(mesh):
+        labels = resharded(labels, mesh, P(*(None,) * labels.ndim))
+    labels = _checks.known_labels(labels, classes).reshape(math.prod(labels.shape))
+    if layout is None:
+        ids, offset, position = _drawn_from(key, labels, classes, classes, negatives, corrected)
+        return Sample(ids, offset, jnp.where(labels >= 0, position, -1))
+    width = -(-classes // layout.shards)
+
+    def local(key: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        shard = jax.lax.axis_index(layout.class_axis)
+        start = shard * width
+        here = (labels >= start) & (labels < start + width)
+        ids, offset, position = _drawn_from(
+            jax.random.fold_in(key, shard),
+            jnp.where(here, labels - start, -1),
+            width,
+            jnp.clip(classes - start, 0, width),
+            negatives // layout.shards,
+            corrected,
+        )
+        position = jnp.where(here, shard * ids.size + position, 0)
+        ids = jnp.where(ids < width, start + ids, classes)
+        return ids, offset, jax.lax.psum(position, layout.class_axis)
+
+    of_columns = layout.of_columns
+    specs = (P(), P()), (of_columns, of_columns, P())
+    ids, offset, position = shards.on_devices(layout, local, *specs)(key, labels)
+    return Sample(ids, offset, jnp.where(labels >= 0, position, -1).astype(jnp.int32))
+
+
+def _drawn_from(
+    key: jax.Array,
+    labels: jax.Array,
+    width: int,
+    classes: int | jax.Array,
+    negatives: int,
+    corrected: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(ids, offset, position of each label) of a draw from [0, width), of which `classes` exist.
+
+    An entry without a class has the id `width`.
+    """
+    known = jnp.where(labels >= 0, labels, width)
+    slots = min(labels.size, width)
+    # One value more than there are classes: the fill value may be among them.
+    positives = jnp.unique(known, size=min(labels.size, width + 1), fill_value=width)[:slots]
+    drawn = _permuted(key, width, min(negatives, width))
     before, through = (jnp.searchsorted(positives, drawn, side=side) for side in ("left", "right"))
-    drawn = jnp.where(before < through, classes, drawn)  # a label already
-    ids = jnp.concatenate([positives, drawn])
+    drawn = jnp.where((before < through) | (drawn >= classes), width, drawn)
+    ids = jnp.concatenate([positives, drawn]).astype(jnp.int32)
     offset = jnp.zeros(ids.shape, jnp.float32)
     if corrected:
-        rest = classes - jnp.sum(positives < classes)
-        count = jnp.maximum(jnp.sum(drawn < classes), 1)
+        rest = jnp.maximum(classes - jnp.sum(positives < width), 1)
+        count = jnp.maximum(jnp.sum(drawn < width), 1)
         correction = jnp.log(rest.astype(jnp.float32)) - jnp.log(count.astype(jnp.float32))
-        offset = offset.at[labels.size :].set(correction)
-    offset = jnp.where(ids < classes, offset, -jnp.inf)
-    position = jnp.searchsorted(positives, labels).astype(jnp.int32)
-    return Sample(ids, offset, jnp.where(labels >= 0, position, -1))
+        offset = offset.at[slots:].set(correction)
+    offset = jnp.where(ids < width, offset, -jnp.inf)
+    return ids, offset, jnp.searchsorted(positives, labels).astype(jnp.int32)
 
 
 def _permuted(key: jax.Array, classes: int, count: int) -> jax.Array:
@@ -124,18 +204,21 @@ def _permuted(key: jax.Array, classes: int, count: int) -> jax.Array:
     return inside.astype(jnp.int32)
 
 
-def take_columns(kernel: jax.Array, sample: Sample) -> jax.Array:
+def take_columns(
+    kernel: jax.Array, sample: Sample, *, layout: ClassParallel | None = None
+) -> jax.Array:
     """The sampled columns of a kernel, or of an array like it, such as its momentum.
 
     Args:
-      kernel: (D, classes).
-      sample: from `sample_classes`.
+      kernel: (D, classes); with a layout (D, columns).
+      sample: from `sample_classes`, with the same layout.
+      layout: how the kernel lies on a mesh; no column leaves its device.
 
     Returns:
-      (D, batch + negatives), zero where `sample` has no class.
+      (D, sample.ids.size), zero where `sample` has no class.
 
     Raises:
-      TypeError, ValueError: `kernel` is no matrix, or `sample` no `Sample`.
+      TypeError, ValueError: `kernel` is not a matrix, or `sample` not a `Sample`.
 
     Example:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
@@ -144,26 +227,45 @@ def take_columns(kernel: jax.Array, sample: Sample) -> jax.Array:
       [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
     """
     kernel, ids = _kernel_and_ids(kernel, sample)
-    return kernel.at[:, ids].get(mode="fill", fill_value=0)
+    return _taken(None if layout is None else Layout.of(layout), kernel, ids)
 
 
-def put_columns(kernel: jax.Array, sample: Sample, columns: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _taken(layout: Layout | None, kernel: jax.Array, ids: jax.Array) -> jax.Array:
+    def local(kernel: jax.Array, ids: jax.Array) -> jax.Array:
+        here = _own_ids(layout, kernel, ids)
+        return kernel.at[:, here].get(mode="fill", fill_value=0)
+
+    specs = (
+        (None, None) if layout is None else ((layout.columns, layout.of_columns), layout.columns)
+    )
+    return shards.on_devices(layout, local, *specs)(*_split(layout, kernel, ids))
+
+
+def put_columns(
+    kernel: jax.Array,
+    sample: Sample,
+    columns: jax.Array,
+    *,
+    layout: ClassParallel | None = None,
+) -> jax.Array:
     """The kernel with its sampled columns replaced; if it is donated, only they are written.
 
     Treat the kernel's optimiser state in the same way: take its columns, update them, put them
     back.
 
     Args:
-      kernel: (D, classes).
-      sample: from `sample_classes`.
-      columns: (D, batch + negatives), cast to the dtype of `kernel`.
+      kernel: (D, classes); with a layout (D, columns).
+      sample: from `sample_classes`, with the same layout.
+      columns: (D, sample.ids.size), cast to the dtype of `kernel`.
+      layout: how the kernel lies on a mesh; no column leaves its device.
 
     Returns:
-      (D, classes), as `kernel`.
+      as `kernel`.
 
     Raises:
-      TypeError, ValueError: `kernel` is no matrix, `sample` no `Sample`, or `columns` has another
-        shape, which would be broadcast.
+      TypeError, ValueError: `kernel` is not a matrix, `sample` not a `Sample`, or `columns` has
+        another shape, which would be broadcast.
 
     Example:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
@@ -172,23 +274,53 @@ def put_columns(kernel: jax.Array, sample: Sample, columns: jax.Array) -> jax.Ar
       [1.0, 9.0, 0.0]
     """
     kernel, ids = _kernel_and_ids(kernel, sample)
-    columns = _checks.as_array("columns", columns, "an array (D, batch + negatives)")
+    columns = _checks.as_array("columns", columns, "an array (D, sample.ids.size)")
     if columns.shape != (kernel.shape[0], ids.size):
         raise ValueError(
             f"columns must have shape {(kernel.shape[0], ids.size)}, as take_columns gives them, "
             f"got {columns.shape}"
         )
-    return kernel.at[:, ids].set(columns.astype(kernel.dtype), mode="drop")
+    return _put(None if layout is None else Layout.of(layout), kernel, ids, columns)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _put(layout: Layout | None, kernel: jax.Array, ids: jax.Array, columns: jax.Array) -> jax.Array:
+    def local(kernel: jax.Array, ids: jax.Array, columns: jax.Array) -> jax.Array:
+        here = _own_ids(layout, kernel, ids)
+        return kernel.at[:, here].set(columns.astype(kernel.dtype), mode="drop")
+
+    specs: Any = None, None
+    if layout is not None:
+        split = layout.columns
+        specs = (split, layout.of_columns, split), split
+        columns = resharded(columns, layout.mesh, split)
+    kernel, ids = _split(layout, kernel, ids)
+    return shards.on_devices(layout, local, *specs)(kernel, ids, columns)
+
+
+def _own_ids(layout: Layout | None, kernel: jax.Array, ids: jax.Array) -> jax.Array:
+    """ids from this device's first class on; the number of its columns where there is no class."""
+    width = kernel.shape[1]
+    local = ids - shards.first_class(layout, width)
+    # A negative index would wrap to the last column.
+    return jnp.where((local >= 0) & (local < width), local, width)
+
+
+def _split(layout: Layout | None, kernel: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if layout is None:
+        return kernel, ids
+    mesh = layout.mesh
+    return resharded(kernel, mesh, layout.columns), resharded(ids, mesh, layout.of_columns)
 
 
 def _kernel_and_ids(kernel: ArrayLike, sample: Sample) -> tuple[jax.Array, jax.Array]:
     kernel = _checks.as_array("kernel", kernel, "an array (D, classes)")
     if kernel.ndim != 2:
         raise ValueError(f"kernel must have shape (D, classes), got {kernel.shape}")
-    return kernel, _checked_sample(sample).ids
+    return kernel, _checked(sample).ids
 
 
-def _checked_sample(sample: Sample) -> Sample:
+def _checked(sample: Sample) -> Sample:
     if not isinstance(sample, Sample):
         raise TypeError(f"sample must be what sample_classes gives, got {type(sample).__name__}")
     return sample
@@ -201,9 +333,10 @@ def lsoftmax_sampled_loss(
     *,
     margin: int | Margin,
     lam: ArrayLike | SelfPaced,
-    scale: float | None = None,
     where: ArrayLike | None = None,
+    label_smoothing: float = 0.0,
     plan: Plan | None = None,
+    layout: ClassParallel | None = None,
 ) -> jax.Array:
     r"""`lsoftmax_jax.lsoftmax_loss` against the sampled classes alone, one value an example.
 
@@ -215,10 +348,11 @@ def lsoftmax_sampled_loss(
 
     Args:
       features: (..., D) floating point.
-      columns: (D, batch + negatives), `take_columns(kernel, sample)`; differentiate with respect
+      columns: (D, sample.ids.size), `take_columns(kernel, sample)`; differentiate with respect
         to these, update them and their optimiser state, and put them back.
-      sample: from `sample_classes` for the labels of these features.
-      margin, lam, scale, where, plan: as in `lsoftmax_jax.lsoftmax_loss`.
+      sample: from `sample_classes` for the labels of these features, with the same layout.
+      margin, lam, where, label_smoothing, plan, layout: as in `lsoftmax_jax.lsoftmax_loss`. The
+        largest other logit, which `self_paced` reads, has its offset.
 
     Returns:
       (...,) float32, or float64 for float64 operands.
@@ -236,7 +370,97 @@ def lsoftmax_sampled_loss(
       >>> bool(jnp.allclose(sampled, exact))
       True
     """
-    sample = _checked_sample(sample)
+    keywords = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
+    prepared = _prepared(features, columns, sample, layout, margin=margin, lam=lam, **keywords)
+    return run.losses(*prepared)[0]
+
+
+def lsoftmax_sampled_loss_and_statistics(
+    features: ArrayLike,
+    columns: ArrayLike,
+    sample: Sample,
+    *,
+    margin: int | Margin,
+    lam: ArrayLike | SelfPaced,
+    where: ArrayLike | None = None,
+    label_smoothing: float = 0.0,
+    plan: Plan | None = None,
+    layout: ClassParallel | None = None,
+) -> tuple[jax.Array, Statistics]:
+    """`lsoftmax_sampled_loss`, and the `lsoftmax_jax.Statistics` of the same pass.
+
+    Args:
+      features, columns, sample, margin, lam, where, label_smoothing, plan, layout: as there.
+
+    Returns:
+      the loss (...,), and `Statistics`; `max_logit` is the largest of the sampled others.
+
+    Raises:
+      TypeError, ValueError: as `lsoftmax_sampled_loss`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> kernel, features, labels = jnp.eye(4, 1000), jnp.ones((2, 4)), jnp.array([0, 2])
+      >>> sample = lsm.sample_classes(jax.random.key(0), labels, 1000, negatives=100)
+      >>> columns = lsm.sampled.take_columns(kernel, sample)
+      >>> loss, seen = lsm.lsoftmax_sampled_loss_and_statistics(
+      ...     features, columns, sample, margin=4, lam=5.0)
+      >>> seen.plain_logit.tolist()
+      [1.0, 1.0]
+    """
+    keywords = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
+    prepared = _prepared(features, columns, sample, layout, margin=margin, lam=lam, **keywords)
+    return run.losses(*prepared)
+
+
+def lsoftmax_sampled_loss_sum(
+    features: ArrayLike,
+    columns: ArrayLike,
+    sample: Sample,
+    weights: ArrayLike | None = None,
+    *,
+    margin: int | Margin,
+    lam: ArrayLike | SelfPaced,
+    where: ArrayLike | None = None,
+    label_smoothing: float = 0.0,
+    plan: Plan | None = None,
+    layout: ClassParallel | None = None,
+) -> jax.Array:
+    """The scalar sum of weights * `lsoftmax_sampled_loss`, its gradients in the forward pass.
+
+    Args:
+      weights: (...,) floating-point weights of the examples, or None for ones.
+      features, columns, sample, margin, lam, where, label_smoothing, plan, layout: as there.
+
+    Returns:
+      scalar, float32, or float64 for float64 operands.
+
+    Raises:
+      TypeError, ValueError: as `lsoftmax_sampled_loss`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lsoftmax_jax as lsm
+      >>> kernel, features, labels = jnp.eye(4, 1000), jnp.ones((2, 4)), jnp.array([0, 2])
+      >>> sample = lsm.sample_classes(jax.random.key(0), labels, 1000, negatives=100)
+      >>> columns = lsm.sampled.take_columns(kernel, sample)
+      >>> lsm.lsoftmax_sampled_loss_sum(features, columns, sample, margin=4, lam=5.0).shape
+      ()
+    """
+    keywords = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
+    prepared = _prepared(
+        features, columns, sample, layout, margin=margin, lam=lam, weights=weights, **keywords
+    )
+    return run.loss_sum(*prepared)
+
+
+def _prepared(
+    features: ArrayLike,
+    columns: ArrayLike,
+    sample: Sample,
+    layout: ClassParallel | None,
+    **keywords: Any,
+) -> tuple[Spec, Arrays]:
+    sample = _checked(sample)
     features, columns = _checks.check_features(features, columns, "columns")
     if columns.shape[1] != sample.ids.size:
         raise ValueError(
@@ -245,13 +469,13 @@ def lsoftmax_sampled_loss(
         )
     if sample.labels.size != math.prod(features.shape[:-1]):
         raise ValueError(
-            f"sample must be drawn for the labels of these features {features.shape}, got one "
+            f"sample must be drawn for the labels of these features {features.shape}, got a sample "
             f"for {sample.labels.size} labels"
         )
+    # All sampled columns count; the offset takes out those without a class.
+    layout = None if layout is None else dataclasses.replace(layout, classes=None)
     labels = sample.labels.reshape(features.shape[:-1])
-    call = Call.checked(features, columns, labels, margin, lam, scale, where, 0.0)
-    pieces = pieces_of(plan, *call.size, call.operands.kernel.dtype, rows_cost_no_more=False)
-    offset = sample.offset.astype(call.lam.dtype)
-    given = Given(*call.operands[:3], call.lam, offset, call.counted())
-    loss, _ = per_example(call.setting, pieces, given)
-    return call.mask(call.unflattened(loss))
+    spec, arrays = prepare(
+        features, columns, labels, layout=layout, one_pass=True, name="columns", **keywords
+    )
+    return spec, arrays._replace(offset=sample.offset)

@@ -1,19 +1,49 @@
-"""How λ is chosen: by what the batch shows, or by the step.
+"""How λ is chosen: by what each example shows, or by the step.
 
 Source: `annealed_lambda` is the formula of the loss layer in the authors' released Caffe code,
 https://github.com/wy1iu/LargeMargin_Softmax_Loss.
 """
 
-import math
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._pace import SelfPaced
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class SelfPaced:
+    """The rule for λ that `self_paced` makes and every loss takes as `lam`.
+
+    Attributes:
+      strength: part of an example's lead that the margin may take, in [0, 1].
+    """
+
+    strength: float = 0.5
+
+    def __post_init__(self) -> None:
+        _checks.check_fraction("strength", self.strength)
+
+    def share(self, plain: jax.Array, margin: jax.Array, rival: jax.Array) -> jax.Array:
+        """The share 1 / (1 + λ) of each example, without a gradient.
+
+        Args:
+          plain: (batch,) u, the target logit without a margin.
+          margin: (batch,) v <= u, the target logit with the whole margin.
+          rival: (batch,) the largest other logit.
+        """
+        plain, margin, rival = map(jax.lax.stop_gradient, (plain, margin, rival))
+        gap = plain - margin
+        some = gap > 0  # False for NaN too: a label outside [0, classes)
+        lead = jnp.where(some, plain - rival, 0) / jnp.where(some, gap, 1)
+        return self.strength * jnp.clip(lead, 0, 1)
 
 
 class LambdaPreset(NamedTuple):
@@ -69,17 +99,20 @@ def annealed_lambda(
 
     `lsoftmax_jax.schedule` has the released constants for MNIST, CIFAR10 and CIFAR10+.
     """
-    base = _checks.check_real("base", base, 0, math.inf)
-    gamma = _checks.check_real("gamma", gamma, 0, math.inf)
-    power = _checks.check_real("power", power, 0, math.inf)
-    minimum = _checks.check_real("minimum", minimum, 0, math.inf)
+    base = _checks.check_real("base", base, 0, _checks.LARGEST)
+    gamma = _checks.check_real("gamma", gamma, 0, _checks.LARGEST)
+    power = _checks.check_real("power", power, 0, _checks.LARGEST)
+    minimum = _checks.check_real("minimum", minimum, 0, _checks.LARGEST)
 
-    def schedule(step: ArrayLike) -> jax.Array:
-        updates = _checks.as_array("step", step, "a number").astype(jnp.float32) + 1
-        # Not base * (1 + gamma t)**-power: 1 + gamma t loses gamma's digits in float32.
-        return jnp.maximum(base * jnp.exp(-power * jnp.log1p(gamma * updates)), minimum)
+    return functools.partial(_annealed, base, gamma, power, minimum)
 
-    return schedule
+
+def _annealed(
+    base: float, gamma: float, power: float, minimum: float, step: ArrayLike
+) -> jax.Array:
+    updates = _step(step) + 1
+    # Not base * (1 + gamma t)**-power: 1 + gamma t loses gamma's digits in float32.
+    return jnp.maximum(base * jnp.exp(-power * jnp.log1p(gamma * updates)), minimum)
 
 
 def margin_schedule(
@@ -130,61 +163,55 @@ def margin_schedule(
     if start >= end:
         raise ValueError(f"start must be below end, got start {start} and end {end}")
 
-    def schedule(step: ArrayLike) -> jax.Array:
-        done = _checks.as_array("step", step, "a number").astype(jnp.float32) / steps
-        part = jnp.clip((done - start) / (end - start), 0, 1)
-        now = largest * part * part * (3 - 2 * part)
-        return 1 / now - 1  # infinite where now is 0
-
-    return schedule
+    return functools.partial(_ramp, steps, largest, start, end)
 
 
-def self_paced(
-    *,
-    fraction: float = 0.5,
-    power: float = 4.0,
-    axis_name: str | tuple[str, ...] | None = None,
-) -> SelfPaced:
-    r"""λ from what the batch shows, without a schedule, a number of steps or any state.
+def _ramp(steps: int, largest: float, start: float, end: float, step: ArrayLike) -> jax.Array:
+    part = jnp.clip((_step(step) / steps - start) / (end - start), 0, 1)
+    share = largest * part * part * (3 - 2 * part)
+    return 1 / share - 1  # infinite where the share is 0
 
-    Pass the result as `lam` to any loss; a head without `lam` uses ``self_paced()``. In each call
 
-    .. math:: \frac{1}{1+\lambda} = fraction \cdot s^* \cdot \bar q^{\,power}
+def _step(step: ArrayLike) -> jax.Array:
+    """A step, an integer >= 0 of any shape, as float32."""
+    array = _checks.as_array("step", step, "an integer >= 0")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"step must be an integer >= 0, got dtype {array.dtype}")
+    if not isinstance(step, jax.Array) and np.min(step) < 0:
+        raise ValueError(f"step must be an integer >= 0, got {step}")
+    return array.astype(jnp.float32)
 
-    Here s* is the largest share of the margin in [0, 1] at which the mean radial force on the
-    batch's features, -<x, d loss / dx>, is not negative. Beyond s* features shrink, and a run whose
-    features reach length 0 has collapsed. The force at a share s is :math:`\sigma(Z - t)(t - M)`
-    with :math:`t = u + s(v - u)`: u is the label's plain logit, v its logit under the whole margin,
-    Z the logsumexp of the other logits and M their mean under their own softmax. The factor q̄ is
-    the batch's mean of :math:`\sigma(u - Z)`, the probability that plain softmax gives the label.
-    It is small at the start and again in a collapse, where the margin so lets go.
 
-    λ is at least 1 / fraction - 1. It is infinite, which is plain softmax, if no share keeps the
-    force from being negative. No gradient flows through λ. Masked examples do not count.
+def self_paced(strength: float = 0.5) -> SelfPaced:
+    r"""λ from each example's own lead, without a schedule, a number of steps or any state.
+
+    Pass the result as `lam` to any loss. A head without `lam` uses ``self_paced()``. For each
+    example
+
+    .. math:: \frac{1}{1+\lambda} = strength \cdot
+        \mathrm{clip}\left(\frac{u - \max_{j \ne y} z_j}{u - v},\, 0,\, 1\right)
+
+    where u is the target's plain logit, v the target logit under the whole margin and z the plain
+    logits. The margin so takes `strength` of what the example is ahead of its nearest other class:
+    an example that is classified correctly stays so, and one that is not has no margin (λ is
+    infinite, which is plain softmax). The rule reads one example only: batches, microbatches,
+    `jax.vmap` and devices cannot change λ. No gradient flows through λ.
 
     Args:
-      fraction: how much of s* to use, in [0, 1].
-      power: exponent of q̄, >= 0.
-      axis_name: the mapped axes over which a batch is split under `jax.pmap` or `jax.shard_map`,
-        like a batch normalisation's. Under `jax.jit` on a mesh the batch is whole by itself.
+      strength: how much of the lead the margin takes, in [0, 1]; more is more margin.
 
     Returns:
-      a frozen, hashable value, to be passed as `lam`; it holds no arrays.
+      a frozen, hashable value, to be passed as `lam`; it holds no arrays, and is a static pytree.
 
     Raises:
-      TypeError, ValueError: a number is none, or outside its range.
+      TypeError, ValueError: `strength` is not a number in [0, 1].
 
     Example:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
-      >>> features, kernel = 9 * jnp.eye(3), jnp.eye(3)
+      >>> features, kernel = jnp.array([[2.0, 1.7], [1.0, 2.0]]), jnp.eye(2)
       >>> loss, seen = lsm.lsoftmax_loss_and_statistics(
-      ...     features, kernel, jnp.array([0, 1, 2]), margin=2, lam=lsm.self_paced())
-      >>> round(float(seen.lam), 2)
-      1.0
+      ...     features, kernel, jnp.array([0, 0]), margin=2, lam=lsm.self_paced())
+      >>> [round(float(lam), 2) for lam in seen.lam]
+      [9.51, inf]
     """
-    fraction = _checks.check_fraction("fraction", fraction)
-    power = _checks.check_real("power", power, 0, math.inf)
-    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
-    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"axis_name must be a name, names or None, got {axis_name!r}")
-    return SelfPaced(fraction, power, tuple(names))
+    return SelfPaced(strength)

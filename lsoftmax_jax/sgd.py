@@ -1,27 +1,32 @@
 """A step of the head with its SGD update inside, so that the kernel's gradient never exists."""
 
-from typing import Any, NamedTuple
+import functools
+import math
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._fused import Statistics, logit_gradient, loss_of, paced_target, statistics_of
-from lsoftmax_jax._pace import SelfPaced
-from lsoftmax_jax._plans import Pieces, block_gradients, summarise, zeros_like_rows
-from lsoftmax_jax._tiles import as_stored
-from lsoftmax_jax.logits import (
-    Columns,
-    columns_of,
-    finished_columns,
-    finished_features,
+from lsoftmax_jax._core import run, shards
+from lsoftmax_jax._core.blocks import (
+    block_gradients,
+    columns_with_norms,
+    features_with_norms,
     label_sums,
-    label_terms,
-    rows_of,
 )
-from lsoftmax_jax.loss import Call
+from lsoftmax_jax._core.placement import anywhere, resharded, zeros_like_rows
+from lsoftmax_jax._core.run import Statistics
+from lsoftmax_jax._core.spec import Arrays, ClassParallel, Pieces, Plan, Spec, pieces_of, prepare
+from lsoftmax_jax._core.target import Columns
+from lsoftmax_jax._core.tiles import as_stored
 from lsoftmax_jax.margins import Margin
+from lsoftmax_jax.schedule import SelfPaced
+
+# Classes at a time unless a plan says otherwise: a wider block only costs memory.
+_CLASSES = 4096
 
 
 class SgdStep(NamedTuple):
@@ -55,10 +60,10 @@ def lsoftmax_sgd(
     learning_rate: ArrayLike,
     decay: ArrayLike = 0.9,
     weight_decay: ArrayLike = 0.0,
-    scale: float | None = None,
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
-    class_block: int = 4096,
+    plan: Plan | None = None,
+    layout: ClassParallel | None = None,
 ) -> SgdStep:
     r"""Loss, gradient of the features, and the kernel after one step of SGD with momentum.
 
@@ -67,9 +72,9 @@ def lsoftmax_sgd(
         \qquad L = \sum_i s_i \ell_i
 
     This is the update of `optax.chain(optax.add_decayed_weights(ω), optax.sgd(η, momentum=μ))`. The
-    kernel's gradient is computed and used `class_block` classes at a time. Besides its arguments a
-    step needs about 8 batch x class_block bytes, and no gradient of D x classes numbers. Donate
-    `kernel` and `momentum` to the jitted step to update them in place.
+    kernel's gradient is computed and used some classes at a time. Besides its arguments a step
+    needs about 8 batch x block bytes, and no gradient of D x classes numbers. Donate `kernel` and
+    `momentum` to the jitted step to update them in place.
 
     Do not differentiate it: chain `dfeatures` into the rest of the model by `jax.vjp`.
 
@@ -84,8 +89,10 @@ def lsoftmax_sgd(
       learning_rate: η >= 0, may be traced.
       decay: μ in [0, 1], the momentum's decay, may be traced.
       weight_decay: ω >= 0, may be traced.
-      lam, scale, where, label_smoothing: as in `lsoftmax_jax.lsoftmax_loss`.
-      class_block: classes at a time.
+      lam, where, label_smoothing, layout: as in `lsoftmax_jax.lsoftmax_loss`. With a layout the
+        momentum is split as the kernel, and the columns that only fill it up are decayed alone.
+      plan: its `class_block` says how many classes at a time, by default 4096 or what its
+        `memory_budget` allows.
 
     Returns:
       `SgdStep`; kernel and momentum in their own dtypes, the update computed in float32 or better.
@@ -102,63 +109,145 @@ def lsoftmax_sgd(
       >>> step.loss.round(3).item(), step.dfeatures.shape, step.kernel.shape
       (1.473..., (2, 3), (3, 3))
     """
-    call = Call.checked(features, kernel, labels, margin, lam, scale, where, label_smoothing)
-    weights = _checks.check_weights(weights, call.operands.batch_shape, call.lam.dtype)
-    weights = call.mask(weights).reshape(call.operands.labels.shape)
-    kernel = jnp.asarray(kernel)
+    spec, arrays = prepare(
+        features,
+        kernel,
+        labels,
+        margin=margin,
+        lam=lam,
+        where=where,
+        weights=weights,
+        label_smoothing=label_smoothing,
+        layout=layout,
+    )
+    spec = spec._replace(pieces=_pieces(plan, spec, arrays))
     momentum = _checks.as_array("momentum", momentum, "an array like kernel")
-    if momentum.shape != kernel.shape:
+    if momentum.shape != arrays.kernel.shape:
         raise ValueError(
-            f"momentum must have the kernel's shape {kernel.shape}, got {momentum.shape}"
+            f"momentum must have the kernel's shape {arrays.kernel.shape}, got {momentum.shape}"
         )
-    if not jnp.issubdtype(momentum.dtype, jnp.floating):
-        raise TypeError(f"momentum must be floating point, got dtype {momentum.dtype}")
-    block = min(_checks.check_size("class_block", class_block), kernel.shape[1])
-    pieces = Pieces(class_block=block, keep_exponentials=False)
-    eta = _checks.check_scalar("learning_rate", learning_rate, call.lam.dtype)
-    mu = _checks.check_scalar("decay", decay, call.lam.dtype, most=1)
-    omega = _checks.check_scalar("weight_decay", weight_decay, call.lam.dtype)
+    _checks.check_floating("momentum", momentum)
+    rates = Rates(
+        _checks.check_scalar("learning_rate", learning_rate),
+        _checks.check_scalar("decay", decay, most=1),
+        _checks.check_scalar("weight_decay", weight_decay),
+    )
+    return _step(spec, arrays, momentum, rates)
 
-    features, operand, labels, batch_shape = call.operands
-    head = call.setting.head
-    rows, columns = rows_of(head, features, labels), columns_of(head, operand)
-    others, _ = summarise(call.setting, pieces, rows, columns)
-    t, lam = paced_target(call.setting, label_terms(head, rows, operand), others, call.lam, weights)
-    gradient = logit_gradient(call.setting, t, others, weights, features.dtype)
-    sums = label_sums(gradient.target.along_column, labels, kernel.shape[1])
+
+class Rates(NamedTuple):
+    """The scalars of the update."""
+
+    learning_rate: Any
+    decay: Any
+    weight_decay: Any
+
+
+def _pieces(plan: Plan | None, spec: Spec, arrays: Arrays) -> Pieces:
+    if isinstance(plan, Plan) and (plan.row_block is not None or plan.keep_exponentials):
+        raise ValueError(f"plan must be one of class blocks without kept exponentials, got {plan}")
+    columns, rows = arrays.kernel.shape[1], math.prod(arrays.labels.shape)
+    if spec.layout is not None:
+        columns //= spec.layout.shards
+    if not isinstance(rows, int):
+        rows = 1
+    chosen = pieces_of(plan, rows, columns, spec.dtype, one_pass=False)
+    if isinstance(plan, Plan) and plan.class_block is not None:
+        return chosen._replace(keep_exponentials=False)
+    # The budget may allow one piece of all classes.
+    budget = (Plan() if plan is None else plan).memory_budget
+    affordable = budget // (2 * max(spec.dtype.itemsize, 4) * max(rows, 1)) // 128 * 128
+    block = min(max(min(affordable, _CLASSES), 512), columns)
+    return Pieces(class_block=block, keep_exponentials=False)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _step(spec: Spec, arrays: Arrays, momentum: jax.Array, rates: Rates) -> SgdStep:
+    layout = spec.layout
+
+    def core(operands: tuple[Any, ...]) -> SgdStep:
+        _, kernel, arrays, momentum, rates = operands
+        dtype = _checks.at_least_f32(spec.dtype)
+        weights = run.weights_of(spec, arrays)
+        arrays = run.cleaned(spec, arrays._replace(weights=weights))
+        rates = Rates(
+            _checks.in_range(rates.learning_rate, dtype),
+            _checks.in_range(rates.decay, dtype, most=1),
+            _checks.in_range(rates.weight_decay, dtype),
+        )
+        local = functools.partial(_local, spec)
+        in_specs, out_specs = None, None
+        if layout is not None:
+            rows, columns = layout.rows, layout.columns
+            in_specs = shards.splits(layout), columns, columns, P()
+            seen = jax.tree.map(lambda _: rows, run.OF_ROWS)
+            out_specs = SgdStep(*cast(Any, (P(), rows, columns, columns, seen)))
+        on_devices = shards.on_devices(layout, local, in_specs, out_specs)
+        return on_devices(arrays, kernel, momentum, rates)
+
+    if layout is not None:
+        momentum = resharded(momentum, layout.mesh, layout.columns)
+        arrays = run.placed(spec, arrays)
+        return core((arrays.features, arrays.kernel, arrays, momentum, rates))
+    out_like = SgdStep(*cast(Any, ("scalar", "features", "kernel", "kernel", run.OF_ROWS)))
+    return anywhere(core, out_like, (arrays.features, arrays.kernel, arrays, momentum, rates))
+
+
+def _local(
+    spec: Spec, arrays: Arrays, kernel: jax.Array, momentum: jax.Array, rates: Rates
+) -> SgdStep:
+    """The step of one device.
+
+    Args:
+      arrays: with the kernel in the dtype of the products.
+      kernel: as it is stored.
+    """
+    layout, shape, block = spec.layout, arrays.labels.shape, spec.pieces.class_block
+    assert block is not None
+    arrays = shards.all_rows(layout, run.flat(arrays))
+    weights, factor = run.fit_for_products(spec.dtype, arrays.weights)
+    found = run.forward(spec, arrays)
+    gradient = run.row_gradient(spec, arrays, found, weights)
+    rows, columns = found.rows, found.columns
+    sums = label_sums(gradient.target.along_column, rows.labels, kernel.shape[1])
+    eta, mu, omega = rates
 
     def update(start: Any, width: int, carry: Any) -> Any:
-        # Reads from the carry, and in this order, or XLA copies kernel and momentum in the loop:
-        # features' gradient, momentum, kernel.
+        # XLA copies kernel and momentum in the loop unless they are read from the carry and
+        # written in this order: features' gradient, momentum, kernel (test_plans_hlo).
         dfeatures, kernel, momentum = carry
         kernel, momentum = as_stored(kernel), as_stored(momentum)
         own = _block(kernel, start, width)
-        inverse = columns.inverse_norm
-        if inverse is not None:
-            inverse = jax.lax.dynamic_slice_in_dim(inverse, start, width)
-        columns_here = Columns(own.astype(features.dtype), None, inverse)
-        shifted = rows._replace(labels=labels - start)
-        change, dkernel = block_gradients(shifted, columns_here, gradient, None)
+        offset, inverse = (
+            None if array is None else jax.lax.dynamic_slice_in_dim(array, start, width)
+            for array in (columns.offset, columns.inverse_norm)
+        )
+        here = Columns(own.astype(spec.dtype), offset, inverse)
+        shifted = rows._replace(labels=rows.labels - start)
+        change, dkernel = block_gradients(shifted, here, gradient, None)
         along = jax.lax.dynamic_slice_in_dim(sums, start, width)
-        dkernel = finished_columns(columns_here._replace(kernel=own), along, dkernel)
+        dkernel = columns_with_norms(here._replace(kernel=own), along, dkernel)
+        dkernel = shards.over_data(layout, run.times(factor, dkernel))
         dkernel = dkernel + omega * own.astype(omega.dtype)
         velocity = mu * _block(momentum, start, width).astype(mu.dtype) + dkernel
-        # The barrier keeps XLA of JAX 0.12 from copying kernel and momentum for the tail.
+        # Without the barrier XLA of JAX 0.12 copies kernel and momentum for the tail.
         momentum = jax.lax.optimization_barrier(_with_block(momentum, velocity, start))
         velocity = _block(momentum, start, width).astype(eta.dtype)
         changed = _block(kernel, start, width).astype(eta.dtype) - eta * velocity
         return dfeatures + change, _with_block(kernel, changed, start), momentum
 
-    carry = zeros_like_rows(features.shape, gradient.softmax), kernel, momentum
+    carry = zeros_like_rows(rows.features.shape, gradient.softmax), kernel, momentum
     count = kernel.shape[1] // block
     carry = jax.lax.fori_loop(0, count, lambda j, carry: update(j * block, block, carry), carry)
     if tail := kernel.shape[1] - count * block:
         carry = update(count * block, tail, carry)
     dfeatures, kernel, momentum = carry
-    dfeatures = finished_features(rows, gradient.target, dfeatures)
-    dfeatures = dfeatures.astype(features.dtype).reshape(*batch_shape, features.shape[1])
-    seen = call.unflattened(statistics_of(t, others, lam))
-    loss = jnp.sum(weights * loss_of(call.setting, t, others))
+    dfeatures = features_with_norms(rows, gradient.target, dfeatures)
+    dfeatures = shards.sum_of_features(layout, run.times(factor, dfeatures)).astype(spec.dtype)
+    loss = shards.over_data(layout, jnp.sum(arrays.weights * found.loss))
+    seen = shards.own_rows(layout, run.statistics_of(found))
+    seen = jax.tree.map(lambda array: array.reshape(shape), seen)
+    dfeatures = dfeatures.reshape(*shape, dfeatures.shape[-1])
     return SgdStep(loss, dfeatures, kernel, momentum, seen)
 
 

@@ -13,7 +13,6 @@ step, so a restored state continues exactly. Batch normalisation spans the globa
 path: on a mesh because the step is written for the whole batch, under pmap by ``axis_name``.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
@@ -25,7 +24,7 @@ import optax
 from flax import nnx
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._pace import SelfPaced
+from lsoftmax_jax.schedule import SelfPaced
 
 Schedule = Callable[[jax.Array], jax.Array]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -208,10 +207,7 @@ def train_step(
     _check_graphdef(graphdef)
     _check_optimizer(optimizer)
     _check_loss(loss)
-    if isinstance(lam, SelfPaced):
-        names = lam.axis_name if axis_name is None else (*lam.axis_name, axis_name)
-        lam = dataclasses.replace(lam, axis_name=names)
-    elif not callable(lam):
+    if not isinstance(lam, SelfPaced) and not callable(lam):
         raise TypeError(f"lam must be a schedule step -> λ or self_paced(), got {lam!r}")
 
     def total(tree: Any) -> Any:
@@ -223,7 +219,7 @@ def train_step(
         if isinstance(lam, SelfPaced):
             given: jax.Array | SelfPaced = lam
         else:
-            given = _checks.check_scalar("lam", lam(state.step), jnp.result_type(float))
+            given = _checks.check_scalar("lam", lam(state.step))
         where = _checks.check_mask(where, np.shape(labels))
         count = total(jnp.float32(len(images)) if where is None else jnp.sum(where, dtype=float))
 
@@ -376,7 +372,7 @@ def _sums(
     if loss is None:
         losses, seen = head.loss_and_statistics(features, labels, lam, where=where)
         correct, cosine = seen.plain_logit > seen.max_logit, seen.target_cosine
-        used = seen.lam.astype(jnp.float32)
+        used = jnp.mean(1 / (1 + seen.lam)).astype(jnp.float32)
     else:
         used = jnp.float32(jnp.inf)
         logits = head(features)

@@ -1,7 +1,9 @@
 """Every way to call the library wrongly that came to mind: one error, which names the argument."""
 
+import dataclasses
 import inspect
 import re
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -22,6 +24,27 @@ NAN = float("nan")
 F = np.ones((B, D), np.float32)
 K = np.ones((D, C), np.float32)
 L = np.zeros(B, np.int32)
+
+
+class NoScale:
+    """A margin as it was before the scale moved into it."""
+
+    def value_and_slope(self, cosine):
+        return cosine, jnp.ones_like(cosine)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(NoScale):
+    """A margin of one's own that gives something wrong."""
+
+    wrong: Callable
+    scale: float | None = None
+    unit_columns: bool = False
+
+    def value_and_slope(self, cosine):
+        return self.wrong(cosine)
+
+
 MESH = jax.make_mesh((1,), ("model",), devices=jax.devices()[:1])
 LAYOUT = lsm.ClassParallel("model", mesh=MESH)
 GOOD = {"features": F, "kernel": K, "labels": L, "margin": 4, "lam": 1.0}
@@ -57,9 +80,10 @@ LOSSES = {
     "loss": lsm.lsoftmax_loss,
     "statistics": lsm.lsoftmax_loss_and_statistics,
     "sum": lsm.lsoftmax_loss_sum,
-    "sharded": partial(lsm.sharded.lsoftmax_loss, layout=LAYOUT),
-    "sharded sum": partial(lsm.sharded.lsoftmax_loss_sum, layout=LAYOUT),
+    "sharded": partial(lsm.lsoftmax_loss, layout=LAYOUT),
+    "sharded sum": partial(lsm.lsoftmax_loss_sum, layout=LAYOUT),
     "sgd": partial(lsm.lsoftmax_sgd, momentum=ZEROS, learning_rate=0.1),
+    "sharded sgd": partial(lsm.lsoftmax_sgd, momentum=ZEROS, learning_rate=0.1, layout=LAYOUT),
     "sampled": sampled_loss,
     "nnx": nnx_head,
     "linen": linen_head,
@@ -101,8 +125,18 @@ SHARED = [
     ("where", "all", "where must be"),
     ("label_smoothing", 1.5, "label_smoothing must be"),
     ("label_smoothing", "0.1", "label_smoothing must be"),
-    ("scale", 0.0, "scale must be"),
-    ("scale", NAN, "scale must be"),
+    ("features", np.ma.masked_array(F, F > 0), "features .*masked array"),
+    ("features", F.astype("float8_e4m3fn"), "features .*16 bits"),
+    ("labels", np.ma.masked_array(L, L == 0), "labels .*masked array"),
+    ("labels", L.astype("m8[s]"), "labels must be integers, got dtype timedelta"),
+    ("margin", NoScale(), "margin must have the attribute scale"),
+    ("margin", Own(wrong=lambda c: (c[..., None], c)), "margin must give a value of shape"),
+    ("margin", Own(wrong=lambda c: (c, jnp.ones(1))), "margin must give a slope of shape"),
+    ("margin", Own(wrong=lambda c: (c, 1.0)), "margin must give a slope"),
+    ("margin", Own(wrong=lambda c: (c.astype("bfloat16"), c)), "margin must give a value .*dtype"),
+    ("margin", Own(wrong=lambda c: None), r"margin must give \(value, slope\)"),
+    ("margin", Own(wrong=lambda c: {"value": c}), r"margin must give \(value, slope\)"),
+    ("margin", Own(wrong=lambda c: (-c, -jnp.ones_like(c))), "margin must not fall"),
     ("plan", {"row_block": 4}, "plan must be"),
     ("kernel", None, "kernel must be"),
     ("kernel", np.ones((D, 0), np.float32), "kernel must have shape"),
@@ -111,10 +145,9 @@ SHARED = [
 # What some of them do not take at all, or take elsewhere.
 ELSEWHERE = {
     "logits": {"where", "label_smoothing", "plan", "labels"},
-    "sgd": {"plan"},
-    "sampled": {"label_smoothing", "labels"},
-    "nnx": {"kernel", "scale"},
-    "linen": {"kernel", "scale"},
+    "sampled": {"labels"},
+    "nnx": {"kernel"},
+    "linen": {"kernel"},
 }
 
 
@@ -152,12 +185,30 @@ def sgd(**keywords):
     return lsm.lsoftmax_sgd(**{**GOOD, "momentum": ZEROS, "learning_rate": 0.1, **keywords})
 
 
-def sample(key=None, labels=L, classes=C, negatives=2):
-    return lsm.sample_classes(jax.random.key(0) if key is None else key, labels, classes, negatives)
+def sample(key=None, labels=L, classes=C, negatives=2, **keywords):
+    key = jax.random.key(0) if key is None else key
+    return lsm.sample_classes(key, labels, classes, negatives, **keywords)
 
 
 def sharded(**keywords):
-    return lsm.sharded.lsoftmax_loss(**{**GOOD, "layout": LAYOUT, **keywords})
+    return lsm.lsoftmax_loss(**{**GOOD, "layout": LAYOUT, **keywords})
+
+
+def seven_columns_in_a_head_of_five():
+    head = LSoftmaxDense(D, C, rngs=nnx.Rngs(0))
+    head.kernel.set_value(jnp.ones((D, 7)))
+    head.loss(F, L)
+
+
+def huge_head():
+    kernel = jnp.zeros((1, 2**31), jnp.bfloat16)
+    return lsm.lsoftmax_loss(F[:, :1], kernel, L, margin=2, lam=1.0)
+
+
+def deleted():
+    gone = jnp.asarray(F)
+    gone.delete()
+    lsm.lsoftmax_loss(gone, K, L, margin=2, lam=1.0)
 
 
 FOUR = AbstractMesh((4,), ("model",))
@@ -168,7 +219,7 @@ OTHERS = [
     ("cos_theta must be", lambda: lsm.psi("x", 2)),
     ("cos_theta must be floating point", lambda: lsm.psi(np.ones(2, np.int32), 2)),
     ("margin must be", lambda: lsm.psi(np.float32(0.5), 2.5)),
-    ("margin must be", lambda: lsm.psi(np.float32(0.5), margins.ArcFace(0.5))),
+    ("margin must be", lambda: lsm.psi(np.float32(0.5), margins.ArcFace(0.5, scale=8.0))),
     ("learning_rate must be", lambda: sgd(learning_rate=True)),
     ("learning_rate must be", lambda: sgd(learning_rate=NAN)),
     ("learning_rate must be", lambda: sgd(learning_rate=-1)),
@@ -189,8 +240,9 @@ OTHERS = [
     ("momentum must have the kernel's shape", lambda: sgd(momentum=0.9)),
     ("momentum must have the kernel's shape", lambda: sgd(momentum=ZEROS[:, :1])),
     ("momentum must be floating point", lambda: sgd(momentum=ZEROS.astype(int))),
-    ("class_block must be", lambda: sgd(class_block=0)),
-    ("class_block must be", lambda: sgd(class_block=2.0)),
+    ("class_block must be", lambda: sgd(plan=lsm.Plan(class_block=0))),
+    ("plan must be one of class blocks", lambda: sgd(plan=lsm.Plan(row_block=2))),
+    ("layout must be", lambda: sgd(layout="model")),
     ("weights must", lambda: sgd(weights=np.ones(B, np.int32))),
     ("weights must", lambda: lsm.lsoftmax_loss_sum(**GOOD, weights="mean")),
     ("weights must", lambda: lsm.lsoftmax_loss_sum(**GOOD, weights=np.float32(1))),
@@ -221,27 +273,39 @@ OTHERS = [
     ("start must be", lambda: lsm.margin_schedule(10, start=-0.1)),
     ("start must be below end", lambda: lsm.margin_schedule(10, start=0.7, end=0.7)),
     ("end must be", lambda: lsm.margin_schedule(10, end=70)),
-    ("fraction must be", lambda: lsm.self_paced(fraction=2)),
-    ("fraction must be", lambda: lsm.self_paced(fraction=None)),
-    ("power must be", lambda: lsm.self_paced(power=-1)),
-    ("power must be", lambda: lsm.self_paced(power="4")),
-    ("axis_name must be", lambda: lsm.self_paced(axis_name=3)),
-    ("axis_name must be", lambda: lsm.self_paced(axis_name=("data", 3))),
+    ("strength must be", lambda: lsm.self_paced(2)),
+    ("strength must be", lambda: lsm.self_paced(None)),
+    ("strength must be", lambda: lsm.SelfPaced(7.0)),
+    ("base must be", lambda: lsm.annealed_lambda(1e39, 0.1, 1)),
+    ("step must be", lambda: lsm.margin_schedule(10)(NAN)),
+    ("step must be", lambda: lsm.margin_schedule(10)(True)),
+    ("step must be", lambda: lsm.margin_schedule(10)(1.5)),
+    ("step must be", lambda: lsm.annealed_lambda(1000, 0.1, 1)(1j)),
+    ("step must be", lambda: lsm.annealed_lambda(1000, 0.1, 1)(-1)),
     ("step must be", lambda: lsm.margin_schedule(10)(None)),
     ("step must be", lambda: lsm.annealed_lambda(1000, 0.1, 1)("3")),
     # margins
-    ("margin must be", lambda: margins.ArcFace(-0.5)),
-    ("margin must be", lambda: margins.ArcFace(28.6)),  # degrees
-    ("margin must be", lambda: margins.ArcFace("0.5")),
-    ("margin must be", lambda: margins.ArcFace(NAN)),
-    ("margin must be", lambda: margins.CosFace(-0.35)),
-    ("margin must be", lambda: margins.CosFace(None)),
+    ("margin must be", lambda: margins.ArcFace(-0.5, scale=8.0)),
+    ("margin must be", lambda: margins.ArcFace(28.6, scale=8.0)),  # degrees
+    ("margin must be", lambda: margins.ArcFace("0.5", scale=8.0)),
+    ("margin must be", lambda: margins.ArcFace(NAN, scale=8.0)),
+    ("margin must be", lambda: margins.CosFace(-0.35, scale=8.0)),
+    ("margin must be", lambda: margins.CosFace(None, scale=8.0)),
     ("margin must be", lambda: margins.SphereFace(0)),
     ("margin must be", lambda: margins.SphereFace(2.5)),
-    ("m1 must be", lambda: margins.Combined(0.5, 0.0, 0.0)),
-    ("m2 must be", lambda: margins.Combined(1.0, -1.0, 0.0)),
-    ("m3 must be", lambda: margins.Combined(1.0, 0.0, True)),
-    ("scale must be given", lambda: lsm.lsoftmax_loss(**{**GOOD, "margin": margins.ArcFace(0.5)})),
+    ("m1 must be", lambda: margins.Combined(0.5, 0.0, 0.0, scale=8.0)),
+    ("m2 must be", lambda: margins.Combined(1.0, -1.0, 0.0, scale=8.0)),
+    ("m3 must be", lambda: margins.Combined(1.0, 0.0, True, scale=8.0)),
+    ("scale", lambda: margins.ArcFace(0.5)),
+    ("scale must be", lambda: margins.CosFace(0.35, scale=1e39)),
+    ("scale must be", lambda: margins.NormFace(scale=0.0)),
+    ("scale must be", lambda: margins.SphereFace(4, scale=NAN)),
+    ("margin must be", lambda: margins.CosFace(1e39, scale=8.0)),
+    ("margin must be at most 4096", lambda: margins.LSoftmax(10**9)),
+    ("margin must be at most 4096", lambda: lsm.psi(np.float32(0.5), 10**9)),
+    ("easy must be True or False", lambda: margins.ArcFace(scale=8.0, easy="no")),
+    ("detach must be True or False", lambda: margins.ArcFace(scale=8.0, detach=1)),
+    ("corrected must be True or False", lambda: sample(corrected=None)),
     # a sample of the classes
     ("key must be", lambda: sample(key=0)),
     ("key must be", lambda: sample(key="0")),
@@ -275,7 +339,6 @@ OTHERS = [
         ),
     ),
     # a mesh
-    ("layout must be", lambda: sharded(layout=None)),
     ("layout must be", lambda: sharded(layout="model")),
     ("mesh must be", lambda: sharded(layout=lsm.ClassParallel("model"))),
     ("mesh must be", lambda: sharded(layout=lsm.ClassParallel("model", mesh="here"))),
@@ -289,27 +352,36 @@ OTHERS = [
     ("classes must be", lambda: lsm.ClassParallel("model", classes="5")),
     ("classes must be", lambda: sharded(layout=lsm.ClassParallel("model", mesh=MESH, classes=9))),
     ("kernel must have", lambda: sharded(layout=lsm.ClassParallel("model", mesh=FOUR))),
-    ("features must have shape", lambda: sharded(features=np.ones((2, B, D), np.float32))),
-    ("classes must be", lambda: lsm.sharded.padded_columns(0, LAYOUT)),
-    ("layout must be", lambda: lsm.sharded.padded_columns(5, None)),
+    ("classes must be", lambda: LAYOUT.columns(0)),
+    ("batch_axes must name each axis once", lambda: lsm.ClassParallel("model", ("a", "a"))),
     # heads
     ("in_features must be", lambda: LSoftmaxDense(0, C, rngs=nnx.Rngs(0))),
     ("in_features must be", lambda: LSoftmaxDense(3.0, C, rngs=nnx.Rngs(0))),
     ("classes must be", lambda: LSoftmaxDense(D, -1, rngs=nnx.Rngs(0))),
     ("classes must be", lambda: LSoftmaxDense(D, None, rngs=nnx.Rngs(0))),
     ("margin must be", lambda: LSoftmaxDense(D, C, margin=0, rngs=nnx.Rngs(0))),
-    ("scale must be", lambda: LSoftmaxDense(D, C, scale=-1.0, rngs=nnx.Rngs(0))),
+    ("lam must be", lambda: LSoftmaxDense(D, C, lam=-1.0, rngs=nnx.Rngs(0))),
+    ("lam must be", lambda: LSoftmaxDense(D, C, lam=SCHEDULE, rngs=nnx.Rngs(0))),
+    ("lam must be", lambda: LinenHead(C, lam="5").init(jax.random.key(0), F)),
+    ("kernel of the head must have shape", seven_columns_in_a_head_of_five),
+    ("variables must hold the parameter 'kernel'", lambda: LinenHead(C).apply({}, F)),
     (
-        "scale must be given",
-        lambda: LSoftmaxDense(D, C, margin=margins.ArcFace(), rngs=nnx.Rngs(0)),
+        "kernel of the head must have shape",
+        lambda: LinenHead(C).apply({"params": {"kernel": np.ones((D, 7), np.float32)}}, F),
     ),
+    (
+        "variables must hold the parameter 'kernel'",
+        lambda: LinenHead(C).apply({"params": {"weight": K}}, F),
+    ),
+    ("fewer than 2|at most", lambda: LSoftmaxDense(D, 2**31, rngs=nnx.Rngs(0))),
+    ("fewer than 2", lambda: jax.eval_shape(huge_head)),
+    ("donated or deleted", deleted),
     ("layout must be", lambda: LSoftmaxDense(D, C, layout="model", rngs=nnx.Rngs(0))),
     ("rngs must be", lambda: LSoftmaxDense(D, C, rngs=0)),
     ("dtype must be", lambda: LSoftmaxDense(D, C, dtype="floaty", rngs=nnx.Rngs(0))),
     ("dtype must be", lambda: LSoftmaxDense(D, C, dtype=int, rngs=nnx.Rngs(0))),
     ("param_dtype must be", lambda: LSoftmaxDense(D, C, param_dtype=int, rngs=nnx.Rngs(0))),
-    ("labels and lam", lambda: LSoftmaxDense(D, C, rngs=nnx.Rngs(0))(F, L)),
-    ("labels and lam", lambda: LSoftmaxDense(D, C, rngs=nnx.Rngs(0))(F, lam=1.0)),
+    ("labels must be given with lam", lambda: LSoftmaxDense(D, C, rngs=nnx.Rngs(0))(F, lam=1.0)),
     ("features must", lambda: LSoftmaxDense(D, C, rngs=nnx.Rngs(0))(None)),
     (
         "features .* agree",
@@ -406,9 +478,9 @@ def test_bad_call_is_named(message, call):
     assert_named(call, message)
 
 
-MODULES = devices, interop, margins, sampled, training, lsm.sharded
+MODULES = devices, interop, margins, sampled, training
 # Operands, and what a call of one argument is about.
-BY_PLACE = {"weights", "minimum", "devices"}
+BY_PLACE = {"weights", "minimum", "devices", "strength"}
 
 
 def test_what_has_a_default_must_be_named():

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 import lsoftmax_jax as lsm
 from lsoftmax_jax import interop
 from lsoftmax_jax.linen import LSoftmaxDense as LinenHead
-from lsoftmax_jax.margins import ArcFace, CosFace, SphereFace
+from lsoftmax_jax.margins import ArcFace, CosFace, LSoftmax, SphereFace
 from lsoftmax_jax.nnx import LSoftmaxDense
 from tests import oracle
 
@@ -130,17 +130,17 @@ def test_other_mistakes_are_named():
 
 def test_metric_learning_settings():
     """Degrees, and scales that belong elsewhere; test_peers.py compares the losses."""
-    kernel, margin, scale = interop.from_metric_learning("ArcFaceLoss", KERNEL, margin=90, scale=64)
-    assert margin == ArcFace(np.pi / 2) and (type(scale), scale) == (float, 64.0)
+    kernel, margin = interop.from_metric_learning("ArcFaceLoss", KERNEL, margin=90, scale=64)
+    assert margin == ArcFace(np.pi / 2, scale=64.0)
     np.testing.assert_array_equal(kernel, KERNEL)
     got = interop.from_metric_learning("CosFaceLoss", KERNEL, margin=0.35, scale=30)[1:]
-    assert got == (CosFace(0.35), 30.0)
+    assert got == (CosFace(0.35, scale=30.0),)
     got = interop.from_metric_learning("SphereFaceLoss", KERNEL, margin=4, scale=1)[1:]
-    assert got == (SphereFace(4), None)
-    kernel, margin, scale = interop.from_metric_learning(
+    assert got == (SphereFace(4),)
+    kernel, margin = interop.from_metric_learning(
         "LargeMarginSoftmaxLoss", KERNEL.astype("f4"), margin=3, scale=2.0
     )
-    assert (margin, scale, kernel.dtype) == (3, None, np.float32)
+    assert (margin, kernel.dtype) == (LSoftmax(3), np.float32)
     np.testing.assert_array_equal(kernel, 2 * KERNEL.astype("f4"))
 
 
@@ -157,11 +157,11 @@ def combined_margin_loss(cosines, labels, s, m1, m2, m3):
 @pytest.mark.parametrize("m", [(1.0, 0.3, 0.0), (1.0, 0.0, 0.4), (7.0, 0.5, 0.2)])
 def test_insightface_settings(x64, m):
     settings = dict(zip(("m1", "m2", "m3"), m, strict=True), s=16.0)
-    kernel, margin, scale = interop.from_insightface(ROWS, **settings)
+    kernel, margin = interop.from_insightface(ROWS, **settings)
     cosines = oracle.unit(FEATURES, 1)[0] @ oracle.unit(KERNEL, 0)[0]
     theta = np.arccos(cosines[np.arange(12), LABELS])
     kept = theta + 0.3 < np.pi
-    logits = lsm.lsoftmax_logits(FEATURES, kernel, LABELS, margin=margin, scale=scale, lam=0.0)
+    logits = lsm.lsoftmax_logits(FEATURES, kernel, LABELS, margin=margin, lam=0.0)
     wanted = combined_margin_loss(cosines, LABELS, **settings)
     assert kept.sum() > 8
     np.testing.assert_allclose(logits[kept], wanted[kept], rtol=1e-10, atol=1e-10)
@@ -172,7 +172,7 @@ def test_settings_that_have_no_counterpart_are_refused():
     for loss, margin, scale, name in (
         ("SubCenterArcFaceLoss", 28.6, 64, "loss must be ArcFaceLoss, .*'SubCenterArcFaceLoss'"),
         ("ArcFaceLoss", 180, 64, r"margin must be in \[0, 180\)"),
-        ("ArcFaceLoss", 28.6, None, "scale"),
+        ("ArcFaceLoss", 0.5, 64, r"margin must be in degrees.*got 0.5: for radians"),
         ("CosFaceLoss", 0.35, 0, "scale"),
         ("SphereFaceLoss", 4, 2, "scale must be 1 with SphereFaceLoss, got 2"),
         ("SphereFaceLoss", 0, 1, "margin"),
@@ -182,6 +182,11 @@ def test_settings_that_have_no_counterpart_are_refused():
             columns(loss, margin=margin, scale=scale)
     with pytest.raises(TypeError, match="margin"):
         columns("ArcFaceLoss", margin="28.6", scale=64)
+    with pytest.raises(TypeError, match="scale"):
+        columns("ArcFaceLoss", margin=28.6, scale=None)
+    half = KERNEL.astype("f2")
+    with pytest.raises(ValueError, match="scale must keep the kernel within float16"):
+        interop.from_metric_learning("LargeMarginSoftmaxLoss", half, margin=2, scale=1e6)
     usual = {"s": 64, "m1": 1.0, "m2": 0.5, "m3": 0.0}
     for change, name in (
         ({"m1": 1.35}, r"m1 must be 1 .*Combined\(m1, m2, m3\)"),

@@ -30,7 +30,7 @@ def linen_loss(labels):
 def sharded_loss(labels):
     mesh = jax.make_mesh((1,), ("model",), devices=jax.devices()[:1])
     layout = lsm.ClassParallel("model", mesh=mesh)
-    return lsm.sharded.lsoftmax_loss(FEATURES, KERNEL, labels, layout=layout, **ARGUMENTS)
+    return lsm.lsoftmax_loss(FEATURES, KERNEL, labels, layout=layout, **ARGUMENTS)
 
 
 def sampled_loss(labels):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lsoftmax_jax as lsm
-from lsoftmax_jax._plans import Pieces, pieces_of
+from lsoftmax_jax._core.spec import Pieces, pieces_of
 from tests import oracle
 from tests.answers import (
     MANY,
@@ -98,4 +98,4 @@ def test_statistics_of_the_other_plans(plan):
 def test_the_budget_chooses_the_plan(plan, summed, pieces):
     """For 1024 rows and 100,000 classes in float32, 410 MB of logits."""
     dtype = jnp.dtype(jnp.float32)
-    assert pieces_of(plan, 1024, 10**5, dtype, rows_cost_no_more=summed) == pieces
+    assert pieces_of(plan, 1024, 10**5, dtype, one_pass=summed) == pieces

@@ -14,10 +14,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lsoftmax_jax as lsm
-import oracle
-from experiments.benchmarks import hlo
 from lsoftmax_jax import linen, nnx
-from lsoftmax_jax.margins import ArcFace, Combined, CosFace, SphereFace
+from lsoftmax_jax.margins import ArcFace, Combined, CosFace, NormFace, SphereFace
+from tests import oracle
 
 SCALE = 12.0
 BATCH, DIM, CLASSES = 16, 6, 11
@@ -27,8 +26,11 @@ class Case(NamedTuple):
     """A margin and what the oracle calls it."""
 
     margin: Any
-    scale: float | None
     m: dict[str, Any]
+
+    @property
+    def scale(self):
+        return self.margin.scale
 
     def of_theta(self, theta):
         if isinstance(self.margin, SphereFace):
@@ -38,14 +40,14 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "ArcFace": Case(ArcFace(0.5), SCALE, {"m2": 0.5}),
-    "ArcFace, easy": Case(ArcFace(0.3, easy=True), SCALE, {"m2": 0.3, "easy": True}),
-    "ArcFace, wide": Case(ArcFace(2.0), SCALE, {"m2": 2.0}),
-    "CosFace": Case(CosFace(0.35), SCALE, {"m3": 0.35}),
-    "Combined": Case(Combined(1.2, 0.3, 0.2), SCALE, {"m1": 1.2, "m2": 0.3, "m3": 0.2}),
-    "Combined, m1 = 2": Case(Combined(2.0), SCALE, {"m1": 2.0}),
-    "SphereFace": Case(SphereFace(4), None, {}),
-    "SphereFace, scaled": Case(SphereFace(3), SCALE, {}),
+    "ArcFace": Case(ArcFace(0.5, scale=SCALE), {"m2": 0.5}),
+    "ArcFace, easy": Case(ArcFace(0.3, easy=True, scale=SCALE), {"m2": 0.3, "easy": True}),
+    "ArcFace, wide": Case(ArcFace(2.0, scale=SCALE), {"m2": 2.0}),
+    "CosFace": Case(CosFace(0.35, scale=SCALE), {"m3": 0.35}),
+    "Combined": Case(Combined(1.2, 0.3, 0.2, scale=SCALE), {"m1": 1.2, "m2": 0.3, "m3": 0.2}),
+    "Combined, m1 = 2": Case(Combined(2.0, scale=SCALE), {"m1": 2.0}),
+    "SphereFace": Case(SphereFace(4), {}),
+    "SphereFace, scaled": Case(SphereFace(3, scale=SCALE), {}),
 }
 ANGULAR = {name: case for name, case in CASES.items() if case.m}
 # One of each kind, where all would cost too much.
@@ -115,10 +117,10 @@ def test_the_value_increases_with_the_cosine_and_only_easy_jumps(x64, case):
 def test_the_slope_at_angle_zero_is_cut_off(x64, dtype):
     floor = np.sqrt(np.finfo(dtype).eps)
     ends = jnp.asarray([1.0, 1 - np.finfo(dtype).epsneg, -1.0], dtype)
-    value, slope = value_and_slope(ArcFace(0.5), ends)
+    value, slope = value_and_slope(ArcFace(0.5, scale=1.0), ends)
     np.testing.assert_allclose(value[0], np.cos(0.5), rtol=1e-6)
     assert np.all(np.asarray(slope[:2]) <= 1.01 * np.sin(0.5) / floor) and slope[2] == 1
-    _, slope = value_and_slope(Combined(m1=1.5), ends)
+    _, slope = value_and_slope(Combined(m1=1.5, scale=1.0), ends)
     np.testing.assert_allclose(slope, [1.5**2, 1.5**2, 1], rtol=1e-6)
 
 
@@ -132,9 +134,7 @@ def test_nan_stays_nan():
 
 def loss_and_gradients(case, features, kernel, labels, cotangent, lam, **keywords):
     def loss(features, kernel, lam):
-        return lsm.lsoftmax_loss(
-            features, kernel, labels, margin=case.margin, scale=case.scale, lam=lam, **keywords
-        )
+        return lsm.lsoftmax_loss(features, kernel, labels, margin=case.margin, lam=lam, **keywords)
 
     value, pull = jax.vjp(loss, features, kernel, lam)
     return value, pull(cotangent)
@@ -144,7 +144,7 @@ def sum_and_gradients(case, features, kernel, labels, weights, lam, **keywords):
     def total(features, kernel, lam):
         return lsm.lsoftmax_loss_sum(
             features, kernel, labels, weights,
-            margin=case.margin, scale=case.scale, lam=lam, **keywords,
+            margin=case.margin, lam=lam, **keywords,
         )  # fmt: skip
 
     return jax.value_and_grad(total, (0, 1, 2))(features, kernel, lam)
@@ -203,7 +203,7 @@ def test_lambda_from_zero_to_infinity_with_many_classes(x64, case):
 @every_case
 def test_logits(x64, case):
     problem = oracle.problem(5, BATCH, DIM, CLASSES)
-    keywords = {"margin": case.margin, "scale": case.scale, "lam": 0.4}
+    keywords = {"margin": case.margin, "lam": 0.4}
     logits = jax.jit(functools.partial(lsm.lsoftmax_logits, **keywords))
     wanted = oracle.angular(*problem, case.of_theta, case.scale, 0.4)[0]
     oracle.assert_close(logits(*oracle.as_arrays(problem, jnp.float64)), wanted, 1e-13)
@@ -257,7 +257,7 @@ def test_bfloat16_at_the_small_angles_of_a_trained_network(case, plan):
 def test_no_margin_is_normalised_softmax(x64):
     problem = oracle.problem(7, BATCH, DIM, CLASSES)
     *arguments, _ = given(problem)
-    norm_face = Case(1, SCALE, {})
+    norm_face = Case(NormFace(scale=SCALE), {})
     wanted = jax.jit(functools.partial(loss_and_gradients, norm_face))(*arguments, 0.0)
 
     def literal(features, kernel):
@@ -267,8 +267,13 @@ def test_no_margin_is_normalised_softmax(x64):
     value, bars = value_and_pullback(literal, *arguments[:2], arguments[3])
     oracle.assert_close(wanted[0], value, 1e-13)
     assert_all_close(wanted[1][:2], bars, 1e-12)
-    for margin in (ArcFace(0.0), CosFace(0.0), Combined(), SphereFace(1)):
-        got = jax.jit(functools.partial(loss_and_gradients, Case(margin, SCALE, {})))
+    for margin in (
+        ArcFace(0.0, scale=SCALE),
+        CosFace(0.0, scale=SCALE),
+        Combined(scale=SCALE),
+        SphereFace(1, scale=SCALE),
+    ):
+        got = jax.jit(functools.partial(loss_and_gradients, Case(margin, {})))
         got = got(*arguments, 0.0)
         oracle.assert_close(got[0], wanted[0], 1e-15)
         assert_all_close(got[1][:2], wanted[1][:2], 1e-14)
@@ -288,7 +293,12 @@ def oracle_unit(array, axis):
 
 
 @pytest.mark.parametrize(
-    "margin", [ArcFace(0.5, detach=True), Combined(1.2, 0.3, 0.2, detach=True)], ids=str
+    "margin",
+    [
+        ArcFace(0.5, scale=SCALE, detach=True),
+        Combined(1.2, 0.3, 0.2, scale=SCALE, detach=True),
+    ],
+    ids=str,
 )
 def test_detached_is_a_margin_that_is_added_without_gradient(x64, margin):
     problem = oracle.problem(8, BATCH, DIM, CLASSES)
@@ -304,7 +314,7 @@ def test_detached_is_a_margin_that_is_added_without_gradient(x64, margin):
         return optax.softmax_cross_entropy_with_integer_labels(z, arguments[2])
 
     value, pull = jax.vjp(literal, *arguments[:2])
-    detached = Case(margin, SCALE, {})
+    detached = Case(margin, {})
     run = jax.jit(functools.partial(loss_and_gradients, detached))
     got, bars = run(*arguments, jnp.float64(0))
     oracle.assert_close(got, value, 1e-12)
@@ -387,31 +397,6 @@ def test_masked_rows_are_absent_and_invalid_labels_nan(case):
     assert np.flatnonzero(np.isnan(value)).tolist() == [4]
 
 
-@each_kind
-def test_self_paced(x64, case):
-    """The loss at the λ that it reports, whatever the plan."""
-    problem = oracle.problem(3, BATCH, DIM, CLASSES)
-    rng = np.random.default_rng(0)
-    near = problem.kernel[:, problem.labels].T + 0.3 * rng.standard_normal((BATCH, DIM))
-    features, kernel, labels, _, _ = given(problem._replace(features=near))
-    keywords = {"margin": case.margin, "scale": case.scale}
-    lams = []
-    for plan in (PLANS["one-shot"], PLANS["class blocks, recomputed"]):
-
-        @jax.jit
-        def paced_and_fixed(*operands, plan=plan):
-            loss, seen = lsm.lsoftmax_loss_and_statistics(
-                *operands, lam=lsm.self_paced(), plan=plan, **keywords
-            )
-            return loss, seen, lsm.lsoftmax_loss(*operands, lam=seen.lam, **keywords)
-
-        loss, seen, fixed = paced_and_fixed(features, kernel, labels)
-        oracle.assert_close(loss, fixed, 1e-12)
-        lams.append(float(seen.lam))
-    assert 0 <= lams[0] < np.inf
-    np.testing.assert_allclose(lams, lams[0], rtol=1e-10)
-
-
 @every_angular
 def test_reverse_over_reverse(x64, case):
     problem = oracle.problem(3, 4, DIM, CLASSES)
@@ -457,12 +442,12 @@ def test_classes_split_over_devices(x64, case, mesh, axis_type):
     features, labels, weights = (jax.device_put(a, rows) for a in (features, labels, weights))
     filled = jax.device_put(filled, columns)
     layout = lsm.ClassParallel("model", batch_axes, mesh, CLASSES)
-    keywords = {"margin": case.margin, "scale": case.scale, "lam": 0.7, "layout": layout}
+    keywords = {"margin": case.margin, "lam": 0.7, "layout": layout}
 
     @jax.jit
     def each(features, kernel, labels, weights):
         loss, pull = jax.vjp(
-            lambda f, k: lsm.sharded.lsoftmax_loss(f, k, labels, **keywords), features, kernel
+            lambda f, k: lsm.lsoftmax_loss(f, k, labels, **keywords), features, kernel
         )
         return loss, pull(weights)
 
@@ -470,9 +455,7 @@ def test_classes_split_over_devices(x64, case, mesh, axis_type):
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def total(features, kernel, labels, weights):
         plan = lsm.Plan(class_block=1, keep_exponentials=False)
-        return lsm.sharded.lsoftmax_loss_sum(
-            features, kernel, labels, weights, plan=plan, **keywords
-        )
+        return lsm.lsoftmax_loss_sum(features, kernel, labels, weights, plan=plan, **keywords)
 
     loss, bars = wanted_of(case, problem, cotangent, 0.7)
     value, gradients = each(features, filled, labels, weights)
@@ -495,9 +478,7 @@ def test_all_classes_drawn_is_the_exact_loss(x64, case):
         sample = lsm.sample_classes(jax.random.key(0), labels, CLASSES, CLASSES)
 
         def loss(features, columns):
-            return lsm.lsoftmax_sampled_loss(
-                features, columns, sample, margin=case.margin, scale=case.scale, lam=0.7
-            )
+            return lsm.lsoftmax_sampled_loss(features, columns, sample, margin=case.margin, lam=0.7)
 
         value, pull = jax.vjp(loss, features, lsm.sampled.take_columns(kernel, sample))
         dfeatures, dcolumns = pull(weights)
@@ -514,8 +495,8 @@ def test_all_classes_drawn_is_the_exact_loss(x64, case):
 def test_the_step_with_sgd_inside(x64, case):
     problem = oracle.problem(3, BATCH, DIM, CLASSES)
     features, kernel, labels, weights, cotangent = given(problem)
-    keywords = {"margin": case.margin, "scale": case.scale, "lam": 0.7, "learning_rate": 0.1}
-    step = jax.jit(functools.partial(lsm.lsoftmax_sgd, class_block=4, **keywords))
+    keywords = {"margin": case.margin, "lam": 0.7, "learning_rate": 0.1}
+    step = jax.jit(functools.partial(lsm.lsoftmax_sgd, plan=lsm.Plan(class_block=4), **keywords))
     done = step(features, kernel, jnp.zeros_like(kernel), labels, weights)
     loss, bars = wanted_of(case, problem, cotangent, 0.7)
     oracle.assert_close(done.loss, np.sum(loss * cotangent), 1e-12)
@@ -528,11 +509,9 @@ def test_the_step_with_sgd_inside(x64, case):
 def test_both_heads(case):
     problem = oracle.problem(3, BATCH, DIM, CLASSES)
     features, kernel, labels, _, _ = given(problem, jnp.float32)
-    ones = nnx.LSoftmaxDense(
-        DIM, CLASSES, margin=case.margin, scale=case.scale, rngs=flax_nnx.Rngs(0)
-    )
+    ones = nnx.LSoftmaxDense(DIM, CLASSES, margin=case.margin, rngs=flax_nnx.Rngs(0))
     ones.kernel[...] = kernel
-    twin = linen.LSoftmaxDense(CLASSES, case.margin, case.scale)
+    twin = linen.LSoftmaxDense(CLASSES, case.margin)
     apply = functools.partial(twin.apply, {"params": {"kernel": kernel}}, features)
     rest = case.of_theta, case.scale
     wanted = oracle.angular_loss(*problem, *rest, 0.7)
@@ -552,8 +531,13 @@ def test_ten_classes_train():
     labels = rng.integers(6, size=64)
     angles = 2 * np.pi * labels / 6 + 0.05 * rng.standard_normal(64)
     features = jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], 1), jnp.float32)
-    for margin in (ArcFace(0.3), CosFace(0.2), Combined(1.0, 0.1, 0.1), SphereFace(2)):
-        head = nnx.LSoftmaxDense(2, 6, margin=margin, scale=10.0, rngs=flax_nnx.Rngs(1))
+    for margin in (
+        ArcFace(0.3, scale=10.0),
+        CosFace(0.2, scale=10.0),
+        Combined(1.0, 0.1, 0.1, scale=10.0),
+        SphereFace(2, scale=10.0),
+    ):
+        head = nnx.LSoftmaxDense(2, 6, margin=margin, rngs=flax_nnx.Rngs(1))
         optimizer = flax_nnx.Optimizer(head, optax.adam(0.1), wrt=flax_nnx.Param)
 
         @flax_nnx.jit
@@ -577,6 +561,8 @@ class Quadratic:
     """A user's own: no base class, no registration."""
 
     bend: float
+    scale: float | None = None
+    unit_columns: bool = False
 
     def value_and_slope(self, cosine):
         return cosine - self.bend * (1 - cosine) ** 2, 1 + 2 * self.bend * (1 - cosine)
@@ -596,80 +582,46 @@ def test_a_margin_of_ones_own(x64, scale):
         return optax.softmax_cross_entropy_with_integer_labels(z, arguments[2])
 
     value, wanted = value_and_pullback(literal, *arguments[:2], arguments[3])
-    run = jax.jit(functools.partial(loss_and_gradients, Case(Quadratic(0.2), scale, {})))
+    run = jax.jit(functools.partial(loss_and_gradients, Case(Quadratic(0.2, scale), {})))
     got, bars = run(*arguments, jnp.float64(0))
     oracle.assert_close(got, value, 1e-12)
     assert_all_close(bars[:2], wanted, 1e-12)
-
-
-# What it costs.
-
-
-@functools.cache
-def program(margin, scale, **plan):
-    """Facts of a step at (256, 128, 8192)."""
-    shapes = (256, 128), (128, 8192), (256,), (256,)
-    dtypes = jnp.float32, jnp.float32, jnp.int32, jnp.float32
-    operands = map(jax.ShapeDtypeStruct, shapes, dtypes)
-
-    def loss(features, kernel, labels, weights):
-        return lsm.lsoftmax_loss_sum(
-            features, kernel, labels, weights,
-            margin=margin, scale=scale, lam=0.0, plan=lsm.Plan(**plan),
-        )  # fmt: skip
-
-    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*operands).compile()
-    return hlo.facts(compiled, 128 * 8192)
-
-
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="older compilers take more memory; see CONTRIBUTING.md"
-)
-@pytest.mark.parametrize("margin", [ArcFace(0.5), SphereFace(4)], ids=str)
-def test_the_kernel_is_not_copied_to_be_normalised(margin):
-    # The gradient of a block of columns, in one shot of all, exists once more: before what lies
-    # along its columns is taken out.
-    for share, plan in (
-        (0.13, {"class_block": 1024, "keep_exponentials": False}),
-        (0.13, {"class_block": 1024, "keep_exponentials": True}),
-        (1.01, {"memory_budget": 2**40}),
-    ):
-        plain, ours = program(4, None, **plan), program(margin, SCALE, **plan)
-        assert ours.dots == plain.dots and ours.large_moves == {}
-        assert ours.temporary_bytes - plain.temporary_bytes <= share * 4 * 128 * 8192
 
 
 # Mistakes, and what is usual.
 
 
 def test_what_is_usual_is_the_default():
-    assert ArcFace() == ArcFace(0.5) and CosFace() == CosFace(0.35)
-    assert SphereFace() == SphereFace(4) and Combined() == Combined(1.0, 0.0, 0.0)
+    assert ArcFace(scale=SCALE) == ArcFace(0.5, scale=SCALE)
+    assert CosFace(scale=SCALE) == CosFace(0.35, scale=SCALE)
+    assert SphereFace() == SphereFace(4)
+    assert Combined(scale=SCALE) == Combined(1.0, 0.0, 0.0, scale=SCALE)
 
 
-@pytest.mark.parametrize("scale", [None, 0, -1.0, np.nan, np.inf, "x", True])
-def test_scales_that_are_none_are_named(scale):
-    for call in (
-        lambda: lsm.lsoftmax_loss(
-            jnp.ones((2, 3)), jnp.eye(3), [0, 2], margin=ArcFace(), lam=0.0, scale=scale
-        ),
-        lambda: nnx.LSoftmaxDense(3, 3, margin=ArcFace(), scale=scale, rngs=flax_nnx.Rngs(0)),
-    ):
+@pytest.mark.parametrize("scale", [None, 0, -1.0, np.nan, np.inf, 1e39, "x", True])
+def test_scales_out_of_range_are_named(scale):
+    for margin in (ArcFace, CosFace, Combined, NormFace):
         with pytest.raises((TypeError, ValueError), match="scale"):
-            call()
+            margin(scale=scale)
+        with pytest.raises(TypeError, match="scale"):
+            margin()
 
 
 @pytest.mark.parametrize(
     ("call", "error", "name"),
     [
-        (lambda: ArcFace(np.pi), ValueError, r"margin must be in \[0, 3.142\), got 3.14"),
-        (lambda: ArcFace(-0.1), ValueError, "margin"),
-        (lambda: ArcFace("x"), TypeError, "margin"),
-        (lambda: CosFace(np.nan), ValueError, "margin"),
-        (lambda: Combined(m1=0.9), ValueError, "m1"),
-        (lambda: Combined(m2=28.6), ValueError, "m2"),
-        (lambda: Combined(m3=-0.1), ValueError, "m3"),
-        (lambda: Combined(m3=np.inf), ValueError, "m3"),
+        (
+            lambda: ArcFace(np.pi, scale=1.0),
+            ValueError,
+            r"margin must be in \[0, 3.142\), got 3.14",
+        ),
+        (lambda: ArcFace(-0.1, scale=1.0), ValueError, "margin"),
+        (lambda: ArcFace("x", scale=1.0), TypeError, "margin"),
+        (lambda: CosFace(np.nan, scale=1.0), ValueError, "margin"),
+        (lambda: Combined(m1=0.9, scale=1.0), ValueError, "m1"),
+        (lambda: Combined(m2=28.6, scale=1.0), ValueError, "m2"),
+        (lambda: Combined(m3=-0.1, scale=1.0), ValueError, "m3"),
+        (lambda: Combined(m3=np.inf, scale=1.0), ValueError, "m3"),
         (lambda: SphereFace(1.5), TypeError, "margin"),
         (lambda: SphereFace(0), ValueError, "margin"),
     ],
@@ -681,6 +633,9 @@ def test_margins_that_are_none_are_named(call, error, name):
 
 @dataclasses.dataclass
 class Unhashable:
+    scale: float | None = None
+    unit_columns: bool = False
+
     def value_and_slope(self, cosine):
         return cosine, jnp.ones_like(cosine)
 
@@ -688,4 +643,4 @@ class Unhashable:
 @pytest.mark.parametrize("margin", [ArcFace, 0.5, "ArcFace", None, Unhashable()], ids=repr)
 def test_what_is_no_margin_is_refused(margin):
     with pytest.raises(TypeError, match="margin must be"):
-        lsm.lsoftmax_loss(jnp.ones((2, 3)), jnp.eye(3), [0, 2], margin=margin, lam=0.0, scale=SCALE)
+        lsm.lsoftmax_loss(jnp.ones((2, 3)), jnp.eye(3), [0, 2], margin=margin, lam=0.0)

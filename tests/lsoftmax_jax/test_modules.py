@@ -1,5 +1,6 @@
 """The NNX and the Linen head against the functions, each other and Flax's own Dense."""
 
+import functools
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import errors, linen, nnx
+from flax import linen, nnx
 
 import lsoftmax_jax as lsm
 from lsoftmax_jax.linen import LSoftmaxDense as LinenHead
@@ -129,7 +130,7 @@ def test_a_dense_checkpoint_loads_and_answers_alike():
 
 def test_a_linen_kernel_of_other_classes_is_refused():
     params = {"params": {"kernel": jnp.ones((8, 12))}}
-    with pytest.raises(errors.ScopeParamShapeError, match=r"\(8, 10\).*\(8, 12\)"):
+    with pytest.raises(ValueError, match=r"\(D, 10\).*\(8, 12\)"):
         LinenHead(10).apply(params, jnp.ones((2, 8)), jnp.zeros(2, int), lam=1.0, method="loss")
 
 
@@ -285,12 +286,51 @@ def test_without_lam_the_heads_pace_themselves():
     chex.assert_trees_all_close(got, wanted, rtol=1e-5)
 
 
-def test_margin_logits_without_lam_are_refused_in_words():
-    features, labels, lam = arguments()
-    with pytest.raises(TypeError, match=r"lam must be given together.*loss, which needs"):
-        nnx_head()(features, labels)
-    with pytest.raises(TypeError, match="labels and lam must be given together"):
-        LinenHead(C).apply(linen_variables(), features, lam=lam)
+def test_lam_without_labels_is_refused_in_words():
+    features, _, lam = arguments()
+    for call in (nnx_head(), functools.partial(LinenHead(C).apply, linen_variables())):
+        with pytest.raises(TypeError, match="labels must be given with lam"):
+            call(features, lam=lam)
+
+
+@pytest.mark.parametrize(
+    ("margin", "lam", "wanted"),
+    [
+        (3, None, lsm.self_paced()),
+        (3, 2.5, 2.5),
+        (3, lsm.self_paced(1.0), lsm.self_paced(1.0)),
+        (lsm.margins.ArcFace(0.3, scale=8.0), None, 0.0),
+        (lsm.margins.ArcFace(0.3, scale=8.0), 1.0, 1.0),
+        (lsm.margins.SphereFace(3), None, lsm.self_paced()),
+    ],
+)
+def test_lam_of_a_call_of_the_head_or_of_the_margin(margin, lam, wanted):
+    features, labels, _ = arguments()
+    weights = jnp.linspace(0.5, 1.5, B)
+    rows = features, jnp.asarray(PROBLEM.kernel, jnp.float32), labels
+    one = NnxHead(D, C, margin=margin, lam=lam, rngs=nnx.Rngs(0))
+    one.kernel[...] = rows[1]
+    twin = functools.partial(LinenHead(C, margin=margin, lam=lam).apply, linen_variables())
+    loss = lsm.lsoftmax_loss(*rows, margin=margin, lam=wanted)
+    logits = lsm.lsoftmax_logits(*rows, margin=margin, lam=wanted)
+    for heads_loss, heads_logits, heads_sum in (
+        (
+            one.loss(features, labels),
+            one(features, labels),
+            one.loss_sum(features, labels, weights),
+        ),
+        (
+            twin(features, labels, method="loss"),
+            twin(features, labels),
+            twin(features, labels, weights, method="loss_sum"),
+        ),
+    ):
+        chex.assert_trees_all_close(heads_loss, loss, rtol=1e-5)
+        chex.assert_trees_all_close(heads_logits, logits, rtol=1e-5)
+        chex.assert_trees_all_close(heads_sum, jnp.sum(weights * loss), rtol=1e-5)
+    for_call = one.loss(features, labels, 7.0), twin(features, labels, 7.0, method="loss")
+    loss = lsm.lsoftmax_loss(*rows, margin=margin, lam=7.0)
+    chex.assert_trees_all_close(for_call, (loss, loss), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["__call__", "loss", "loss_and_statistics"])

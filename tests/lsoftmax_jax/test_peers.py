@@ -210,16 +210,12 @@ def both_answers(kind, margin, scale, problem, dtype="float64") -> tuple[Answer,
     rows = torch.tensor(features, dtype=getattr(torch, dtype), requires_grad=True)
     value = peer(rows, torch.tensor(labels))
     value.backward()
-    weight, margin, unit_length = interop.from_metric_learning(
-        kind, peer.W.detach(), margin=margin, scale=scale
-    )
+    weight, margin = interop.from_metric_learning(kind, peer.W.detach(), margin=margin, scale=scale)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def mean(features, kernel):
-        return lsm.lsoftmax_loss(
-            features, kernel, labels, margin=margin, scale=unit_length, lam=0.0
-        ).mean()
+        return lsm.lsoftmax_loss(features, kernel, labels, margin=margin, lam=0.0).mean()
 
     value_here, gradients = mean(jnp.asarray(features, dtype), jnp.asarray(weight, dtype))
     # The kernel of LargeMarginSoftmaxLoss has the scale in it.
@@ -254,7 +250,9 @@ def test_arcface_beyond_pi_jumps_there_and_goes_on_here(x64, figures):
     there = losses.ArcFaceLoss(2, 2, margin=margin, scale=1)
     cosines = np.cos(np.pi - radians + np.array([-step, step]))
     theirs = there.modify_cosine_of_target_classes(torch.tensor(cosines)).numpy()
-    ours = np.asarray(lsm.margins.ArcFace(radians).value_and_slope(jnp.asarray(cosines))[0])
+    ours = np.asarray(
+        lsm.margins.ArcFace(radians, scale=1.0).value_and_slope(jnp.asarray(cosines))[0]
+    )
     figures["ArcFaceLoss at theta + margin = pi"] = {
         "ours": ours.tolist(),
         "theirs": theirs.tolist(),
@@ -270,10 +268,10 @@ def test_plain_logits_of_each_kind(x64):
         margin, scale = settings[0]
         peer = getattr(losses, kind)(num_classes=4, embedding_size=5, margin=margin, scale=scale)
         peer.W = torch.nn.Parameter(torch.tensor(weight))
-        kernel, margin, scale = interop.from_metric_learning(
+        kernel, margin = interop.from_metric_learning(
             kind, peer.W.detach(), margin=margin, scale=scale
         )
-        logits = lsm.lsoftmax_logits(features, kernel, None, margin=margin, scale=scale, lam=0.0)
+        logits = lsm.lsoftmax_logits(features, kernel, None, margin=margin, lam=0.0)
         wanted = peer.get_logits(torch.tensor(features)).detach().numpy()
         np.testing.assert_allclose(logits, wanted, rtol=1e-12, atol=1e-12, err_msg=kind)
 

@@ -14,7 +14,7 @@ from tests import oracle
 BATCH, DIM, CLASSES = 7, 5, 11
 MARGIN, LAM, ETA, MU, OMEGA = 3, 1.5, 0.1, 0.9, 5e-4
 
-step = jax.jit(lsm.lsoftmax_sgd, static_argnames=("margin", "label_smoothing", "class_block"))
+step = jax.jit(lsm.lsoftmax_sgd, static_argnames=("margin", "label_smoothing", "plan"))
 
 
 def problem(dtype):
@@ -31,7 +31,7 @@ def test_is_the_unfused_step(x64, block):
     with jax.numpy_dtype_promotion("strict"):
         got = step(
             features, kernel, momentum, labels, weights,
-            margin=MARGIN, lam=LAM, label_smoothing=0.1, class_block=block, **rates,
+            margin=MARGIN, lam=LAM, label_smoothing=0.1, plan=lsm.Plan(class_block=block), **rates,
         )  # fmt: skip
     arrays = [np.asarray(array) for array in (features, kernel, labels)]
     loss = oracle.loss(*arrays, MARGIN, LAM, label_smoothing=0.1)
@@ -50,7 +50,7 @@ def test_statistics_are_those_of_the_loss(x64):
     batch = features.reshape(1, BATCH, DIM), labels.reshape(1, BATCH)
     done = lsm.lsoftmax_sgd(
         batch[0], kernel, momentum, batch[1], weights.reshape(1, BATCH),
-        margin=MARGIN, lam=LAM, learning_rate=ETA, class_block=4,
+        margin=MARGIN, lam=LAM, learning_rate=ETA, plan=lsm.Plan(class_block=4),
     )  # fmt: skip
     _, seen = lsm.lsoftmax_loss_and_statistics(batch[0], kernel, batch[1], margin=MARGIN, lam=LAM)
     assert seen.max_logit.shape == (1, BATCH)
@@ -60,7 +60,7 @@ def test_statistics_are_those_of_the_loss(x64):
 def test_masked_rows_leave_no_trace():
     features, kernel, momentum, labels, weights = problem(jnp.float32)
     where = jnp.ones(BATCH, bool).at[2].set(False)
-    static = {"margin": MARGIN, "lam": 0.0, "learning_rate": ETA, "class_block": 4}
+    static = {"margin": MARGIN, "lam": 0.0, "learning_rate": ETA, "plan": lsm.Plan(class_block=4)}
     poisoned = features.at[2].set(jnp.nan), labels.at[2].set(-1)
     masked = step(poisoned[0], kernel, momentum, poisoned[1], weights, where=where, **static)
     keep = np.flatnonzero(np.asarray(where))
@@ -87,7 +87,9 @@ def test_no_gradient_and_no_copy_of_the_kernel():
     spec = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     kernel = spec((256, 102_400))
     run = jax.jit(
-        functools.partial(lsm.lsoftmax_sgd, margin=4, lam=0.0, learning_rate=0.1, class_block=2048),
+        functools.partial(
+            lsm.lsoftmax_sgd, margin=4, lam=0.0, learning_rate=0.1, plan=lsm.Plan(class_block=2048)
+        ),
         donate_argnums=(1, 2),
     )
     labels = jax.ShapeDtypeStruct((512,), jnp.int32)
@@ -99,7 +101,7 @@ def test_no_gradient_and_no_copy_of_the_kernel():
 MISTAKES = {
     "momentum": ({"momentum": jnp.zeros((DIM, 3))}, ValueError),
     "momentum must be floating": ({"momentum": jnp.zeros((DIM, CLASSES), int)}, TypeError),
-    "class_block": ({"class_block": 0}, ValueError),
+    "plan": ({"plan": lsm.Plan(row_block=2)}, ValueError),
     "learning_rate": ({"learning_rate": jnp.ones(3)}, ValueError),
     "weights": ({"weights": jnp.ones(3)}, ValueError),
 }

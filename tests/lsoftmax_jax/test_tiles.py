@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsoftmax_jax import _tiles
+from lsoftmax_jax._core import tiles
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from lsoftmax_jax import _tiles
 )
 def test_the_order_that_fills_up_less_is_the_one_stored(shape, by_columns):
     # As libtpu 0.0.42 reported them for bfloat16 and float32, v5e and v6e.
-    assert _tiles.is_by_columns(shape) == by_columns
+    assert tiles.is_by_columns(shape) == by_columns
 
 
 @pytest.mark.parametrize("shape", [(121, 1_000_001), (1_000_001, 121), (9, 129), (8, 128)])
@@ -30,39 +30,39 @@ def test_tiles_are_of_8_by_128(shape):
     def bytes_of(rows, columns):
         return 8 * math.ceil(rows / 8) * 128 * math.ceil(columns / 128)
 
-    assert _tiles.is_by_columns(shape) == (bytes_of(*shape[::-1]) < bytes_of(*shape))
+    assert tiles.is_by_columns(shape) == (bytes_of(*shape[::-1]) < bytes_of(*shape))
 
 
 @pytest.mark.parametrize("classes", [128, 300, 384])
 def test_strips_hold_the_labels_columns(classes):
     kernel = np.random.default_rng(0).standard_normal((5, classes), np.float32)
     labels = np.array([0, 127, classes - 1, classes // 2, -1])
-    columns = jax.jit(_tiles.read_in_strips)(kernel, labels)
+    columns = jax.jit(tiles.read_in_strips)(kernel, labels)
     np.testing.assert_array_equal(columns[:4], kernel[:, labels[:4]].T)
     assert np.all(np.isfinite(columns[4]))
 
 
 def test_a_strips_other_columns_may_hold_anything():
     kernel = jnp.full((3, 256), jnp.nan).at[:, 200].set(7.0)
-    columns = _tiles.read_in_strips(kernel, jnp.array([200]))
+    columns = tiles.read_in_strips(kernel, jnp.array([200]))
     np.testing.assert_array_equal(columns, [[7.0, 7.0, 7.0]])
 
 
 @pytest.mark.parametrize("classes, order", [(1_000_000, "0, 1"), (1_048_576, "1, 0")])
 def test_a_tpu_is_told_the_stored_order_minor_to_major(classes, order):
-    traced = jax.jit(_tiles.as_stored).trace(jax.ShapeDtypeStruct((512, classes), jnp.float32))
+    traced = jax.jit(tiles.as_stored).trace(jax.ShapeDtypeStruct((512, classes), jnp.float32))
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert f"result_layouts = [dense<[{order}]>" in text
 
 
 def test_an_array_in_its_stored_order_is_itself():
     array = jnp.arange(12.0).reshape(3, 4)
-    np.testing.assert_array_equal(_tiles.as_stored(array), array)
+    np.testing.assert_array_equal(tiles.as_stored(array), array)
 
 
 @pytest.mark.parametrize("rows, read", [(8, "while"), (32768, "gather")])
 def test_columns_are_read_in_strips_where_that_is_less_than_a_copy(rows, read):
     kernel = jax.ShapeDtypeStruct((512, 1_048_576), jnp.float32)
-    traced = jax.jit(_tiles.columns_at).trace(kernel, jax.ShapeDtypeStruct((rows,), jnp.int32))
+    traced = jax.jit(tiles.columns_at).trace(kernel, jax.ShapeDtypeStruct((rows,), jnp.int32))
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert {word for word in ("while", "gather") if f"stablehlo.{word}" in text} == {read}

@@ -1,48 +1,60 @@
 """Where arrays lie on a mesh, and the one file that asks which JAX it runs on.
 
 JAX calls the axes of a mesh Auto (the compiler places), Explicit (types carry the placement) or
-manual (inside `jax.shard_map`).
+Manual (inside `jax.shard_map`).
 """
 
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
 
 AnyMesh = Mesh | AbstractMesh
 
 
-def on_any_mesh(core: Callable[..., Any], out_like: Any, operands: tuple[Any, ...]) -> Any:
-    """Calls `core(*operands)` correctly on Explicit meshes and inside `jax.shard_map`.
+def anywhere(core: Callable[..., Any], out_like: Any, arrays: Any) -> Any:
+    """Calls `core(arrays)` correctly on Explicit meshes and inside `jax.shard_map`.
 
     On a mesh with Explicit axes a hand-written contraction raises, so the core runs with those
-    axes Auto and its outputs are placed again, as `out_like` (a tree like the output) says: "batch"
-    like the rows of `operands[0]`, "logits" like the rows of `operands[0]` by the columns of
-    `operands[1]`, "scalar" replicated.
+    axes Auto and its outputs are placed again.
 
     Inside `jax.shard_map` a hand-written gradient of an operand that is the same on every device
     would miss the sum over devices; marking all operands as varying makes JAX add it.
+
+    Args:
+      out_like: a tree like the output, which says how each output is placed: "batch" as the batch
+        of features, "features" and "kernel" as those, "logits" as batch by columns, or "scalar".
+      arrays: a tuple that starts with features (..., D) and kernel (D, columns).
     """
-    varying = frozenset().union(*(varying_axes(operand) for operand in jax.tree.leaves(operands)))
-    operands = jax.tree.map(lambda operand: vary_over(operand, varying), operands)
-    features, kernel = (jax.typeof(operand).sharding for operand in operands[:2])
+    leaves = jax.tree.leaves(arrays)
+    varying = frozenset().union(*map(varying_axes, leaves))
+    arrays = jax.tree.map(lambda array: vary_over(array, varying), arrays)
+    features, kernel = (jax.typeof(array).sharding for array in arrays[:2])
     meshes = [s.mesh for s in (features, kernel) if is_explicit(s.mesh)]
     if not meshes:
-        return core(*operands)
-    rows, columns = features.spec[0], kernel.spec[-1]
+        return core(arrays)
+    batch, columns = features.spec[:-1], kernel.spec[-1]
+    taken = {axis for entry in batch for axis in _names(entry)}
     specs = {
-        "batch": P(rows),
-        "logits": P(rows, columns if columns != rows else None),
+        "batch": P(*batch),
+        "features": P(*features.spec),
+        "kernel": P(*kernel.spec),
+        "logits": P(*batch, None if taken & _names(columns) else columns),
         "scalar": P(),
     }
     placed = jax.tree.map(lambda kind: NamedSharding(meshes[0], specs[kind]), out_like)
-    return auto_axes(core, out_sharding=placed)(*operands)
+    return auto_axes(core, axes=_explicit_axes(meshes[0]), out_sharding=placed)(arrays)
+
+
+def _names(entry: str | tuple[str, ...] | None) -> set[str]:
+    return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
 
 
 def varying_axes(array: jax.Array) -> frozenset[str]:
-    """The manual mesh axes that `array` differs over inside `jax.shard_map`."""
+    """The Manual mesh axes over which `array` differs inside `jax.shard_map`."""
     kind = jax.typeof(array)
     # Before JAX 0.10 the type of an array has its varying axes as `vma`.
     return frozenset(
@@ -51,7 +63,7 @@ def varying_axes(array: jax.Array) -> frozenset[str]:
 
 
 def vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """`array` marked as varying over the manual mesh `axes` (nothing outside shard_map)."""
+    """`array` marked as varying over the Manual mesh `axes` (none outside `jax.shard_map`)."""
     missing = tuple(axes - varying_axes(array))
     if not missing:
         return array
@@ -61,22 +73,22 @@ def vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     return cast(jax.Array, getattr(jax.lax, before_0_8_2)(array, missing))
 
 
+def zeros_like_rows(shape: tuple[int, ...], rows: jax.Array) -> jax.Array:
+    """Zeros of the dtype of `rows`, varying over devices as `rows` does in `jax.shard_map`."""
+    return vary_over(jnp.zeros(shape, rows.dtype), varying_axes(rows))
+
+
 def is_explicit(mesh: AnyMesh) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
-def given_or_set(mesh: AnyMesh | None) -> AnyMesh:
-    """The mesh, by default that of `jax.set_mesh`."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    if not isinstance(mesh, AnyMesh):
-        raise TypeError(f"mesh must be a jax.sharding.Mesh or AbstractMesh, got {mesh!r}")
-    if mesh.empty:
-        raise ValueError("mesh must be given, or set by jax.set_mesh; got neither")
-    return mesh
+def _explicit_axes(mesh: AnyMesh) -> tuple[str, ...]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(axis for axis, kind in kinds if kind == AxisType.Explicit)
 
 
 def resharded(array: jax.Array, mesh: AnyMesh, spec: P) -> jax.Array:
-    """`array` split as `spec` on an Explicit mesh, where shard_map takes it no other way."""
+    """`array` split as `spec` on an Explicit mesh, where shard_map takes no other placement."""
     if not is_explicit(mesh):
         return array
     if not hasattr(jax.lax, "pcast") and not isinstance(array, jax.core.Tracer):
@@ -88,7 +100,7 @@ def resharded(array: jax.Array, mesh: AnyMesh, spec: P) -> jax.Array:
 
 
 def first_columns(logits: jax.Array, count: int) -> jax.Array:
-    """logits (..., columns) without those of the columns that only fill up a sharded kernel."""
+    """logits (..., columns) without the columns that fill up a sharded kernel."""
     if logits.shape[-1] == count:
         return logits
     sharding = jax.typeof(logits).sharding
@@ -101,4 +113,5 @@ def with_auto_axes(function: Callable[..., Any], mesh: Mesh) -> Callable[..., An
     """Leaves the placement inside `function` to the compiler on an Explicit mesh too."""
     if not is_explicit(mesh):
         return function
-    return auto_axes(function, axes=mesh.axis_names, out_sharding=NamedSharding(mesh, P()))
+    axes = _explicit_axes(mesh)
+    return auto_axes(function, axes=axes, out_sharding=NamedSharding(mesh, P()))

@@ -1,0 +1,151 @@
+"""The calls that both Flax heads make; a head creates the parameter and hands its settings over."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from lsoftmax_jax import _checks
+from lsoftmax_jax._core.placement import first_columns
+from lsoftmax_jax._core.run import Statistics
+from lsoftmax_jax._core.spec import ClassParallel, Plan
+from lsoftmax_jax.losses import lsoftmax_logits, lsoftmax_loss_and_statistics, lsoftmax_loss_sum
+from lsoftmax_jax.margins import Margin, check_margin
+from lsoftmax_jax.schedule import SelfPaced, self_paced
+
+
+class Head(Protocol):
+    """The settings of a head."""
+
+    classes: int
+    margin: int | Margin
+    lam: float | SelfPaced | None
+    dtype: Any
+    param_dtype: Any
+    layout: ClassParallel | None
+
+
+def check_settings(head: Head) -> None:
+    _checks.check_size("classes", head.classes)
+    check_margin(head.margin)
+    if head.lam is not None and not isinstance(head.lam, SelfPaced):
+        _checks.check_scalar("lam", head.lam)
+    check_dtype("param_dtype", head.param_dtype)
+    if head.dtype is not None:
+        check_dtype("dtype", head.dtype)
+    if head.layout is not None and not isinstance(head.layout, ClassParallel):
+        raise TypeError(f"layout must be a lsoftmax_jax.ClassParallel, got {head.layout!r:.80}")
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise TypeError(f"{name} must be a floating-point dtype, got {dtype!r}")
+
+
+def check_features(features: ArrayLike) -> jax.Array:
+    features = _checks.as_array("features", features, "a floating-point array (..., D)")
+    if features.ndim < 1:
+        raise ValueError("features must have shape (..., D), got a scalar")
+    return features
+
+
+def lam_of(head: Head, lam: ArrayLike | SelfPaced | None) -> ArrayLike | SelfPaced:
+    """λ of a call: the call's own, the head's, or the default of its margin."""
+    if lam is not None:
+        return lam
+    if head.lam is not None:
+        return head.lam
+    # A margin with a scale needs no annealing: it is used at λ = 0 in the papers.
+    return 0.0 if check_margin(head.margin).scale is not None else self_paced()
+
+
+def logits(
+    head: Head,
+    features: jax.Array,
+    kernel: jax.Array,
+    labels: ArrayLike | None,
+    lam: ArrayLike | SelfPaced | None,
+) -> jax.Array:
+    features, kernel = _operands(head, features, kernel)
+    if labels is None and lam is not None:
+        raise TypeError("labels must be given with lam: inference has no margin and needs no lam")
+    if labels is not None and kernel.shape[1] > head.classes:
+        labels = _checks.check_labels(labels, features.shape[:-1], head.classes)
+        labels = _checks.known_labels(labels, head.classes)
+    lam = lam_of(head, lam)
+    return first_columns(
+        lsoftmax_logits(features, kernel, labels, margin=head.margin, lam=lam), head.classes
+    )
+
+
+def losses(
+    head: Head,
+    features: jax.Array,
+    kernel: jax.Array,
+    labels: ArrayLike,
+    lam: ArrayLike | SelfPaced | None,
+    where: ArrayLike | None,
+    label_smoothing: float,
+    plan: Plan | None,
+) -> tuple[jax.Array, Statistics]:
+    features, kernel = _operands(head, features, kernel)
+    return lsoftmax_loss_and_statistics(
+        features,
+        kernel,
+        labels,
+        margin=head.margin,
+        lam=lam_of(head, lam),
+        where=where,
+        label_smoothing=label_smoothing,
+        plan=plan,
+        layout=_layout(head),
+    )
+
+
+def loss_sum(
+    head: Head,
+    features: jax.Array,
+    kernel: jax.Array,
+    labels: ArrayLike,
+    weights: ArrayLike | None,
+    lam: ArrayLike | SelfPaced | None,
+    where: ArrayLike | None,
+    label_smoothing: float,
+    plan: Plan | None,
+) -> jax.Array:
+    features, kernel = _operands(head, features, kernel)
+    return lsoftmax_loss_sum(
+        features,
+        kernel,
+        labels,
+        weights,
+        margin=head.margin,
+        lam=lam_of(head, lam),
+        where=where,
+        label_smoothing=label_smoothing,
+        plan=plan,
+        layout=_layout(head),
+    )
+
+
+def _layout(head: Head) -> ClassParallel | None:
+    return head.layout and dataclasses.replace(head.layout, classes=head.classes)
+
+
+def _operands(head: Head, features: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    columns = head.classes if head.layout is None else head.layout.columns(head.classes)
+    if np.ndim(kernel) != 2 or kernel.shape[1] != columns:
+        raise ValueError(
+            f"kernel of the head must have shape (D, {columns}) for {head.classes} classes, got "
+            f"{np.shape(kernel)}: load the weights of this head"
+        )
+    if head.dtype is None:
+        return features, kernel
+    return features.astype(head.dtype), kernel.astype(head.dtype)

@@ -1,0 +1,1 @@
+"""How the losses are computed: private, read from `spec` to `run`."""

@@ -1,0 +1,366 @@
+"""The other logits of each row and the two gradient products, in pieces.
+
+For a row with target logit t and the logsumexp Z of the OTHER logits
+
+    loss = softplus(Z - t) = logsumexp(all) - t,    g = dloss/dt = -sigmoid(Z - t)
+
+softplus keeps the digits of a small loss, which a difference of two large numbers loses. With G the
+gradient of the logits, G_j = -g exp(z_j - Z) for j != y and G_y = g alpha, the gradients are the
+two matrix products of plain softmax, a scaled copy of features and a scaled copy of the kernel
+(`Target` has alpha and beta):
+
+    dfeatures = G kernel^T + diag(g beta |kernel_y| / |features|) features
+    dkernel = features^T G + kernel diag(sum over a class's rows of g beta |features| / |kernel_y|)
+
+The pieces in which the (batch, classes) arrays exist never change the numbers. A ragged tail is a
+block of its own; nothing is padded.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from lsoftmax_jax import _checks
+from lsoftmax_jax._core.placement import zeros_like_rows
+from lsoftmax_jax._core.spec import Pieces, Spec
+from lsoftmax_jax._core.target import (
+    Columns,
+    Pull,
+    Rows,
+    Target,
+    contract,
+    is_label,
+    multiply,
+    precision_for,
+    pulled_back,
+)
+from lsoftmax_jax._core.tiles import as_stored, sum_over_rows
+
+Carry = TypeVar("Carry")
+
+# Below this many logits an accelerator compares all labels faster than it launches a scatter.
+_FEW_LOGITS = 2**23
+
+
+class Others(NamedTuple):
+    """Summary of a row's other logits; the lowest finite number and 0 where there are none."""
+
+    peak: jax.Array  # the largest
+    mass: jax.Array  # sum exp(z - peak)
+    total: jax.Array  # their sum; 0 unless label smoothing asks for it
+
+    @property
+    def z(self) -> jax.Array:
+        """Their logsumexp."""
+        some = self.mass != 0
+        return jnp.where(some, self.peak + jnp.log(jnp.where(some, self.mass, 1)), self.peak)
+
+    @property
+    def inverse_mass(self) -> jax.Array:
+        some = self.mass != 0
+        return jnp.where(some, 1 / jnp.where(some, self.mass, 1), 0)
+
+
+def merge(one: Others, two: Others) -> Others:
+    """The summary of two blocks of classes."""
+    peak = jnp.maximum(one.peak, two.peak)
+    mass = one.mass * jnp.exp(one.peak - peak) + two.mass * jnp.exp(two.peak - peak)
+    return Others(peak, mass, one.total + two.total)
+
+
+def summarise(spec: Spec, pieces: Pieces, rows: Rows, columns: Columns) -> tuple[Others, Any]:
+    """Every row's other logits over all columns, and what the plan keeps for `gradients`."""
+    if pieces.row_block is not None:
+
+        def row_step(_: None, block: Rows) -> tuple[None, Others]:
+            return None, _summary(spec, block, columns)[0]
+
+        return scan_rows(row_step, None, pieces.row_block, rows)[1], None
+    if pieces.class_block is None:
+        others, exponentials = _summary(spec, rows, columns)
+        return others, (exponentials, others.peak)
+    dtype = rows.features.dtype
+
+    def step(others: Others, start: Any, block: Columns, _: None) -> tuple[Others, Any]:
+        more, exponentials = _summary(spec, _from(start, rows), block)
+        if not pieces.keep_exponentials:
+            return merge(others, more), None
+        return merge(others, more), (exponentials.astype(dtype), more.peak)
+
+    wide = rows.features.astype(_checks.at_least_f32(dtype))
+    none = zeros_like_rows(rows.labels.shape, wide)
+    nothing = Others(none + jnp.finfo(none.dtype).min, none, none)
+    return scan_classes(step, nothing, columns, pieces.class_block, (None, None))
+
+
+def _from(start: Any, rows: Rows) -> Rows:
+    """Rows whose labels count from the class `start`."""
+    return rows._replace(labels=rows.labels - start)
+
+
+def _summary(spec: Spec, rows: Rows, columns: Columns) -> tuple[Others, jax.Array]:
+    """The other logits of a block, and exp(z - peak), 0 at the target."""
+    at_label, plain = is_label(rows.labels, columns.kernel.shape[1]), plain_logits(rows, columns)
+    logits = _others_of(at_label, plain, columns)
+    # The lowest finite number, not -inf, where there is no other class: inf - inf is NaN.
+    lowest = jnp.finfo(logits.dtype).min
+    peak = jax.lax.platform_dependent(
+        jax.lax.stop_gradient(logits),
+        # On a CPU clamping every logit is a pass of its own (test_plans_hlo).
+        cpu=lambda logits: jnp.maximum(jnp.max(logits, axis=1), lowest),
+        # On an accelerator clamping the maxima is a kernel of its own (`compile`'s kernel counts).
+        default=lambda logits: jnp.max(jnp.maximum(logits, lowest), axis=1),
+    )
+    exponentials = jnp.exp(logits - peak[:, None])
+    total = jnp.zeros_like(peak)
+    if spec.label_smoothing:
+        total = jnp.sum(jnp.where(at_label, 0, _counted(plain, columns)), axis=1)
+    return Others(peak, jnp.sum(exponentials, axis=1), total), exponentials
+
+
+def plain_logits(rows: Rows, columns: Columns) -> jax.Array:
+    """The logits without margin and offset, in float32 or better."""
+    logits = multiply(rows.features, columns.kernel)
+    if rows.scale is not None:
+        logits = logits * rows.scale[:, None]
+    if columns.inverse_norm is not None:
+        logits = logits * columns.inverse_norm[None, :]
+    return logits
+
+
+def _others_of(at_label: jax.Array, plain: jax.Array, columns: Columns) -> jax.Array:
+    """The logits with their offset, -inf at the target."""
+    if columns.offset is not None:
+        plain = plain + columns.offset[None, :]
+    return jnp.where(at_label, -jnp.inf, plain)
+
+
+def _counted(values: jax.Array, columns: Columns) -> jax.Array:
+    """(batch, columns) values times the number of classes for which each column stands."""
+    if columns.offset is None:
+        return values
+    count = jnp.exp(columns.offset)[None, :]
+    return jnp.where(count > 0, count * values, 0)
+
+
+def loss_of(spec: Spec, t: Target, others: Others, classes: Any) -> jax.Array:
+    loss = jax.nn.softplus(others.z - t.logit)
+    if spec.label_smoothing:
+        mean = (t.logit + others.total) / classes
+        loss = loss + spec.label_smoothing * (t.logit - mean)
+    return loss
+
+
+class LogitGradient(NamedTuple):
+    """The gradient of the logits, in its factors: one value a row."""
+
+    peak: jax.Array  # of the other logits
+    softmax: jax.Array  # times exp(z_j - peak): the gradient of the other logits
+    uniform: jax.Array | None  # what label smoothing subtracts from each of them
+    target: Pull
+    dlam: jax.Array | None
+
+
+def logit_gradient(
+    spec: Spec, t: Target, others: Others, classes: Any, cotangent: jax.Array
+) -> LogitGradient:
+    """From the cotangent of each row's loss."""
+    smoothing = spec.label_smoothing
+    below = cotangent * jax.nn.sigmoid(others.z - t.logit)
+    g = -below
+    if smoothing:
+        # smoothing - below loses digits: both are near 1, their difference down to 1 / classes.
+        towards = jax.nn.sigmoid(t.logit - others.z) - 1 / classes
+        g = cotangent * (smoothing * towards) + (1 - smoothing) * g
+    uniform = cotangent * (smoothing / classes) if smoothing else None
+    # Not times exp(-z): the rounding of a logarithm would be an error of all classes alike.
+    softmax = below * others.inverse_mass
+    dlam = None if t.dlam is None else g * t.dlam
+    return LogitGradient(others.peak, softmax, uniform, pulled_back(g, t, spec.dtype), dlam)
+
+
+def gradients(
+    pieces: Pieces, rows: Rows, columns: Columns, gradient: LogitGradient, kept: Any
+) -> tuple[jax.Array, jax.Array]:
+    """dfeatures in the accumulation dtype and dkernel in `stored_dtype`, by the plan."""
+    kernel, dtype = columns.kernel, stored_dtype(columns.kernel.dtype)
+    if pieces.class_block is None:
+
+        def row_step(dkernel: Any, block: Any) -> tuple[jax.Array, jax.Array]:
+            dfeatures, change = block_gradients(block[0], columns, block[1], kept)
+            return change if dkernel is None else dkernel + change, dfeatures
+
+        if pieces.row_block is None:
+            dkernel, dfeatures = row_step(None, (rows, gradient))
+        else:
+            zeros = zeros_like_rows(kernel.shape, gradient.softmax)
+            dkernel, dfeatures = scan_rows(row_step, zeros, pieces.row_block, (rows, gradient))
+        return with_norms(rows, columns, gradient, dfeatures, dkernel)
+    sums = label_sums(gradient.target.along_column, rows.labels, kernel.shape[1])
+
+    def class_step(carry: Any, start: Any, block: Columns, kept: Any) -> tuple[Any, None]:
+        dfeatures, dkernel = carry
+        change, dcolumns = block_gradients(_from(start, rows), block, gradient, kept)
+        own = jax.lax.dynamic_slice_in_dim(sums, start, block.kernel.shape[1])
+        dcolumns = columns_with_norms(block, own, dcolumns).astype(dtype)
+        dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dcolumns, start, axis=1)
+        return (dfeatures + change, dkernel), None
+
+    zeros = zeros_like_rows(rows.features.shape, gradient.softmax)
+    carry = zeros, zeros_like_rows(kernel.shape, gradient.softmax).astype(dtype)
+    dfeatures, dkernel = scan_classes(class_step, carry, columns, pieces.class_block, kept)[0]
+    return features_with_norms(rows, gradient.target, dfeatures), dkernel
+
+
+def stored_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of a kernel's gradient until the loss is scaled.
+
+    float16 ends at 6e-8 and 65504: a gradient is cast to float16 only after the caller's loss scale
+    has been applied.
+    """
+    return jnp.dtype(jnp.float32) if dtype == jnp.float16 else jnp.dtype(dtype)
+
+
+def block_gradients(
+    rows: Rows,
+    columns: Columns,
+    gradient: LogitGradient,
+    kept: tuple[jax.Array, jax.Array] | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(dfeatures, dkernel) of a block of columns, without the terms of the norms.
+
+    Labels count from the block's first class. The plan may have kept (exp(z - peak), peak), with a
+    peak for each block; otherwise the logits are computed again.
+    """
+    at_label = is_label(rows.labels, columns.kernel.shape[1])
+    if kept is None:
+        logits = _others_of(at_label, plain_logits(rows, columns), columns)
+        exponentials, scale = jnp.exp(logits - gradient.peak[:, None]), gradient.softmax
+    else:
+        exponentials, scale = kept[0], gradient.softmax * jnp.exp(kept[1] - gradient.peak)
+    grad = exponentials.astype(scale.dtype) * scale[:, None]
+    if gradient.uniform is not None:
+        grad = grad - _counted(gradient.uniform[:, None], columns)
+    return products(rows, columns, jnp.where(at_label, gradient.target.plain[:, None], grad))
+
+
+def products(rows: Rows, columns: Columns, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(dfeatures, dkernel) of the logits' gradient (batch, columns), without the norms' terms."""
+    if rows.scale is not None:
+        grad = grad * rows.scale[:, None]
+    if columns.inverse_norm is not None:
+        grad = grad * columns.inverse_norm[None, :]
+    grad = grad.astype(rows.features.dtype)
+    precision = precision_for(columns.kernel)
+    dfeatures = contract(grad, 1, columns.kernel, 1, precision)
+    return dfeatures, contract(rows.features, 0, grad, 0, precision)
+
+
+def with_norms(
+    rows: Rows,
+    columns: Columns,
+    gradient: LogitGradient,
+    dfeatures: jax.Array,
+    dkernel: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Adds the terms of the norms to both gradients."""
+    sums = label_sums(gradient.target.along_column, rows.labels, columns.kernel.shape[1])
+    # Without this, XLA for v6e transposes and copies the kernel (`compile`: kernel-sized moves).
+    dkernel = as_stored(dkernel)
+    dkernel = columns_with_norms(columns, sums, dkernel)
+    dkernel = dkernel.astype(stored_dtype(columns.kernel.dtype))
+    return features_with_norms(rows, gradient.target, dfeatures), dkernel
+
+
+def features_with_norms(rows: Rows, pull: Pull, dfeatures: jax.Array) -> jax.Array:
+    """Adds the term along features, or removes that component where their norm is replaced.
+
+    The term has two factors because their product may overflow.
+    """
+    dtype = dfeatures.dtype
+    directions = pull.inverse_feature_norm[:, None] * rows.features.astype(dtype)
+    if rows.scale is None:
+        return dfeatures + pull.along_feature[:, None] * directions
+    return dfeatures - directions * jnp.sum(directions * dfeatures, axis=1, keepdims=True)
+
+
+def columns_with_norms(columns: Columns, sums: jax.Array, dkernel: jax.Array) -> jax.Array:
+    """The same for columns; `sums` holds `Pull.along_column` of each column's rows."""
+    wide = columns.kernel.astype(dkernel.dtype)
+    if columns.inverse_norm is None:
+        return dkernel + sums[None, :] * wide
+    along = sum_over_rows(columns.kernel, dkernel, dkernel.dtype) * columns.inverse_norm
+    return dkernel - along[None, :] * (columns.inverse_norm[None, :] * wide)
+
+
+def label_sums(values: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
+    """(classes,): the sum of each row's value into its label's column.
+
+    Scalars are scattered, not rows of D values, which is the slow path on a GPU
+    (https://github.com/openxla/xla/issues/46225). Below `_FEW_LOGITS` comparing labels beats
+    launching a scatter: one kernel, not three.
+    """
+
+    def scattered(values: jax.Array, labels: jax.Array) -> jax.Array:
+        # A negative index would wrap to the last class.
+        index = jnp.where(labels >= 0, labels, classes)
+        return jnp.zeros(classes, values.dtype).at[index].add(values, mode="drop")
+
+    def summed(values: jax.Array, labels: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(is_label(labels, classes), values[:, None], 0), axis=0)
+
+    batch = labels.shape[0]
+    if not isinstance(batch, int) or batch * classes > _FEW_LOGITS:
+        return scattered(values, labels)
+    return jax.lax.platform_dependent(values, labels, cpu=scattered, default=summed)
+
+
+def scan_rows(
+    step: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, block: int, rows: Any
+) -> tuple[Carry, Any]:
+    """Like `lax.scan(step, carry, rows)` with `block` rows a step."""
+    total = jax.tree.leaves(rows)[0].shape[0]
+    count = total // block
+    whole = count * block
+    pieces = jax.tree.map(lambda r: r[:whole].reshape(count, block, *r.shape[1:]), rows)
+    carry, outputs = jax.lax.scan(step, carry, pieces)
+    outputs = jax.tree.map(lambda r: r.reshape(whole, *r.shape[2:]), outputs)
+    if whole < total:
+        carry, last = step(carry, jax.tree.map(lambda r: r[whole:], rows))
+        outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
+    return carry, outputs
+
+
+def scan_classes(
+    step: Callable[[Carry, Any, Columns, Any], tuple[Carry, Any]],
+    carry: Carry,
+    columns: Columns,
+    block: int,
+    kept: tuple[Any, Any],
+) -> tuple[Carry, tuple[Any, Any]]:
+    """step(carry, first class, columns, kept of the block) -> (carry, kept), block by block.
+
+    What is kept is a pair: of the full blocks, stacked, and of the tail.
+    """
+    classes = columns.kernel.shape[1]
+    count = classes // block
+
+    def body(carry: Carry, piece: Any) -> tuple[Carry, Any]:
+        index, kept = piece
+        return step(carry, index * block, slice_columns(columns, index * block, block), kept)
+
+    carry, stacked = jax.lax.scan(body, carry, (jnp.arange(count, dtype=jnp.int32), kept[0]))
+    tail = None
+    if count * block < classes:
+        last = slice_columns(columns, count * block, classes - count * block)
+        carry, tail = step(carry, count * block, last, kept[1])
+    return carry, (stacked, tail)
+
+
+def slice_columns(columns: Columns, start: Any, width: int) -> Columns:
+    return jax.tree.map(
+        lambda array: jax.lax.dynamic_slice_in_dim(array, start, width, axis=array.ndim - 1),
+        columns,
+    )

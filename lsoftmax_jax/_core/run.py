@@ -1,0 +1,450 @@
+"""The losses on any device and mesh, each with a hand-written gradient.
+
+Two custom rules serve all losses, on one device and on many: one for the loss of each example, one
+for a weighted sum. A third serves the logits. Each jitted function takes the static `Spec` first,
+so an eager call compiles once for its shapes.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lsoftmax_jax import _checks
+from lsoftmax_jax._core import shards
+from lsoftmax_jax._core.blocks import (
+    LogitGradient,
+    Others,
+    block_gradients,
+    columns_with_norms,
+    features_with_norms,
+    gradients,
+    label_sums,
+    logit_gradient,
+    loss_of,
+    plain_logits,
+    products,
+    scan_rows,
+    stored_dtype,
+    summarise,
+    with_norms,
+)
+from lsoftmax_jax._core.placement import (
+    anywhere,
+    resharded,
+    vary_over,
+    varying_axes,
+    zeros_like_rows,
+)
+from lsoftmax_jax._core.spec import Arrays, Pieces, Spec
+from lsoftmax_jax._core.target import (
+    Columns,
+    LabelTerms,
+    Rows,
+    Target,
+    columns_of,
+    is_label,
+    pulled_back,
+    rows_of,
+    target_of,
+)
+
+
+class Statistics(NamedTuple):
+    """What a loss computed on its way, for each example; no gradient flows through it.
+
+    `plain_logit > max_logit` says whether an example is classified correctly without the margin.
+    Report its mean as the training accuracy.
+
+    Attributes:
+      target_cosine: cos(theta_y), (...,).
+      target_logit: the label's logit with margin and annealing, (...,).
+      plain_logit: the label's logit without margin, (...,).
+      max_logit: the largest other logit, (...,).
+      lam: λ of the example, (...,); 1 / (1 + λ) is the margin's share.
+    """
+
+    target_cosine: jax.Array
+    target_logit: jax.Array
+    plain_logit: jax.Array
+    max_logit: jax.Array
+    lam: jax.Array
+
+
+# A tree like `Statistics`, for what holds of every field.
+OF_ROWS: Any = Statistics(*5 * ("batch",))  # type: ignore[arg-type]
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def losses(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Statistics]:
+    """The loss of each example, and the statistics."""
+
+    def core(arrays: Arrays) -> tuple[jax.Array, Statistics]:
+        where = arrays.where
+        loss, seen = _losses(spec, cleaned(spec, arrays))
+        return loss if where is None else jnp.where(where, loss, 0), seen
+
+    if spec.layout is not None:
+        return core(placed(spec, arrays))
+    return anywhere(core, ("batch", OF_ROWS), arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def loss_sum(spec: Spec, arrays: Arrays) -> jax.Array:
+    """The weighted sum of the losses."""
+
+    def core(arrays: Arrays) -> jax.Array:
+        return _sum(spec, cleaned(spec, arrays._replace(weights=weights_of(spec, arrays))))
+
+    if spec.layout is not None:
+        return core(placed(spec, arrays))
+    return anywhere(core, "scalar", arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def margin_logits(spec: Spec, arrays: Arrays) -> jax.Array:
+    """The logits of each example, with the margin at the label."""
+
+    def core(arrays: Arrays) -> jax.Array:
+        shape = arrays.labels.shape
+        arrays = flat(cleaned(spec, arrays))
+        return _logits(spec, arrays).reshape(*shape, spec.classes)
+
+    return anywhere(core, "logits", arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def inference_logits(spec: Spec, features: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The logits of each example without a label."""
+    if not spec.unit_columns:
+        return features.astype(spec.dtype) @ kernel.astype(spec.dtype)
+
+    # The product is accumulated and scaled in float32: float16 ends at 65504 and 6e-8.
+    def core(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
+        features, kernel = (array.astype(spec.dtype) for array in arrays)
+        shape = features.shape[:-1]
+        features = features.reshape(math.prod(shape), features.shape[-1])
+        rows = rows_of(spec, features, jnp.zeros(math.prod(shape), jnp.int32))
+        logits = plain_logits(rows, columns_of(spec, kernel))
+        return logits.astype(spec.dtype).reshape(*shape, kernel.shape[1])
+
+    return anywhere(core, "logits", (features, kernel))
+
+
+def placed(spec: Spec, arrays: Arrays) -> Arrays:
+    """Every array split as the layout says."""
+    layout = spec.layout
+    assert layout is not None
+    of = {name: array for name, array in arrays._asdict().items() if array is not None}
+    specs = shards.splits(layout)._asdict()
+    return arrays._replace(
+        **{
+            name: resharded(jnp.asarray(array), layout.mesh, specs[name])
+            for name, array in of.items()
+        }
+    )
+
+
+def weights_of(spec: Spec, arrays: Arrays) -> jax.Array:
+    """The weight of each example in a sum, 0 where it is masked."""
+    dtype, weights = _checks.at_least_f32(spec.dtype), arrays.weights
+    if weights is None:
+        ones = jnp.ones(arrays.labels.shape, dtype)
+        weights = vary_over(ones, varying_axes(arrays.features))
+    weights = weights.astype(dtype)
+    return weights if arrays.where is None else jnp.where(arrays.where, weights, 0)
+
+
+def cleaned(spec: Spec, arrays: Arrays) -> Arrays:
+    """The arrays as the rules compute with them: one dtype, labels -1 outside, masked rows 0."""
+    features, where = arrays.features.astype(spec.dtype), arrays.where
+    labels = _checks.known_labels(arrays.labels, spec.classes)
+    if where is not None:
+        # A masked row may hold NaN, which a factor of zero would not remove from the gradient.
+        features = jnp.where(where[..., None], features, 0)
+        labels = jnp.where(where, labels, 0)
+    wide = _checks.at_least_f32(spec.dtype)
+    offset = None if arrays.offset is None else arrays.offset.astype(wide)
+    return arrays._replace(
+        features=features,
+        kernel=arrays.kernel.astype(spec.dtype),
+        labels=labels,
+        lam=_checks.in_range(arrays.lam, wide),
+        where=None,
+        offset=offset,
+        # Sampled columns stand for several classes each; see `Sample.offset`.
+        classes=jnp.sum(jnp.exp(offset)) if offset is not None and spec.label_smoothing else None,
+    )
+
+
+# What both rules share, on one device or on each device of a mesh.
+
+
+def flat(arrays: Arrays) -> Arrays:
+    """With one batch axis."""
+    shape = arrays.labels.shape
+    if len(shape) == 1:
+        return arrays
+    rows = math.prod(shape)
+    # Not reshape(-1, D): an empty batch has no -1 to infer.
+    return arrays._replace(
+        features=arrays.features.reshape(rows, arrays.features.shape[-1]),
+        labels=arrays.labels.reshape(rows),
+        weights=None if arrays.weights is None else arrays.weights.reshape(rows),
+    )
+
+
+class Pass(NamedTuple):
+    """What a forward pass found: one row of each array is one example."""
+
+    loss: Any
+    t: Target
+    others: Others
+    rows: Rows
+    columns: Columns
+    kept: Any
+
+
+def forward(spec: Spec, arrays: Arrays) -> Pass:
+    rows, columns, terms = shards.view(spec, arrays)
+    return pass_over(spec, spec.pieces, arrays, rows, columns, terms)
+
+
+def pass_over(
+    spec: Spec, pieces: Pieces, arrays: Arrays, rows: Rows, columns: Columns, terms: LabelTerms
+) -> Pass:
+    others, kept = summarise(spec, pieces, rows, columns)
+    terms, others = shards.exchanged(spec, arrays.labels, terms, others)
+    t = target_of(spec, terms, arrays.lam, others.peak)
+    return Pass(loss_of(spec, t, others, classes_of(spec, arrays)), t, others, rows, columns, kept)
+
+
+def statistics_of(found: Pass) -> Statistics:
+    t = found.t
+    seen = Statistics(t.cosine, t.logit, t.plain, found.others.peak, t.lam)
+    return jax.tree.map(jax.lax.stop_gradient, seen)
+
+
+def classes_of(spec: Spec, arrays: Arrays) -> Any:
+    return spec.classes if arrays.classes is None else arrays.classes
+
+
+def _backward(
+    spec: Spec, arrays: Arrays, found: Pass, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of features and kernel, and of λ, from the cotangent of each row's loss."""
+    cotangent, factor = fit_for_products(spec.dtype, cotangent)
+    gradient = row_gradient(spec, arrays, found, cotangent)
+    dfeatures, dkernel = gradients(spec.pieces, found.rows, found.columns, gradient, found.kept)
+    dlam = jnp.zeros_like(arrays.lam) if gradient.dlam is None else jnp.sum(gradient.dlam)
+    dfeatures = shards.sum_of_features(spec.layout, dfeatures)
+    return times(factor, dfeatures), times(factor, dkernel), times(factor, dlam)
+
+
+def row_gradient(spec: Spec, arrays: Arrays, found: Pass, cotangent: jax.Array) -> LogitGradient:
+    classes = classes_of(spec, arrays)
+    gradient = logit_gradient(spec, found.t, found.others, classes, cotangent)
+    if spec.layout is None:
+        return gradient
+    # The device that holds the row's class adds the term along the features, once.
+    along = jnp.where(found.rows.labels >= 0, gradient.target.along_feature, 0)
+    return gradient._replace(target=gradient.target._replace(along_feature=along))
+
+
+def fit_for_products(dtype: jnp.dtype, cotangent: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The cotangent of each row divided by a power of two that suits float16, and that power.
+
+    The logits' gradient is cast to float16 for the products. Whatever the caller's loss scale,
+    its largest entry then lies well inside the range of float16, and small ones stay above 6e-8.
+    """
+    if dtype != jnp.float16:
+        return cotangent, None
+    largest = jnp.max(jnp.abs(cotangent), initial=0)
+    some = (largest > 0) & (largest < jnp.inf)
+    # Times 2**6: a slope of m² up to 256 stays below 65504.
+    factor = jnp.where(some, jnp.exp2(jnp.floor(jnp.log2(jnp.where(some, largest, 1))) - 6), 1)
+    return cotangent / factor, factor
+
+
+def times(factor: jax.Array | None, array: jax.Array) -> jax.Array:
+    return array if factor is None else array * factor
+
+
+# The loss of each example.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Statistics]:
+    return _losses_fwd(spec, arrays)[0]
+
+
+def _losses_fwd(spec: Spec, arrays: Arrays) -> tuple[tuple[jax.Array, Statistics], Any]:
+    layout = spec.layout
+
+    def local(arrays: Arrays) -> Any:
+        shape = arrays.labels.shape
+        arrays = shards.all_rows(layout, flat(arrays))
+        found = forward(spec, arrays)
+        outputs = shards.own_rows(layout, (found.loss, statistics_of(found)))
+        outputs = jax.tree.map(lambda array: array.reshape(shape), outputs)
+        # The kernel is whole already, the loss no part of its gradient.
+        found = found._replace(loss=None, columns=found.columns._replace(kernel=None))
+        return outputs, shards.kept(layout, found)
+
+    in_specs, out_specs = (None, None)
+    if layout is not None:
+        rows = layout.rows
+        in_specs = (shards.splits(layout),)
+        out_specs = ((rows, jax.tree.map(lambda _: rows, OF_ROWS)), layout.own)
+    outputs, found = shards.on_devices(layout, local, in_specs, out_specs)(arrays)
+    return outputs, (arrays._replace(features=None, weights=None), found)
+
+
+def _losses_bwd(
+    spec: Spec, residuals: Any, cotangents: tuple[jax.Array, Statistics]
+) -> tuple[Arrays]:
+    layout = spec.layout
+
+    def local(arrays: Arrays, found: Pass, cotangent: jax.Array) -> Any:
+        found = shards.own(layout, found)
+        found = found._replace(columns=found.columns._replace(kernel=arrays.kernel))
+        shape = cotangent.shape
+        cotangent = shards.all_cotangents(layout, cotangent.reshape(math.prod(shape)))
+        dfeatures, dkernel, dlam = _backward(spec, arrays, found, cotangent)
+        dfeatures = dfeatures.astype(spec.dtype).reshape(*shape, dfeatures.shape[-1])
+        dkernel, dlam = shards.over_data(layout, (dkernel, dlam))
+        return dfeatures, dkernel.astype(spec.dtype), dlam
+
+    in_specs, out_specs = (None, None)
+    if layout is not None:
+        in_specs = (shards.splits(layout), layout.own, layout.rows)
+        out_specs = (layout.rows, layout.columns, P())
+    local = shards.on_devices(layout, local, in_specs, out_specs)
+    return (_gradient_of(*local(*residuals, cotangents[0])),)
+
+
+_losses.defvjp(_losses_fwd, _losses_bwd)
+
+
+def _gradient_of(features: Any, kernel: Any, lam: Any, weights: Any = None) -> Arrays:
+    """The gradients as a cotangent of `Arrays`; labels and offset have none."""
+    return Arrays(features, kernel, None, lam, weights=weights)
+
+
+# The weighted sum, its gradients computed in the forward pass.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum(spec: Spec, arrays: Arrays) -> jax.Array:
+    # Not _sum_fwd(...)[0], which would compute the gradients too.
+    return jnp.sum(arrays.weights * _losses(spec, arrays._replace(weights=None))[0])
+
+
+def _sum_fwd(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Any]:
+    layout = spec.layout
+
+    def local(arrays: Arrays) -> Any:
+        shape = arrays.labels.shape
+        arrays = shards.all_rows(layout, flat(arrays))
+        if spec.pieces.row_block is not None and layout is None:
+            losses, dfeatures, dkernel, dlam = _one_pass(spec, arrays)
+        else:
+            found = forward(spec, arrays)
+            dfeatures, dkernel, dlam = _backward(spec, arrays, found, arrays.weights)
+            losses = found.loss
+        total, dlam, dkernel = shards.over_data(
+            layout, (jnp.sum(arrays.weights * losses), dlam, dkernel)
+        )
+        losses = shards.own_rows(layout, losses).reshape(shape)
+        dfeatures = dfeatures.astype(stored_dtype(spec.dtype))
+        dfeatures = dfeatures.reshape(*shape, dfeatures.shape[-1])
+        return total, dfeatures, dkernel, dlam, losses
+
+    in_specs, out_specs = (None, None)
+    if layout is not None:
+        in_specs = (shards.splits(layout),)
+        out_specs = (P(), layout.rows, layout.columns, P(), layout.rows)
+    total, *gradient = shards.on_devices(layout, local, in_specs, out_specs)(arrays)
+    return total, _gradient_of(*gradient)
+
+
+def _one_pass(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(losses, dfeatures, dkernel, dλ), the logits of a block of rows computed once."""
+    rows, columns, terms = shards.view(spec, arrays)
+    weights, factor = fit_for_products(spec.dtype, arrays.weights)
+    block: Any = spec.pieces.row_block
+
+    def step(dkernel: jax.Array, block: Any) -> tuple[jax.Array, Any]:
+        rows, terms, weights = block
+        found = pass_over(spec, Pieces(), arrays, rows, columns, terms)
+        gradient = row_gradient(spec, arrays, found, weights)
+        dfeatures, change = block_gradients(rows, columns, gradient, found.kept)
+        return dkernel + change, (found.loss, gradient, dfeatures)
+
+    zeros = zeros_like_rows(columns.kernel.shape, weights)
+    dkernel, (losses, gradient, dfeatures) = scan_rows(step, zeros, block, (rows, terms, weights))
+    dfeatures, dkernel = with_norms(rows, columns, gradient, dfeatures, dkernel)
+    dlam = jnp.zeros_like(arrays.lam) if gradient.dlam is None else jnp.sum(gradient.dlam)
+    return losses, *(times(factor, array) for array in (dfeatures, dkernel, dlam))
+
+
+def _sum_bwd(spec: Spec, gradient: Arrays, cotangent: jax.Array) -> tuple[Arrays]:
+    def scaled(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return (cotangent * array.astype(cotangent.dtype)).astype(dtype)
+
+    return (
+        gradient._replace(
+            features=scaled(gradient.features, spec.dtype),
+            kernel=scaled(gradient.kernel, spec.dtype),
+            lam=scaled(gradient.lam, cotangent.dtype),
+            weights=scaled(gradient.weights, cotangent.dtype),
+        ),
+    )
+
+
+_sum.defvjp(_sum_fwd, _sum_bwd)
+
+
+# The logits.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logits(spec: Spec, arrays: Arrays) -> jax.Array:
+    return _logits_fwd(spec, arrays)[0]
+
+
+def _logits_fwd(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Any]:
+    labels = arrays.labels
+    rows, columns, terms = shards.view(spec, arrays)
+    plain, at_label = plain_logits(rows, columns), is_label(labels, spec.classes)
+    lowest = jnp.finfo(plain.dtype).min
+    rival = None
+    if spec.rule is not None:
+        rival = jnp.max(jnp.where(at_label, lowest, plain), axis=1)
+    t = target_of(spec, terms, arrays.lam, rival)
+    logits = jnp.where(at_label, t.logit[:, None], plain)
+    logits = jnp.where(labels[:, None] >= 0, logits, jnp.nan).astype(spec.dtype)
+    return logits, (arrays.lam, rows, columns, t)
+
+
+def _logits_bwd(spec: Spec, residuals: Any, cotangent: jax.Array) -> tuple[Arrays]:
+    lam, rows, columns, t = residuals
+    labels = rows.labels
+    at_label = is_label(labels, spec.classes)
+    g = jnp.sum(jnp.where(at_label, cotangent, 0), axis=1, dtype=t.alpha.dtype)
+    g = jnp.where(labels >= 0, g, jnp.nan)
+    pull = pulled_back(g, t, spec.dtype)
+    grad = jnp.where(at_label, pull.plain[:, None], cotangent.astype(g.dtype))
+    grad = jnp.where(labels[:, None] >= 0, grad, jnp.nan)
+    dfeatures, dkernel = products(rows, columns, grad)
+    sums = label_sums(pull.along_column, labels, spec.classes)
+    dfeatures = features_with_norms(rows, pull, dfeatures).astype(spec.dtype)
+    dkernel = columns_with_norms(columns, sums, dkernel).astype(spec.dtype)
+    dlam = jnp.zeros_like(lam) if t.dlam is None else jnp.sum(g * t.dlam)
+    return (_gradient_of(dfeatures, dkernel, dlam),)
+
+
+_logits.defvjp(_logits_fwd, _logits_bwd)

@@ -1,0 +1,241 @@
+"""The target logit of each row, with margin and λ, and its derivatives.
+
+For a feature x and the kernel column w of the label, with u = x . w and n = |x| |w|,
+
+    t = u + share (n v(u / n) - u),    share = 1 / (1 + λ)
+
+which is the paper's (λ u + n v) / (1 + λ), and also serves an infinite λ.
+
+Source: Liu et al., ICML 2016, https://arxiv.org/abs/1612.02295.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lsoftmax_jax import _checks
+from lsoftmax_jax._core.spec import Spec
+from lsoftmax_jax._core.tiles import columns_at, sum_over_rows
+from lsoftmax_jax.margins import value_and_slope
+
+# Up to this many classes a product at full precision costs less than gathering the label's column.
+FEW_CLASSES = 256
+# Numbers are scaled by 2**14, exactly, before they are squared: in float32 a norm of 1e15 then has
+# a normal square, and so has each of 512 entries of a norm of 1e-20 that counts.
+_SCALE = 2.0**14
+
+
+class Rows(NamedTuple):
+    """The rows of a batch."""
+
+    features: jax.Array  # (batch, D)
+    labels: jax.Array  # (batch,)
+    scale: jax.Array | None = None  # (batch,): features times scale have the margin's length
+
+
+class Columns(NamedTuple):
+    """Columns of a kernel."""
+
+    kernel: Any  # (D, columns)
+    offset: jax.Array | None = None  # (columns,), added to logits of other classes; -inf: no class
+    inverse_norm: jax.Array | None = None  # (columns,), where columns count as unit columns
+
+
+def rows_of(spec: Spec, features: jax.Array, labels: jax.Array) -> Rows:
+    length = spec.margin.scale
+    return Rows(features, labels, None if length is None else length * inverse_norms(features, 1))
+
+
+def columns_of(spec: Spec, kernel: jax.Array, offset: jax.Array | None = None) -> Columns:
+    return Columns(kernel, offset, inverse_norms(kernel, 0) if spec.unit_columns else None)
+
+
+def inverse_norms(matrix: jax.Array, axis: int) -> jax.Array:
+    """1 / norm along an axis, 0 where the norm counts as no direction, in float32 or better."""
+    return _norm(_squares(matrix, axis))[1]
+
+
+def _squares(matrix: jax.Array, axis: int) -> jax.Array:
+    """Sums of squares of _SCALE times the entries."""
+    dtype = _checks.at_least_f32(matrix.dtype)
+    if axis == 0:
+        return sum_over_rows(matrix, matrix, dtype, _SCALE)
+    return jnp.sum((_SCALE * matrix.astype(dtype)) ** 2, axis=axis)
+
+
+def _norm(square: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A norm and its inverse from the square of _SCALE times the norm.
+
+    Both are 0 where the square is not a positive normal number. The norms of features and columns
+    stay apart: their product or quotient would under- or overflow.
+    """
+    normal = (square > jnp.finfo(square.dtype).tiny) & (square < jnp.inf)
+    root = jnp.sqrt(jnp.where(normal, square, 1))
+    # Propagate NaN.
+    zero = jnp.where(jnp.isnan(square), square, 0)
+    return jnp.where(normal, root / _SCALE, zero), jnp.where(normal, _SCALE / root, zero)
+
+
+class LabelTerms(NamedTuple):
+    """What the label's logit is made of, one value a row, without margin and λ."""
+
+    product: jax.Array  # features . kernel_y; NaN where the label is -1
+    feature_norm: jax.Array  # 0 where it counts as no direction, as the three below
+    inverse_feature_norm: jax.Array
+    column_norm: jax.Array
+    inverse_column_norm: jax.Array
+
+
+def label_terms(rows: Rows, kernel: jax.Array) -> LabelTerms:
+    """`LabelTerms` of every row, in float32 or better.
+
+    They are never read off logits of the default precision. On a TPU or GPU the default may be
+    bfloat16 or TF32, which would put a cosine on the wrong side of a knot. With few classes the
+    logits have full precision, and the compiler computes them once.
+    """
+    features, labels = rows.features, rows.labels
+    wide = features.astype(_checks.at_least_f32(features.dtype))
+    if kernel.shape[1] <= FEW_CLASSES:
+        at_label = is_label(labels, kernel.shape[1])
+        plain = jnp.sum(jnp.where(at_label, multiply(features, kernel), 0), axis=1)
+        squares = _squares(kernel, 0)
+        column_square = jnp.sum(jnp.where(at_label, squares[None, :], 0), axis=1)
+    else:
+        columns = columns_at(kernel, labels).astype(wide.dtype)
+        plain = jnp.sum(wide * columns, axis=1)
+        column_square = _squares(columns, 1)
+    plain = jnp.where(labels >= 0, plain, jnp.nan)
+    return LabelTerms(plain, *_norm(_squares(features, 1)), *_norm(column_square))
+
+
+class Target(NamedTuple):
+    """The target logit t and its partial derivatives, one value a row.
+
+    dt/dfeatures = alpha kernel_y + beta |kernel_y| features / |features|
+    dt/dkernel_y = alpha features + beta |features| kernel_y / |kernel_y|
+
+    for the features and columns that the logits are made of. Where these have unit length, the
+    gradients of the given ones follow in `blocks`.
+    """
+
+    plain: jax.Array  # u = n cos(theta_y), the logit without a margin
+    logit: jax.Array
+    alpha: jax.Array
+    beta: jax.Array | None  # None for plain softmax, where it is 0
+    dlam: jax.Array | None  # dt/dλ, of a given λ
+    lam: jax.Array
+    cosine: jax.Array
+    terms: LabelTerms
+    unit: jax.Array | None  # du/dproduct, where that is not 1
+
+
+def target_of(spec: Spec, terms: LabelTerms, lam: jax.Array, rival: jax.Array | None) -> Target:
+    """t and its derivatives.
+
+    Args:
+      terms: of each row.
+      lam: the given λ, scalar >= 0, which a rule ignores.
+      rival: (batch,) the largest other logit, for a rule; None if there is no rule.
+
+    Without a direction (a norm that is 0, or too small or large for its square to be a normal
+    number) the cosine counts as 0.
+    """
+    u, unit = terms.product, None
+    cosine = jnp.clip(u * terms.inverse_feature_norm * terms.inverse_column_norm, -1, 1)
+    if spec.unit_columns:
+        unit = terms.inverse_column_norm
+        if (length := spec.margin.scale) is not None:
+            unit = unit * (length * terms.inverse_feature_norm)
+            terms = terms._replace(feature_norm=jnp.full_like(u, length))
+        ones = jnp.ones_like(u)
+        terms = terms._replace(column_norm=ones, inverse_column_norm=ones)
+        u = terms.feature_norm * cosine
+    lam = jnp.broadcast_to(lam, u.shape)
+    if spec.is_plain:
+        lam = lam if spec.rule is None else jnp.full_like(u, jnp.inf)
+        return Target(u, u, jnp.ones_like(u), None, jnp.zeros_like(u), lam, cosine, terms, unit)
+    value, slope = value_and_slope(spec.margin, cosine)
+    whole = terms.feature_norm * terms.column_norm * value
+    if spec.rule is None or rival is None:
+        share = 1 / (1 + lam)
+        dlam = -(whole - u) * share**2
+    else:
+        share, dlam = spec.rule.share(u, whole, rival), None
+        some = share > 0
+        lam = jnp.where(some, 1 / jnp.where(some, share, 1) - 1, jnp.inf)
+    return Target(
+        plain=u,
+        logit=u + (whole - u) * share,
+        alpha=1 + (slope - 1) * share,
+        beta=(value - cosine * slope) * share,
+        dlam=dlam,
+        lam=lam,
+        cosine=cosine,
+        terms=terms,
+        unit=unit,
+    )
+
+
+class Pull(NamedTuple):
+    """A cotangent g of the target logit, pulled back: one value a row."""
+
+    plain: jax.Array  # the gradient of the logit at the label, a factor of both products
+    along_feature: jax.Array  # times features / |features|, a part of dfeatures
+    inverse_feature_norm: jax.Array
+    along_column: jax.Array  # times the label's column, a part of dkernel
+
+
+def pulled_back(g: jax.Array, t: Target, dtype: jnp.dtype) -> Pull:
+    """`Pull` for matrix products with operands of `dtype`.
+
+    At small angles alpha is near m², and beta cancels most of it. Half precision would round alpha
+    alone. So what rounding takes off `plain` is given back along features and kernel; the error
+    that remains is smaller by the sine of the angle.
+    """
+    exact = g * t.alpha
+    zero = jnp.zeros_like(exact)
+    if t.beta is None and t.unit is None and dtype == exact.dtype:
+        # Plain softmax needs no norms, which would cost a fifth of its time at ten classes.
+        return Pull(exact, zero, zero, zero)
+    rounded, beta = exact, zero if t.beta is None else g * t.beta
+    if dtype != exact.dtype:
+        # XLA may remove a round-trip cast.
+        info = jnp.finfo(dtype)
+        unit = 1 if t.unit is None else jnp.where(t.unit > 0, t.unit, 1)
+        rounded = jax.lax.reduce_precision(exact * unit, info.nexp, info.nmant) / unit
+        beta = beta + (exact - rounded) * t.cosine
+    along_column = beta * t.terms.feature_norm * t.terms.inverse_column_norm
+    return Pull(rounded, beta * t.terms.column_norm, t.terms.inverse_feature_norm, along_column)
+
+
+def is_label(labels: jax.Array, classes: int) -> jax.Array:
+    """(batch, classes), true at each row's label: compared with an iota, nothing is gathered."""
+    shape = labels.shape[0], classes
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 1) == labels[:, None]
+
+
+def multiply(features: jax.Array, kernel: jax.Array) -> jax.Array:
+    """features @ kernel, accumulated in float32 or better; see `label_terms` for the precision."""
+    return contract(features, 1, kernel, 0, precision_for(kernel))
+
+
+def precision_for(kernel: jax.Array) -> jax.lax.Precision | None:
+    """The precision of products with a kernel: full with few classes, else JAX's default.
+
+    The default on a TPU rounds float32 operands to bfloat16. At small angles two terms that are up
+    to m² times as long nearly cancel in a gradient, and the rounding error grows with them.
+    """
+    return jax.lax.Precision.HIGHEST if kernel.shape[1] <= FEW_CLASSES else None
+
+
+def contract(
+    lhs: jax.Array,
+    lhs_axis: int,
+    rhs: jax.Array,
+    rhs_axis: int,
+    precision: jax.lax.Precision | None,
+) -> jax.Array:
+    dtype: Any = _checks.at_least_f32(lhs.dtype)
+    axes = (((lhs_axis,), (rhs_axis,)), ((), ()))
+    return jax.lax.dot_general(lhs, rhs, axes, precision, preferred_element_type=dtype)
