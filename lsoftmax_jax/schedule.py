@@ -17,16 +17,22 @@ from jax.typing import ArrayLike
 from lsoftmax_jax import _checks
 
 
+# A share of the whole lead would hold the target at its rival: the loss could never fall.
+_PART_OF_LEAD = 0.9
+# A few easy classes would otherwise get nearly the whole margin, at the expense of rare ones.
+_LARGEST_LEAD = 0.4
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class SelfPaced:
     """The rule for λ that `self_paced` makes and every loss takes as `lam`.
 
     Attributes:
-      strength: part of an example's lead that the margin may take, in [0, 1].
+      strength: how much of an example's lead the margin may take, in [0, 1].
     """
 
-    strength: float = 0.5
+    strength: float = 0.8
 
     def __post_init__(self) -> None:
         _checks.check_fraction("strength", self.strength)
@@ -43,7 +49,7 @@ class SelfPaced:
         gap = plain - margin
         some = gap > 0  # False for NaN too: a label outside [0, classes)
         lead = jnp.where(some, plain - rival, 0) / jnp.where(some, gap, 1)
-        return self.strength * jnp.clip(lead, 0, 1)
+        return _PART_OF_LEAD * self.strength * jnp.clip(lead, 0, _LARGEST_LEAD)
 
 
 class LambdaPreset(NamedTuple):
@@ -182,23 +188,26 @@ def _step(step: ArrayLike) -> jax.Array:
     return array.astype(jnp.float32)
 
 
-def self_paced(strength: float = 0.5) -> SelfPaced:
+def self_paced(strength: float = 0.8) -> SelfPaced:
     r"""λ from each example's own lead, without a schedule, a number of steps or any state.
 
     Pass the result as `lam` to any loss. A head without `lam` uses ``self_paced()``. For each
     example
 
-    .. math:: \frac{1}{1+\lambda} = strength \cdot
-        \mathrm{clip}\left(\frac{u - \max_{j \ne y} z_j}{u - v},\, 0,\, 1\right)
+    .. math:: \frac{1}{1+\lambda} = 0.9 \cdot strength \cdot
+        \mathrm{clip}\left(\frac{u - \max_{j \ne y} z_j}{u - v},\, 0,\, 0.4\right)
 
     where u is the target's plain logit, v the target logit under the whole margin and z the plain
-    logits. The margin so takes `strength` of what the example is ahead of its nearest other class:
-    an example that is classified correctly stays so, and one that is not has no margin (λ is
-    infinite, which is plain softmax). The rule reads one example only: batches, microbatches,
-    `jax.vmap` and devices cannot change λ. No gradient flows through λ.
+    logits. The margin takes a part of what the example is ahead of its nearest other class: an
+    example that is classified correctly stays so, and one that is not has no margin (λ is infinite,
+    which is plain softmax). The bound keeps easy classes from taking nearly the whole margin.
+
+    The rule reads one example only: batches, microbatches, `jax.vmap` and devices cannot change λ.
+    No gradient flows through λ.
 
     Args:
-      strength: how much of the lead the margin takes, in [0, 1]; more is more margin.
+      strength: more is more margin, in [0, 1]: 0 is softmax, 1 suits embeddings of identities that
+        training never sees.
 
     Returns:
       a frozen, hashable value, to be passed as `lam`; it holds no arrays, and is a static pytree.
@@ -210,8 +219,8 @@ def self_paced(strength: float = 0.5) -> SelfPaced:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
       >>> features, kernel = jnp.array([[2.0, 1.7], [1.0, 2.0]]), jnp.eye(2)
       >>> loss, seen = lsm.lsoftmax_loss_and_statistics(
-      ...     features, kernel, jnp.array([0, 0]), margin=2, lam=lsm.self_paced())
+      ...     features, kernel, jnp.array([0, 0]), margin=2, lam=lsm.self_paced(1.0))
       >>> [round(float(lam), 2) for lam in seen.lam]
-      [9.51, inf]
+      [4.84, inf]
     """
     return SelfPaced(strength)
