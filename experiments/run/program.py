@@ -37,7 +37,6 @@ def network_state(
             network,
             classes,
             margin=recipe.head_margin,
-            scale=recipe.scale,
             dtype=recipe.activation_dtype,
             rngs=nnx.Rngs(jax.random.key(seed)),
         )
