@@ -7,6 +7,7 @@ Environments stay in .nox/. A session whose Python is missing is skipped, and no
 import json
 import os
 import shutil
+import subprocess
 import time
 import tomllib
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from xml.etree import ElementTree
 
 import nox
 
-nox.needs_version = ">=2025.2.9"
+nox.needs_version = ">=2025.10.14"
 nox.options.default_venv_backend = "uv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
@@ -181,7 +182,8 @@ def pins(session: nox.Session) -> None:
 
 def packages(session: nox.Session) -> dict[str, str]:
     """The versions of an environment by package."""
-    listed = session.run("uv", "pip", "list", "--format", "json", external=True, silent=True)
+    command = ["uv", "pip", "list", "--format", "json"]
+    listed = session.run(*command, external=True, silent=True, stderr=subprocess.DEVNULL)
     return {package["name"]: package["version"] for package in json.loads(str(listed))}
 
 

@@ -67,7 +67,7 @@ def runs(file: str, columns: list[str]) -> str:
     rows = json.loads((STACKS / file).read_text())
     lines = ["| " + " | ".join([*columns, "run"]) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
-        cells = [str(row[column]) for column in columns]
+        cells = [str(row.get(column, "")) for column in columns]
         lines.append("| " + " | ".join([*cells, f"{row['date']}, {row['commit']}"]) + " |")
     return "\n".join(lines)
 
@@ -75,9 +75,10 @@ def runs(file: str, columns: list[str]) -> str:
 def stacks() -> str:
     """A table: how many tests passed on each stack."""
     counts = ["passed", "failed", "skipped", "seconds"]
-    return runs("results.json", ["stack", "python", "jax", "flax", *counts])
+    return runs("results.json", ["stack", "python", "jax", "flax", *counts, "load"])
 
 
 def notebooks() -> str:
     """A table: how long each notebook took with the packages of Colab's runtime."""
-    return runs("notebooks.json", ["notebook", "python", "jax", "flax", "installing", "seconds"])
+    seconds = ["installing", "seconds"]
+    return runs("notebooks.json", ["notebook", "python", "jax", "flax", *seconds, "load"])
