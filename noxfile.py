@@ -7,6 +7,7 @@ Environments stay in .nox/. A session whose Python is missing is skipped, and no
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import time
 import tomllib
@@ -169,7 +170,12 @@ def mutation(session: nox.Session) -> None:
     stopped = 124
     session.run("timeout", seconds, *command, external=True, success_codes=[0, stopped])
     session.run("cr-report", "--no-show-output", "--show-diff", "--surviving-only", mutants)
-    session.run("cr-rate", "--estimate", mutants)
+    # cr-rate would count the mutants that were left out as noticed.
+    query = (
+        "SELECT COUNT(*), SUM(test_outcome = 'SURVIVED') FROM work_results WHERE test_outcome > ''"
+    )
+    tried, survived = sqlite3.connect(mutants).execute(query).fetchone()
+    session.log(f"{survived or 0} of {tried} mutants survived")
 
 
 @nox.session(python=["3.11", "3.12"])
