@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lsoftmax_jax"
 GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
 # What only the package itself imports; the public names of these are those of __init__.
-INNER = {"logits", "loss", "sgd"}
+INNER = {"losses", "sgd"}
 # Public to the package's other files alone.
 INNER_NAMES = {
+    "lsoftmax_jax.margins.OURS",
     "lsoftmax_jax.margins.check_margin",
     "lsoftmax_jax.margins.psi_and_slope",
     "lsoftmax_jax.margins.value_and_slope",
-    "lsoftmax_jax.sharded.Layout",
 }
 
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lsoftmax_jax
-from lsoftmax_jax import devices, interop, sampled, sharded, training
+from lsoftmax_jax import devices, interop, reference, sampled, training
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -31,17 +31,16 @@ def test_one_version_everywhere():
 
 # A file of the library imports files of the lines above its own, and no other file of its line.
 ORDER = (
-    {"_checks"},
-    {"_placement", "_tiles"},
-    {"margins"},
-    {"_pace"},
-    {"logits"},
-    {"_fused"},
-    {"_plans"},
-    {"loss"},
-    {"sharded", "sampled", "sgd"},
-    {"schedule"},
-    {"_head"},
+    {"reference", "_checks"},
+    {"margins", "schedule"},
+    {"_core", "_core.placement"},
+    {"_core.tiles", "_core.spec"},
+    {"_core.target"},
+    {"_core.blocks"},
+    {"_core.shards"},
+    {"_core.run"},
+    {"losses", "sampled", "sgd"},
+    {"_calls"},
     {"nnx", "linen"},
     {"training"},
     {"devices"},
@@ -100,12 +99,14 @@ def test_imports_make_no_circle():
 
 
 def test_the_library_is_imported_in_its_order():
-    level = {name: number for number, line in enumerate(ORDER) for name in line}
+    level = {
+        f"lsoftmax_jax.{name}": number for number, line in enumerate(ORDER) for name in line
+    }
     files = {name for name in MODULES if name.startswith("lsoftmax_jax.")}
-    assert {room(name) for name in files} == level.keys()
+    assert files == level.keys()
     for name in files:
         for other in IMPORTS[name] & files:
-            assert level[room(other)] < level[room(name)], f"{name} imports {other}"
+            assert level[other] < level[name], f"{name} imports {other}"
         assert not any(n.startswith("experiments") for n in IMPORTS[name]), name
         assert "lsoftmax_jax" not in IMPORTS[name], f"{name} imports the map"
 
@@ -138,7 +139,7 @@ def test_flax_is_imported_by_its_modules_alone():
 
 FUNCTIONS = {
     function
-    for module in (lsoftmax_jax, devices, interop, sampled, sharded, training)
+    for module in (lsoftmax_jax, devices, interop, reference, sampled, training)
     for name, function in inspect.getmembers(module, inspect.isfunction)
     if not name.startswith("_") and module in (lsoftmax_jax, inspect.getmodule(function))
 }
