@@ -178,7 +178,7 @@ def check_result(config: Config, file: Path) -> None:
     wrong = differing(there, config.to_json())
     wrong += [f"no {s} {t}" for s in splits for t in TITLES.values() if t not in outcome[s]]
     if wrong:
-        raise ValueError(f"{file} must hold the result of this run, got another: {', '.join(wrong)}")
+        raise ValueError(f"{file} must hold the result of this run, not {', '.join(wrong)}")
 
 
 def measures(program: Program, state: training.State) -> dict[str, Any]:

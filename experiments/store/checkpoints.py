@@ -33,7 +33,7 @@ class Checkpoints(ocp.CheckpointManager):
             create=writes,
         )
         if writes and jax.process_index() == 0:
-            # What a kill left. Orbax's own option removes it from a thread, which may come too late.
+            # What a kill left. Orbax's own option removes it from a thread, maybe too late.
             for left in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left)
         super().__init__(folder.absolute(), options=options)

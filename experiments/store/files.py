@@ -2,7 +2,6 @@
 
 import os
 import stat
-import sys
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -37,8 +36,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     old = regular(path)
     if old and not os.access(target, os.W_OK):
         raise PermissionError(f"{path} may not be written")
-    make_folder(path.parent)
-    make_folder(target.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -84,16 +82,6 @@ def regular(path: Path) -> os.stat_result | None:
     return found
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it; says so for one that was named from the root on."""
-    if folder.is_dir():
-        return
-    missing = [f for f in (folder, *folder.parents) if not os.path.lexists(f)]
-    folder.mkdir(parents=True, exist_ok=True)
-    if missing and missing[-1].is_absolute():
-        print(f"made the folder {missing[-1]}", file=sys.stderr)
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Makes an error for which the system names no file, as when the disk is full, name path."""
@@ -129,7 +117,7 @@ def locked(folder: Path) -> FileLock:
     Raises:
       ValueError: naming the folder, if another process holds its lock.
     """
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)

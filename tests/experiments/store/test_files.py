@@ -148,21 +148,9 @@ def test_a_log_or_a_checkpoint_of_pipes_is_refused(run):
     os.mkfifo(run / "checkpoints" / "4" / "more")
     with (
         Checkpoints(run / "checkpoints", writes=False) as checkpoints,
-        pytest.raises(ValueError, match="step 4 cannot be read: .*more must be a regular file"),
+        pytest.raises(ValueError, match=r"step 4 cannot be read: .*more must be a regular file"),
     ):
         checkpoints.latest(state(0))
-
-
-def test_folders_named_from_the_root_are_not_made_in_silence(tmp_path, capsys, monkeypatch):
-    write(tmp_path / "a" / "b" / "result.json")
-    assert capsys.readouterr().err == f"made the folder {tmp_path / 'a'}\n"
-    write(tmp_path / "a" / "b" / "other.json")
-    monkeypatch.chdir(tmp_path)
-    write(Path("c/d/result.json"))
-    locked(Path("c/e")).release()
-    assert capsys.readouterr().err == ""
-    locked(tmp_path / "f" / "g").release()
-    assert capsys.readouterr().err == f"made the folder {tmp_path / 'f'}\n"
 
 
 def test_leftovers_of_killed_processes_go(tmp_path):
@@ -280,7 +268,9 @@ def test_a_changed_log_is_refused(run, change):
     file = run / "metrics.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(CHANGES[change](lines)))
-    with pytest.raises(ValueError, match=r"metrics.jsonl(, line \d+: expected|.* is not as the run)"):
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl(, line \d+: expected|.* is not as the run)"
+    ):
         ledger.check(run, 4, logs.read(run))
 
 
