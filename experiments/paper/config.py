@@ -73,6 +73,7 @@ class Recipe:
         if self.family.endswith("-softmax"):
             self.must("margin", ">= 1", lambda value: value >= 1)
             self.must("margin", "an integer", lambda value: value % 1 == 0)
+            self.must("margin", "at most 1000", lambda value: value <= 1000)
         check_head(self.head_margin, self.scale)
         self.must("seed", f"in 0..{2**31 - 1}", lambda value: 0 <= value < 2**31)
         constants = [f"lam.{constant}" for constant in self.lam._fields]
