@@ -103,7 +103,8 @@ def train_(
         console.print(table(title, {split: outcome[split] for split in ("train", "test")}))
         console.print(
             f"{outcome['images_per_second']:.0f} images/s on {outcome['device']}, "
-            f"{100 * outcome['outside_step']:.1f} % of the loop's time outside the step"
+            f"{100 * outcome['outside_step']:.1f} % of the loop's time outside the step\n"
+            f"{PROG} list --out {shlex.quote(str(out))} shows the result beside the paper's"
         )
         return 0
 

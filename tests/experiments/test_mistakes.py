@@ -124,7 +124,7 @@ MISTAKES = [
     (["tune", "cifar-m4"], "no configuration 'cifar-m4'; did you mean"),
     (["train", "zzz"], "no configuration 'zzz'"),
     (["train"], "train: name a configuration, such as mnist-m4; python -m experiments list"),
-    (["trian", "mnist-m4"], "no command 'trian'; did you mean python -m experiments train mnist-m4"),
+    (["trian", "mnist-m4"], "no command 'trian'; did you mean python -m experiments train mnist"),
     (["zzz"], "no command 'zzz'; python -m experiments --help prints all"),
     (["bench", "hed", "--margin", "2"],
      r"no benchmark 'hed'; did you mean python -m experiments bench head --margin 2\?"),
@@ -204,7 +204,7 @@ MISTAKES = [
     ([*VERIFY, "--pairs", "{good}/pipe_data/mnist.npz", "--pixels", "--faces", "{good}/faces"],
      "mnist.npz must be a regular file, it is a named pipe"),
     (["pairs", "--faces", "{good}/faces", "--out", "{good}/pipe_data/mnist.npz", "--folds", "1",
-      "--pairs-per-fold", "1"], "mnist.npz must be a regular file, it is a named pipe"),
+      "--each", "1"], "mnist.npz must be a regular file, it is a named pipe"),
     (["evaluate", "digits-m4/seed9", "--out", "{out}"], "no run in"),
     # queues
     (["reproduce", "--only", "zzz*", "--out", "{out}"], "'zzz.*' names no configuration"),
