@@ -173,8 +173,8 @@ def _drawn_from(
     ids = jnp.concatenate([positives, drawn]).astype(jnp.int32)
     offset = jnp.zeros(ids.shape, jnp.float32)
     if corrected:
-        rest = jnp.maximum(classes - jnp.sum(positives < width), 1)
-        count = jnp.maximum(jnp.sum(drawn < width), 1)
+        rest = jnp.maximum(classes - jnp.sum(positives < width, dtype=jnp.int32), 1)
+        count = jnp.maximum(jnp.sum(drawn < width, dtype=jnp.int32), 1)
         correction = jnp.log(rest.astype(jnp.float32)) - jnp.log(count.astype(jnp.float32))
         offset = offset.at[slots:].set(correction)
     offset = jnp.where(ids < width, offset, -jnp.inf)

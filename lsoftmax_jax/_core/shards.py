@@ -101,8 +101,7 @@ def exchanged(
         return terms, others
     known = [terms.product, terms.column_norm, others.peak, others.mass]
     known += [others.total] if spec.label_smoothing else []
-    # Tiled: the other form cannot be exported with a symbolic batch (JAX 0.10).
-    gathered = jax.lax.all_gather(jnp.stack(known)[None], layout.class_axis, tiled=True)
+    gathered = jax.lax.all_gather(jnp.stack(known), layout.class_axis)
     products, norms, peaks, masses, *totals = jnp.moveaxis(gathered, 1, 0)
     peak = jnp.max(peaks, axis=0, keepdims=True)
     mass = jnp.sum(masses * jnp.exp(peaks - peak), axis=0)

@@ -266,6 +266,11 @@ class Layout(NamedTuple):
 
     def check(self, features: jax.Array, kernel: jax.Array, classes: int | None) -> None:
         """Refuses what does not divide over the mesh."""
+        if not all(isinstance(size, int) for size in features.shape):
+            raise ValueError(
+                f"features must have a known shape with a layout, got {features.shape}: export a "
+                f"class-parallel loss for one batch size"
+            )
         columns = kernel.shape[1]
         if classes is not None and classes > columns:
             raise ValueError(
@@ -279,7 +284,7 @@ class Layout(NamedTuple):
         if not self.batch_axes:
             return
         rows = features.shape[0] if features.ndim > 1 else 1
-        if isinstance(rows, int) and rows % self.groups:  # a symbol of jax.export is not an int
+        if rows % self.groups:
             raise ValueError(
                 f"features must have a multiple of {self.groups} rows to lie on axes "
                 f"{self.batch_axes}, got shape {features.shape}"

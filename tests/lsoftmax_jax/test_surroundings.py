@@ -160,7 +160,9 @@ def jitted(case, arrays):
 def vmapped(case, arrays):
     features, kernel, labels, weights = arrays
     mapped = jax.jit(jax.vmap(case.answer(case.layout()), (0, None, 0, 0)))
-    total, (dfeatures, dkernel) = flat(mapped(parts(features), kernel, parts(labels), parts(weights)))
+    total, (dfeatures, dkernel) = flat(
+        mapped(parts(features), kernel, parts(labels), parts(weights))
+    )
     return jnp.sum(total), (dfeatures.reshape(features.shape), jnp.sum(dkernel, axis=0))
 
 
@@ -268,26 +270,16 @@ def nans_debugged(case, arrays):
         return jax.jit(case.answer(case.layout()))(*arrays)
 
 
-def exported(platform):
-    def surrounding(case, arrays):
-        (batch,) = export.symbolic_shape("2 * half")
-        shapes = [
-            jax.ShapeDtypeStruct((batch, *array.shape[1:]) if len(array) == BATCH else array.shape,
-                                 array.dtype)
-            for array in (arrays[0], arrays[1], arrays[2], arrays[3])
-        ]
-        layout = case.layout()
-        answer = jax.jit(case.answer(layout))
-        if layout is not None:
-            arrays = put(arrays, layout.mesh, P("data"), P(None, "model"))
-            answer = jax.jit(answer, in_shardings=[a.sharding for a in arrays])
-        program = export.export(answer, platforms=(platform,))(*shapes)
-        restored = export.deserialize(program.serialize())
-        if platform == "cpu":
-            return jax.jit(restored.call)(*arrays)
-        return answer(*arrays)  # there is no such device here: its program was made
-
-    return surrounding
+def exported(case, arrays):
+    """With a symbolic batch, for a CPU and a TPU."""
+    (batch,) = export.symbolic_shape("batch")
+    shapes = [
+        jax.ShapeDtypeStruct((batch if len(a) == BATCH else len(a), *a.shape[1:]), a.dtype)
+        for a in arrays
+    ]
+    answer = jax.jit(case.answer(case.layout()))
+    program = export.export(answer, platforms=("cpu", "tpu"))(*shapes)
+    return export.deserialize(program.serialize()).call(*arrays)
 
 
 SURROUNDINGS = {
@@ -312,8 +304,7 @@ SURROUNDINGS = {
     "shard_map, one axis": shard_mapped("data"),
     "shard_map, Explicit": shard_mapped("data", "model", kind=AxisType.Explicit),
     "shard_map, one axis, Explicit": shard_mapped("data", kind=AxisType.Explicit),
-    "export": exported("cpu"),
-    "export for a TPU": exported("tpu"),
+    "export": exported,
 }
 MAPPED = {name for name in SURROUNDINGS if name == "pmap" or name.startswith("shard_map")}
 
@@ -322,13 +313,29 @@ def refusal(surrounding, name):
     """What is said where an entry cannot run in a surrounding."""
     if name.endswith(", split") and surrounding in MAPPED:
         return "layout: .* already mapped"
-    if name.startswith("sampled") and surrounding.startswith("export"):
+    if name.endswith(", split") and surrounding == "export":
+        return "(features|labels) must have a known (shape|size)"
+    if name.startswith("sampled") and surrounding == "export":
         return "labels must have a known size"
+    if name == "NNX head, split" and surrounding in ("Explicit and Auto", "Auto and Explicit"):
+        return "Mesh must have all axes as Explicit or all axes as Auto"  # Flax's own
     return None
 
 
 CASES = {name: Case(entry, False) for name, entry in ENTRIES.items()}
 CASES |= {f"{name}, split": Case(ENTRIES[name], True) for name in CLASS_PARALLEL}
+# One of each kind runs in every surrounding by default, and every entry under jit.
+OFTEN = ("logits", "loss", "sum, split", "sampled sum", "sgd")
+
+
+def each(names, surrounding=None):
+    """Parameters of a test: what does not run often is marked as slow."""
+    often = CASES if surrounding == "jit" else OFTEN
+    return [
+        pytest.param(*given, marks=() if name in often else pytest.mark.slow)
+        for name in names
+        for given in [(name,) if surrounding is None else (surrounding, name)]
+    ]
 
 
 # The numbers.
@@ -391,8 +398,9 @@ def assert_numbers(answer, wanted, tolerance):
         oracle.assert_close(one, other, tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("surrounding", SURROUNDINGS)
+@pytest.mark.parametrize(
+    ("surrounding", "name"), [case for where in SURROUNDINGS for case in each(CASES, where)]
+)
 def test_every_loss_in_every_surrounding(surrounding, name):
     case = CASES[name]
     paced = name.removesuffix(", split") in PACED
@@ -402,7 +410,7 @@ def test_every_loss_in_every_surrounding(surrounding, name):
         assert_numbers(answer, numbers(problem()[0], paced), 1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", each(CASES))
 def test_every_loss_in_float64(x64, name):
     paced = name.removesuffix(", split") in PACED
     answer = jitted(CASES[name], arrays_of(jnp.float64))
@@ -410,7 +418,7 @@ def test_every_loss_in_float64(x64, name):
 
 
 @pytest.mark.parametrize("mode", ["reverse over reverse", "jax.hessian"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", each(CASES))
 def test_every_loss_twice_differentiated(x64, name, mode):
     case = CASES[name]
     given, _ = problem()
