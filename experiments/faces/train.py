@@ -144,7 +144,7 @@ def prepare(
 
     def first_state() -> training.State:
         fresh = create(recipe.seed)
-        return fresh if init_from is None else warm_start(fresh, init_from, mesh)
+        return fresh if init_from is None else warm_start(graphdef, fresh, init_from, mesh)
 
     def updates(states: Any, feeds: Any, length: int) -> Any:
         (batches,) = feeds
@@ -213,19 +213,19 @@ def training_faces(folder: Path, recipe: FaceRecipe, pairs: tuple[Path, ...]) ->
     return faces
 
 
-def warm_start(fresh: training.State, run: Path, mesh: Mesh) -> training.State:
+def warm_start(graphdef: Any, fresh: training.State, run: Path, mesh: Mesh) -> training.State:
     """A fresh state with the weights and statistics of another run on faces.
 
     Its head too, if it has as many people.
     """
-    state = load_run(run, mesh).state
-    params = state.params
-    if params["head"]["kernel"].shape != fresh.params["head"]["kernel"].shape:
-        params = params | {"head": fresh.params["head"]}
-    shapes = [jax.tree.map(np.shape, tree) for tree in (params, fresh.params)]
+    model, begun = load_run(run, mesh).model, training.restore_model(graphdef, fresh)
+    if model.head.kernel.shape != begun.head.kernel.shape:
+        model.head = begun.head
+    _, state = training.create(model, optax.identity())
+    shapes = [jax.tree.map(np.shape, tree.params) for tree in (state, fresh)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"init_from: the network of {run} is another than this recipe's")
-    return fresh._replace(params=params, other=state.other)
+    return fresh._replace(params=state.params, other=state.other)
 
 
 class TrainedRun(NamedTuple):
