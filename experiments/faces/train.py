@@ -74,11 +74,14 @@ class FaceBatches:
         if self._recipe.schedule == "steps":
             return
         first = step - len(values["loss"])
-        for number, (loss, lam) in enumerate(zip(values["loss"], values["lam"], strict=True), 1):
+        settled = (1 - 1e-5) / (1 + max(NO_LAM, self._recipe.lam.minimum))
+        for number, (loss, share) in enumerate(
+            zip(values["loss"], values["share"], strict=True), 1
+        ):
             self._losses.append(float(loss))
             if (first + number) % PLATEAU_UPDATES == 0:
                 mean, self._losses = float(np.mean(self._losses)), []
-                if lam <= max(NO_LAM, self._recipe.lam.minimum * (1 + 1e-6)):
+                if share >= settled:
                     self.plateau = self.plateau.after(first + number, mean, self._recipe.patience)
 
     def at_rate(self, state: training.State) -> training.State:

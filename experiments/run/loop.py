@@ -180,13 +180,14 @@ class Group:
 def divergence(values: Values, first: int, skipped: int = 0) -> dict[str, float] | None:
     """The update, from number ``first`` on, that ends the run; ``skipped`` ones came before.
 
-    It is one with a huge loss, or the last of `SKIPPED_LIMIT` without a finite loss and gradient;
-    where a source skips none, the first of them.
+    It is one with a huge loss, or the last of `SKIPPED_LIMIT` skipped ones; where a source skips
+    none, the first without a finite loss and gradient.
     """
     loss = values["loss"]
     wrong = ~(np.isfinite(loss) & np.isfinite(values.get("grad_norm", loss)))
     if "skipped" in values:
-        wrong &= skipped + np.cumsum(values["skipped"] > 0) >= SKIPPED_LIMIT
+        wrong = values["skipped"] > 0
+        wrong &= skipped + np.cumsum(wrong) >= SKIPPED_LIMIT
     wrong |= np.isfinite(loss) & (loss >= BLOWN_UP)
     return of_update(values, first, int(np.argmax(wrong))) if wrong.any() else None
 
@@ -198,7 +199,12 @@ def of_update(values: Values, first: int, i: int) -> dict[str, float]:
 
 def numbers(seen: dict[str, float]) -> str:
     """What an update saw, for people."""
-    titles = {"loss": "loss", "lam": "λ", "feature_norm": "|features|", "kernel_norm": "|kernel|"}
+    titles = {
+        "loss": "loss",
+        "share": "margin share",
+        "feature_norm": "|features|",
+        "kernel_norm": "|kernel|",
+    }
     return ", ".join(f"{title} {seen[name]:.4g}" for name, title in titles.items() if name in seen)
 
 
@@ -207,8 +213,8 @@ def shown(values: Values, speed: float) -> str:
     words = [f"loss {values['loss'].mean():.3g}"]
     if "error" in values:
         words.append(f"accuracy {100 - values['error'].mean():.1f} %")
-    if "lam" in values:
-        words.append(f"λ {values['lam'][-1]:.3g}")
+    if "share" in values:
+        words.append(f"margin {100 * values['share'][-1]:.3g} %")
     return ", ".join([*words, f"{speed:.0f} examples/s"])
 
 

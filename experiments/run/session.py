@@ -22,8 +22,9 @@ Values = dict[str, NDArray[np.float32]]
 
 # What a line of the log says of several updates, where that is not their mean.
 OF_A_LINE: dict[str, Callable[[NDArray[np.float32]], Any]] = {
-    "lam": lambda lam: lam[-1],
+    "share": lambda share: share[-1],
     "skipped": np.sum,
+    "margin_idle": np.min,
     "collapsing": np.max,
 }
 

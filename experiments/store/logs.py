@@ -68,7 +68,7 @@ class Log:
                 self._file.flush()
             with naming(Path(self._events.logdir)):
                 for name, value in values.items():
-                    if math.isfinite(value):  # λ is infinite while a head paces itself as softmax
+                    if math.isfinite(value):
                         self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def curve(self, kind: str, points: int = 200) -> dict[str, list[Any]]:

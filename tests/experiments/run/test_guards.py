@@ -181,7 +181,13 @@ def test_updates_that_are_not_finite_are_skipped_and_named(tmp_path, monkeypatch
     assert outcome["curves"]["train"]["loss"][2] is None
     assert np.isfinite(outcome["test"]["loss"])
     said = capsys.readouterr().out
-    for part in ("skipped update 2,", "skipped update 5,", "loss nan", "λ ", "|kernel| "):
+    for part in (
+        "skipped update 2,",
+        "skipped update 5,",
+        "loss nan",
+        "margin share ",
+        "|kernel| ",
+    ):
         assert part in said
 
 

@@ -73,7 +73,7 @@ def test_together_continues_to_the_same_bits(pair, tmp_path):
 
 
 def test_diverged_seed_leaves_the_others_alone(pair, tmp_path, monkeypatch):
-    diverged = {"step": 2, "loss": math.nan, "lam": 1.0}
+    diverged = {"step": 2, "loss": math.nan, "share": 0.5}
     asked = itertools.count()
     monkeypatch.setattr(loop, "divergence", lambda *_: diverged if next(asked) == 5 else None)
     first, second = train.run_seeds(SEEDS[:2], out=tmp_path, **OPTIONS)

@@ -65,8 +65,9 @@ def test_result_says_everything(unbroken):
     assert outcome["images_per_second"] > 0 and 0 < outcome["outside_step"] < 1
     assert outcome["curves"]["train"]["step"] == list(range(1, 13))
     assert outcome["curves"]["test"]["step"] == [4, 8, 12]
-    lam = outcome["curves"]["train"]["lam"]
-    assert lam == sorted(lam, reverse=True) and lam[0] > 100 > 1 > lam[-1]
+    share = outcome["curves"]["train"]["share"]
+    assert share == sorted(share) and share[0] < 0.01 < 0.5 < share[-1]
+    assert outcome["curves"]["train"]["margin_idle"] == [float(value < 0.01) for value in share]
     for split in ("train", "test"):
         confusion = np.array(outcome[split]["confusion"])
         assert confusion.sum() == outcome[split]["count"] == 100
@@ -147,10 +148,17 @@ def test_diverged_run_is_recorded(tmp_path, capsys):
     config = replace(CONFIG, learning_rate=1e9, lam=LambdaPreset(0, 0, 0))
     outcome = run(tmp_path, config)
     assert outcome["status"] == "diverged" and "test" not in outcome
-    assert 0 < outcome["diverged"]["step"] < 12 and outcome["diverged"]["lam"] == 0
+    assert 0 < outcome["diverged"]["step"] < 12 and outcome["diverged"]["share"] == 1
     assert result.load(tmp_path / f"{run_name(config)}.json") == outcome
     said = capsys.readouterr()
-    for part in ("diverged at step", "λ 0", "|features|", "|kernel|", "--lam.base", "--init"):
+    for part in (
+        "diverged at step",
+        "margin share 1",
+        "|features|",
+        "|kernel|",
+        "--lam.base",
+        "--init",
+    ):
         assert part in said.out + said.err
 
 
