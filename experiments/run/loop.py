@@ -217,13 +217,14 @@ def with_share(values: Values) -> Values:
 def divergence(values: Values, first: int, skipped: int = 0) -> dict[str, float] | None:
     """The update, from number ``first`` on, that ends the run; ``skipped`` ones came before.
 
-    It is one with a huge loss, or the last of `SKIPPED_LIMIT` without a finite loss and gradient;
-    where a source skips none, the first of them.
+    It is one with a huge loss, or the last of `SKIPPED_LIMIT` skipped ones; where a source skips
+    none, the first without a finite loss and gradient.
     """
     loss = values["loss"]
     wrong = ~(np.isfinite(loss) & np.isfinite(values.get("grad_norm", loss)))
     if "skipped" in values:
-        wrong &= skipped + np.cumsum(values["skipped"] > 0) >= SKIPPED_LIMIT
+        wrong = values["skipped"] > 0
+        wrong &= skipped + np.cumsum(wrong) >= SKIPPED_LIMIT
     wrong |= np.isfinite(loss) & (loss >= BLOWN_UP)
     return of_update(values, first, int(np.argmax(wrong))) if wrong.any() else None
 

@@ -25,6 +25,7 @@ Values = dict[str, NDArray[np.float32]]
 # What a line of the log says of several updates, where that is not their mean.
 OF_A_LINE: dict[str, Callable[[NDArray[np.float32]], Any]] = {
     "skipped": np.sum,
+    "margin_idle": np.min,
     "collapsing": np.max,
 }
 

@@ -117,11 +117,3 @@ def first_columns(logits: jax.Array, count: int) -> jax.Array:
     # An odd number of classes cannot stay split.
     logits = resharded(logits, sharding.mesh, P(*sharding.spec[:-1], None))
     return logits[..., :count]
-
-
-def with_auto_axes(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Leaves the placement inside `function` to the compiler on an Explicit mesh too."""
-    if not is_explicit(mesh):
-        return function
-    axes = _explicit_axes(mesh)
-    return auto_axes(function, axes=axes, out_sharding=NamedSharding(mesh, P()))

@@ -108,9 +108,8 @@ def test_the_result_says_what_ran(folder, tmp_path):
 
 def test_λ_and_the_training_loss_fall(finished):
     seen = lines(finished)
-    assert [line["lam"] for line in seen] == [
-        pytest.approx(10 / (1 + n / 2), rel=1e-5) for n in range(1, 7)
-    ]
+    lams = [10 / (1 + n / 2) for n in range(1, 7)]
+    assert [line["share"] for line in seen] == pytest.approx([1 / (1 + lam) for lam in lams], 1e-5)
     assert seen[-1]["loss"] < seen[0]["loss"]
 
 

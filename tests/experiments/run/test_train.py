@@ -75,6 +75,7 @@ def test_result_says_everything(unbroken):
     assert 100 * np.mean(predicted != digits.labels) == pytest.approx(outcome["test"]["error"])
     found = confusion_matrix(digits.labels, predicted, labels=np.arange(10))
     assert found.tolist() == outcome["test"]["confusion"]
+    assert outcome["curves"]["train"]["margin_idle"] == [float(value < 0.01) for value in share]
     for split in ("train", "test"):
         confusion = np.array(outcome[split]["confusion"])
         assert confusion.sum() == outcome[split]["count"] == 100
