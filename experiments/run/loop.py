@@ -253,7 +253,7 @@ def shown(values: Values, speed: float) -> str:
     """What updates saw, for the progress."""
     words = [f"loss {values['loss'].mean():.3g}"]
     if "error" in values:
-        words.append(f"{100 - values['error'].mean():.1f} % right")
+        words.append(f"{100 - values['error'].mean():.1f}% right")
     if "share" in values:
         words.append(f"margin {values['share'].mean():.0%}")
     return ", ".join([*words, f"{speed:.0f}/s"])

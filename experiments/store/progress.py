@@ -12,8 +12,8 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 LINE_SECONDS = 30.0
-# A terminal of 80 columns leaves the name 16 beside a short bar, the counts, the time and the text.
-BESIDE_NAME = 64
+# The columns of counts, time, text and a short bar; of 80 columns 10 are left for the name.
+BESIDE_NAME = 70
 
 
 class Progress:
@@ -44,7 +44,7 @@ class Progress:
             initial=done,
             leave=leave,
             dynamic_ncols=True,
-            bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining}{postfix}",
+            bar_format="{desc} {bar} {n_fmt}/{total_fmt} {remaining}{postfix}",
             disable=None if shown else True,  # None: shown in a terminal alone
         )
         self._lines = shown and self._bar.disable

@@ -222,7 +222,7 @@ def test_reproduce(tmp_path, monkeypatch):
     notebook = executed("reproduce", tmp_path, monkeypatch, pictures=1)
     seen = notebook.answer
     assert seen["stopped"] and seen["reduced"]
-    assert "stopped at step 20; the same command continues there" in notebook.printed
+    assert "stopped at update 20; the same command continues there" in notebook.printed
     out = tmp_path / "out" / "reproduce"
     log = out / "runs" / seen["name"] / "metrics.jsonl"
     lines = map(json.loads, log.read_text().splitlines())

@@ -106,7 +106,7 @@ def test_the_result_says_what_ran(folder, tmp_path):
     assert outcome["curves"]["train"]["target_angle"][0] > 10
 
 
-def test_λ_and_the_training_loss_fall(finished):
+def test_the_margin_grows_and_the_training_loss_falls(finished):
     seen = lines(finished)
     lams = [10 / (1 + n / 2) for n in range(1, 7)]
     assert [line["share"] for line in seen] == pytest.approx([1 / (1 + lam) for lam in lams], 1e-5)
@@ -133,7 +133,7 @@ def test_divergence_is_a_result(folder, tmp_path, capsys):
     assert main(words) == 1
     outcome = json.loads((tmp_path / "run.json").read_text())
     assert outcome["status"] == "diverged" and 0 < outcome["diverged"]["step"] < 6
-    assert "run diverged at step" in capsys.readouterr().out
+    assert "run diverged at update" in capsys.readouterr().out
     assert main(words) == 1  # it is not trained again
 
 

@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-import tqdm.utils as tqdm_utils
+import tqdm.std
 
 from experiments.store import progress
 from experiments.store.progress import Progress
@@ -47,9 +47,9 @@ def test_the_rate_is_that_of_this_session(clock, capsys):
 def test_a_bar_fits_its_terminal(columns, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr(tqdm_utils, "_screen_shape_wrapper", lambda: lambda file: (columns, 25))
+    monkeypatch.setattr(tqdm.std, "_screen_shape_wrapper", lambda: lambda file: (columns, 25))
     name, text = "mnist-m4/steps3000-batch128-width0.25-seed0 and 2 more", "loss 0.531"
-    text += ", 93.1 % right, margin 35%, 1012/s"
+    text += ", 93.1% right, margin 35%, 1012/s"
     with Progress(name, 18_000, "updates") as shown:
         shown.advance(12_345, text)
     bars = re.split(r"[\r\n]+", capsys.readouterr().err)
