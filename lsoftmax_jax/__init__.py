@@ -5,7 +5,7 @@ The functions below are pure. `lsoftmax_jax.nnx` and `lsoftmax_jax.linen` have t
 reads weights of other frameworks. Import these five by name: `lsoftmax_jax` itself imports no Flax.
 """
 
-from lsoftmax_jax import margins, sampled, schedule, sharded
+from lsoftmax_jax import margins, sampled, schedule, sharded, verification
 from lsoftmax_jax._fused import Statistics
 from lsoftmax_jax._pace import SelfPaced
 from lsoftmax_jax._plans import Plan
@@ -38,6 +38,7 @@ __all__ = [
     "schedule",
     "self_paced",
     "sharded",
+    "verification",
 ]
 
 __version__ = "0.1.0"
