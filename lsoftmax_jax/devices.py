@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
 from lsoftmax_jax._core.placement import is_explicit
-from lsoftmax_jax.training import State, StepMetrics, TrainStep, check_state, unaliased
+from lsoftmax_jax.training import State, StepMetrics, TrainStep, _check_state, _unaliased
 
 DATA_AXIS = "data"
 
@@ -92,8 +92,8 @@ class CompiledStep:
     def __call__(
         self, state: State, images: Any, labels: Any, where: jax.Array | None = None
     ) -> Any:
-        check_state(state)
-        state = unaliased(state) if self._donate else state
+        _check_state(state)
+        state = _unaliased(state) if self._donate else state
         return self._program(state, images, labels, where)(state, images, labels, where)
 
     def lower(self, state: Any, images: Any, labels: Any, where: Any = None) -> jax.stages.Lowered:
@@ -169,8 +169,8 @@ class RepeatedStep:
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, state: State, data: Any, length: int) -> tuple[State, StepMetrics]:
-        check_state(state)
-        state = unaliased(state)
+        _check_state(state)
+        state = _unaliased(state)
         return cast(tuple[State, StepMetrics], self._program(state)(state, data, length))
 
     def lower(self, state: Any, data: Any, length: int) -> jax.stages.Lowered:

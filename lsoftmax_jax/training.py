@@ -151,10 +151,10 @@ def create(
     graphdef, *states = nnx.split(model, nnx.Param, ...)
     params, other = (jax.tree.map(jnp.copy, nnx.to_pure_dict(part)) for part in states)
     state = State(jnp.zeros((), jnp.int32), params, other, optimizer.init(params))
-    return graphdef, unaliased(state)
+    return graphdef, _unaliased(state)
 
 
-def unaliased(state: State) -> State:
+def _unaliased(state: State) -> State:
     """The state with a copy of every array that it holds twice.
 
     Some of Optax's transformations keep the parameters themselves in their state, and one buffer
@@ -169,7 +169,7 @@ def unaliased(state: State) -> State:
     Example:
       >>> import optax
       >>> ones = jnp.ones(2)
-      >>> state = unaliased(State(jnp.int32(0), {"kernel": ones}, {}, (ones,)))
+      >>> state = _unaliased(State(jnp.int32(0), {"kernel": ones}, {}, (ones,)))
       >>> state.params["kernel"] is ones, state.opt_state[0] is ones
       (True, False)
     """
@@ -202,7 +202,7 @@ def restore_model(graphdef: nnx.GraphDef[Any], state: State) -> Any:
       >>> restore_model(*create(head, optax.sgd(0.1)))(jnp.ones((2, 8))).shape
       (2, 10)
     """
-    check_state(state)
+    _check_state(state)
     model = nnx.merge(graphdef, state.params, state.other)
     model.eval()
     return model
@@ -277,7 +277,7 @@ def train_step(
     def step(
         state: State, images: Any, labels: jax.Array, where: jax.Array | None = None
     ) -> tuple[State, StepMetrics]:
-        check_state(state)
+        _check_state(state)
         _check_opt_state(optimizer, state)
         shape = _checks.shape_of("labels", labels, "integers")
         where = _checks.check_mask(where, shape)
@@ -408,7 +408,7 @@ def embed_step(
 # What a caller may pass.
 
 
-def check_state(state: Any) -> None:
+def _check_state(state: Any) -> None:
     """Raises where `state` is no `State`, or was given to a step that reused its memory."""
     if not isinstance(state, State):
         raise TypeError(f"state must be a State, as `create` makes it, got {type(state).__name__}")

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lsoftmax_jax
-from lsoftmax_jax import devices, interop, reference, sampled, training
+from lsoftmax_jax import devices, interop, reference, sampled, training, verification
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -32,7 +32,7 @@ def test_one_version_everywhere():
 # A file of the library imports files of the lines above its own, and no other file of its line.
 ORDER = (
     {"reference", "_checks"},
-    {"margins", "schedule"},
+    {"margins", "schedule", "verification"},
     {"_core", "_core.placement"},
     {"_core.tiles", "_core.spec"},
     {"_core.target"},
@@ -137,7 +137,7 @@ def test_flax_is_imported_by_its_modules_alone():
 
 FUNCTIONS = {
     function
-    for module in (lsoftmax_jax, devices, interop, reference, sampled, training)
+    for module in (lsoftmax_jax, devices, interop, reference, sampled, training, verification)
     for name, function in inspect.getmembers(module, inspect.isfunction)
     if not name.startswith("_") and module in (lsoftmax_jax, inspect.getmodule(function))
 }

@@ -7,7 +7,6 @@ them run with strict promotion of dtypes and ranks (conftest.py).
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -218,7 +217,10 @@ def put(arrays, mesh, rows, columns):
     return jax.device_put(arrays, (places[0], places[1], places[0], places[0]))
 
 
-def on_mesh(*kinds, rows=P("data"), axes="data"):
+ROWS = P("data")
+
+
+def on_mesh(*kinds, rows=ROWS, axes="data"):
     def surrounding(case, arrays):
         mesh = make_mesh(kinds)
         columns = P(None, "model") if case.split else P()
