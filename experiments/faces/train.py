@@ -74,7 +74,9 @@ class FaceBatches:
         if self._recipe.schedule == "steps":
             return
         first = step - len(values["loss"])
-        settled = (1 - 1e-5) / (1 + max(NO_LAM, self._recipe.lam.minimum))
+        # An annealed margin first has to arrive; other paces have no end to wait for.
+        annealed = self._recipe.pace == "annealed"
+        settled = (1 - 1e-5) / (1 + max(NO_LAM, self._recipe.lam.minimum)) if annealed else 0
         for number, (loss, share) in enumerate(
             zip(values["loss"], values["share"], strict=True), 1
         ):

@@ -167,7 +167,7 @@ class Group:
                 self._compiled[shape] = shared.compile(states, feeds, length)
         with shared.clock.spent("training"):
             states, metrics = jax.block_until_ready(self._compiled[shape](states, feeds))
-        seen = [with_share(shared.values(of_one)) for of_one in jax.device_get(metrics)]
+        seen = [shared.values(of_one) for of_one in jax.device_get(metrics)]
         progress.advance(length, shown(seen[0], len(seen) * shared.batch * progress.rate))
         ended = [
             (session, diverged)
@@ -209,11 +209,6 @@ def say_diverged(name: str, diverged: dict[str, Any], progress: Progress) -> Non
     progress.say(f"{name} diverged at update {diverged['step']}: {numbers(diverged)}\n{ADVICE}")
 
 
-def with_share(values: Values) -> Values:
-    """The same with 1 / (1 + λ) under "share"."""
-    return values | {"share": np.float32(1) / (1 + values["lam"])} if "lam" in values else values
-
-
 def divergence(values: Values, first: int, skipped: int = 0) -> dict[str, float] | None:
     """The update, from number ``first`` on, that ends the run; ``skipped`` ones came before.
 
@@ -231,7 +226,7 @@ def divergence(values: Values, first: int, skipped: int = 0) -> dict[str, float]
 
 def of_update(values: Values, first: int, i: int) -> dict[str, float]:
     """What update number i after ``first`` saw."""
-    seen = {name: float(value[i]) for name, value in values.items() if name != "lam"}
+    seen = {name: float(value[i]) for name, value in values.items()}
     return {"step": first + i} | seen
 
 

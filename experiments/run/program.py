@@ -15,10 +15,8 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from experiments.paper import data
-from experiments.paper import measures as measure
 from experiments.paper import networks as models
 from experiments.paper.config import Config, Recipe
-from experiments.store import processes
 from experiments.store.progress import Progress
 from lsoftmax_jax import training
 from lsoftmax_jax.devices import DATA_AXIS, compile_step, put, repeat
@@ -121,19 +119,6 @@ class Program:
         sums, outputs = zip(*seen, strict=True)
         features, logits = (np.concatenate(parts)[:count] for parts in zip(*outputs, strict=True))
         return jax.tree.map(lambda *parts: np.sum(parts), *sums), features, logits
-
-    def measures(self, state: training.State) -> dict[str, Any]:
-        """Everything `measure` knows about both splits, and their margin-free loss."""
-        model = training.restore_model(self._graphdef, state)
-        kernel, measured = np.asarray(model.head.kernel[...]), {}
-        splits = {"train": self.dataset.train, "test": self.dataset.test}
-        total = sum(len(split.labels) for split in splits.values())
-        with Progress("measuring", total, "images", shown=processes.is_first()) as progress:
-            for name, split in splits.items():
-                sums, features, logits = self.evaluate(state, split, progress)
-                loss = {"loss": float(averages(sums)["loss"])}
-                measured[name] = loss | measure.measures(features, logits, split.labels, kernel)
-        return measured
 
 
 def _of_seeds(updates: Any, mesh: Mesh) -> Any:

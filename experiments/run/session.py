@@ -176,11 +176,7 @@ class Session:
         """
         self.state, self.step = state, self.step + len(values["loss"])
         self.task.watch(self.step, values)
-        line = {
-            name: float(OF_A_LINE.get(name, np.mean)(seen))
-            for name, seen in values.items()
-            if name != "lam"  # the share says it
-        }
+        line = {name: float(OF_A_LINE.get(name, np.mean)(seen)) for name, seen in values.items()}
         self._write("train", **line)
         self.skipped += int(line.get("skipped", 0))
 
