@@ -47,9 +47,10 @@ def scheduled(steps: int) -> jax.Array:
     return lsm.margin_schedule(steps)(np.arange(steps))
 
 
-def released(steps: int) -> jax.Array:
+def released(steps: int, minimum: float = 0.0) -> jax.Array:
     """The released schedule for MNIST, stretched to a run of so many updates."""
-    preset = schedule.MNIST._replace(gamma=schedule.MNIST.gamma * RELEASED_STEPS / steps)
+    gamma = schedule.MNIST.gamma * RELEASED_STEPS / steps
+    preset = schedule.MNIST._replace(gamma=gamma, minimum=minimum)
     return lsm.annealed_lambda(*preset)(np.arange(steps))
 
 
@@ -190,7 +191,7 @@ def bench(quick: bool = False, again: bool = False, out: Path = OUT) -> None:
     command = f"python -m experiments bench convergence{' --quick' * quick}"
     result = heading("bench convergence", command) | {"seeds": seeds}
     kept: dict[str, dict[str, Any]] = {}
-    # Other versions may have other numbers; a later commit continues what an earlier began.
+    # Other versions may give other numbers, another commit does not.
     if not again and (saved := earlier(file, result, ("versions", "seeds"), "settings")):
         result |= {key: saved[key] for key in ("date", "commit", "device")}
         kept = {entry["setting"]["name"]: entry for entry in saved["settings"]}
