@@ -6,7 +6,7 @@ numbers at any size; they are pure. `lsoftmax_jax.nnx` and `lsoftmax_jax.linen` 
 reads weights of other frameworks. Import these five by name: `lsoftmax_jax` itself imports no Flax.
 """
 
-from lsoftmax_jax import margins, reference, sampled, schedule
+from lsoftmax_jax import margins, reference, sampled, schedule, verification
 from lsoftmax_jax._core.run import Statistics
 from lsoftmax_jax._core.spec import ClassParallel, Plan
 from lsoftmax_jax.losses import (
@@ -48,6 +48,7 @@ __all__ = [
     "sampled",
     "schedule",
     "self_paced",
+    "verification",
 ]
 
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lsoftmax_jax
-from lsoftmax_jax import devices, interop, sampled, sharded, training
+from lsoftmax_jax import devices, interop, sampled, sharded, training, verification
 from scripts import colab, lowest, stacks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ def test_one_version_everywhere():
 # The library's files, one way: a file imports those of the lines above it, none of its own line.
 ORDER = (
     {"_checks"},
-    {"_placement", "_tiles"},
+    {"_placement", "_tiles", "verification"},
     {"margins"},
     {"_pace"},
     {"logits"},
@@ -139,7 +139,7 @@ def test_flax_is_imported_by_its_modules_alone():
 
 FUNCTIONS = {
     function
-    for module in (lsoftmax_jax, devices, interop, sampled, sharded, training)
+    for module in (lsoftmax_jax, devices, interop, sampled, sharded, training, verification)
     for name, function in inspect.getmembers(module, inspect.isfunction)
     if not name.startswith("_") and module in (lsoftmax_jax, inspect.getmodule(function))
 }
