@@ -223,10 +223,19 @@ def measure(
     for policy in POLICIES:
         rule = policy.lam if isinstance(policy.lam, SelfPaced) else None
         given = constant(0.0) if isinstance(policy.lam, SelfPaced) else policy.lam
-        lams = given(setting.steps)
-        found = trained(setting, split.classes, policy.margin, rule, *split[:2], lams, keys)
-        numbers = {name: np.round(of, 4).tolist() for name, of in found._asdict().items()}
-        runs.append({"policy": policy.name, "margin": policy.margin} | numbers)
+        params, shares = trained(
+            setting, split.classes, policy.margin, rule, split.train, given(setting.steps), keys
+        )
+        inputs, labels = split.test
+        answers = features_and_answers(setting, split.classes, params, inputs)[1]
+        wrong = 100.0 * np.asarray(answers != labels)
+        numbers = {
+            "errors": wrong.mean(axis=1),  # on the test rows, %
+            "rarest": wrong[:, labels >= split.classes - 3].mean(axis=1),  # of the last classes
+            "shares": shares,
+        }
+        rounded = {name: np.round(of, 4).tolist() for name, of in numbers.items()}
+        runs.append({"policy": policy.name, "margin": policy.margin} | rounded)
         advance()
     return {
         "setting": setting._asdict(),
@@ -277,19 +286,14 @@ class Network(linen.Module):
         return loss.mean(where=counts), share.mean(where=counts)
 
 
-class Outcome(NamedTuple):
-    """Of one way to choose λ, (seeds,) each."""
-
-    errors: jax.Array  # on the test rows, %
-    rarest: jax.Array  # the same of the last three classes, the rarest if classes are not even
-    shares: jax.Array  # 1 / (1 + λ), mean over the examples of all updates
-
-
 # Most programs run so briefly that compiling them less hard halves the whole time on a CPU.
+QUICKLY = {"xla_backend_optimization_level": "1"}
+
+
 @partial(
     jax.jit,
     static_argnames=("setting", "classes", "margin", "rule"),
-    compiler_options={"xla_backend_optimization_level": "1"},
+    compiler_options=QUICKLY,
 )
 def trained(
     setting: Setting,
@@ -297,25 +301,28 @@ def trained(
     margin: int,
     rule: SelfPaced | None,
     train: tuple[jax.Array, jax.Array],
-    test: tuple[jax.Array, jax.Array],
     lams: jax.Array,
     keys: jax.Array,
-) -> Outcome:
-    """Trains a network for every key, and tests it.
+) -> tuple[Any, jax.Array]:
+    """Trains a network for every key.
 
     Args:
       setting, classes, margin: what is trained.
       rule: for λ, or None.
-      train, test: inputs (rows, D) and labels (rows,).
+      train: inputs (rows, D) and labels (rows,).
       lams: (steps,) λ of every update where there is no rule.
       keys: (seeds,), which draw parameters and batches.
+
+    Returns:
+      parameters and the share of the margin, the mean over the examples of all updates, with a
+      leading axis of seeds.
     """
     network, (inputs, labels) = Network(setting, classes, margin), train
     rate, steps = setting.rate, setting.steps
     decreasing = optax.cosine_decay_schedule(rate, steps) if setting.cosine else rate
     optimizer = OPTIMIZERS[setting.optimizer](decreasing)
 
-    def run(key: jax.Array) -> Outcome:
+    def run(key: jax.Array) -> tuple[Any, jax.Array]:
         def update(carry: Any, at: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
             (params, state), (rows, lam) = carry, at
             seen = inputs[rows], labels[rows], lam if rule is None else rule
@@ -327,12 +334,24 @@ def trained(
         params = network.init(first, inputs[:1])
         rows = jax.random.randint(second, (steps, setting.batch), 0, len(inputs))
         (params, _), shares = jax.lax.scan(update, (params, optimizer.init(params)), (rows, lams))
-        logits: Any = network.apply(params, test[0])
-        wrong = 100.0 * (logits.argmax(axis=-1) != test[1])
-        return Outcome(wrong.mean(), wrong.mean(where=test[1] >= classes - 3), shares.mean())
+        return params, shares.mean()
 
     # One after another: on a CPU that is faster than side by side under vmap.
     return jax.lax.map(run, keys)
+
+
+@partial(jax.jit, static_argnames=("setting", "classes"), compiler_options=QUICKLY)
+def features_and_answers(
+    setting: Setting, classes: int, params: Any, inputs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Features (seeds, rows, D), and the classes that the heads answer (seeds, rows)."""
+    network = Network(setting, classes, 1)
+
+    def of(params: Any) -> Any:
+        logits: Any = network.apply(params, inputs)
+        return network.apply(params, inputs, method="features"), logits.argmax(axis=-1)
+
+    return jax.vmap(of)(params)
 
 
 def split_of(data: Data) -> Split:

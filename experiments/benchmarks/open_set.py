@@ -55,7 +55,7 @@ class Task(NamedTuple):
     whitening: tuple[int, float] | None = None  # components and floor
 
 
-TASKS: dict[Name, Task] = {
+TASKS: dict[str, Task] = {
     "digits": Task("digits, 7 of 10 classes", 7, 54, 174, 6, 800, 64, 256),
     "identities": Task("drawn identities, 200 of 300", 200, 10, 15, 3, 800, 64, 256),
     "lfw": Task("LFW, 400 of 610 people", 400, 1, 10, 3, 800, 128, 0, 0.5, (400, 1.0)),
@@ -225,8 +225,11 @@ class Network(linen.Module):
             x = linen.relu(self.norms[0](self.first(x), use_running_average=not train))
         return self.slope(self.norms[1](self.last(x), use_running_average=not train))
 
-    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
-        return self.head(self.features(inputs, train))
+    def features_and_logits(
+        self, inputs: jax.Array, train: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        features = self.features(inputs, train)
+        return features, self.head(features)
 
     def loss(
         self, inputs: jax.Array, labels: jax.Array, lam: jax.Array | SelfPaced
@@ -277,7 +280,7 @@ def trained(
 
     def run(key: jax.Array) -> Trained:
         first, second = jax.random.split(key)
-        variables = network.init(first, inputs[:2])
+        variables = network.init(first, inputs[:2], method="features_and_logits")
         stats = variables["batch_stats"]
 
         def mean_loss(params: Any, key: jax.Array, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -306,12 +309,15 @@ def trained(
         each = jax.random.split(second, task.steps), lams
         (params, _), shares = jax.lax.scan(update, (params, optimizer.init(params)), each)
         variables = {"params": params, "batch_stats": stats}
-        _, whole = network.apply(variables, inputs, True, mutable=["batch_stats"])
+        whole: Any = network.apply(
+            variables, inputs, True, method="features_and_logits", mutable=["batch_stats"]
+        )[1]
         features, answers = [], []
         for rows, _ in split:
-            features.append(network.apply(variables | whole, rows, method="features"))
-            logits: Any = network.apply(variables | whole, rows)
-            answers.append(logits.argmax(axis=-1))
+            # Flax types what a method returns as if it might have changed a collection.
+            found: Any = network.apply(variables | whole, rows, method="features_and_logits")
+            features.append(found[0])
+            answers.append(found[1].argmax(axis=-1))
         return Trained(params["head"]["kernel"], features, answers, shares.mean())
 
     return jax.lax.map(run, keys)
@@ -343,7 +349,7 @@ def numbers(network: Trained, split: Split) -> dict[str, float]:
     known = verification.angles(test, split.test[1], network.kernel)
     others = verification.angles(unseen, split.unseen[1])
     assert known.to_column is not None
-    rates = {
+    rates: dict[str, Any] = {
         "train_error": wrong[0].mean(),
         "error": wrong[1].mean(),
         "eer": pairs.roc.eer,
