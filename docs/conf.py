@@ -1,4 +1,4 @@
-"""The documentation site: `make docs`. Sphinx's own names, hence lower case."""
+"""The documentation site, `make docs`. Constants are in lower case: Sphinx gives their names."""
 
 import sys
 import tomllib
@@ -38,17 +38,19 @@ myst_substitutions = {
     "install": f"```sh\npip install git+{repository}\n```",
     "many_classes_plans": measured.many_classes_plans(),
     "million_classes": measured.million_classes(),
+    "notebook_runs": measured.notebooks(),
+    "stack_runs": measured.stacks(),
 }
 
-# The docstrings' Args say types and shapes; overloads would repeat every signature.
+# The docstrings' Args say types and shapes, so signatures do without them.
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
-# What a docstring has in backticks is a link where this site has the name, and code elsewhere; a
-# full name of ours has to be one.
+# A name in single backticks is a link where this site has that name, and code elsewhere. A full
+# name of this library that is no link is an error.
 default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!lsoftmax_jax\.).*")]
@@ -65,7 +67,7 @@ copybutton_prompt_is_regexp = True
 
 
 def without_blank_ends(app: Sphinx, page: nodes.document) -> None:
-    """A doctest in Markdown ends in a blank line, which nobody has to see."""
+    """Drops the blank line that ends a doctest in Markdown."""
     for block in page.findall(nodes.literal_block):
         block.rawsource = block.rawsource.rstrip()
         block[:] = [nodes.Text(block.rawsource)]

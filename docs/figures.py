@@ -32,7 +32,6 @@ DASHES: Sequence[Any] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0,
 INKS = {"light": "#1f2328", "dark": "#e6e6e6"}
 
 # Of the margin, 1 / (1 + λ).
-SHARES = np.linspace(0, 1, 101)
 
 
 def style(ink: str) -> dict[Any, Any]:
@@ -105,11 +104,11 @@ def margins_and_slopes() -> Figure:
     degrees = np.linspace(0, 180, 721)[1:]
     cosine = jnp.cos(jnp.radians(degrees))
     named: dict[str, lsm.margins.Margin] = {
-        "cos θ (softmax)": lsm.margins.CosFace(0.0),
+        "cos θ (softmax)": lsm.margins.NormFace(scale=1.0),
         "L-Softmax, SphereFace, m = 2": lsm.margins.SphereFace(2),
-        "CosFace, m = 0.35": lsm.margins.CosFace(0.35),
-        "ArcFace, m = 0.5": lsm.margins.ArcFace(0.5),
-        "Combined, 1.2, 0.3, 0.2": lsm.margins.Combined(1.2, 0.3, 0.2),
+        "CosFace, m = 0.35": lsm.margins.CosFace(0.35, scale=1.0),
+        "ArcFace, m = 0.5": lsm.margins.ArcFace(0.5, scale=1.0),
+        "Combined, 1.2, 0.3, 0.2": lsm.margins.Combined(1.2, 0.3, 0.2, scale=1.0),
     }
     both = {name: margin.value_and_slope(cosine) for name, margin in named.items()}
     lines(left, degrees, {name: value for name, (value, _) in both.items()})
@@ -217,50 +216,6 @@ def trained(
 
 
 @cache
-def plain_softmax(updates: int) -> tuple[nnx.GraphDef[Any], training.State, training.StepMetrics]:
-    """`trained` without a margin."""
-    return trained(lambda _: jnp.float32(jnp.inf), updates)
-
-
-@cache
-def forces(updates: int, margin: int) -> NDArray:
-    """The mean force on the lengths of features at every share, by autodiff; at most 1."""
-    graphdef, state, _ = plain_softmax(updates)
-    images, labels = digits()
-    features, _ = training.embed_step(graphdef)(state, images)
-    kernel = state.params["head"]["kernel"]
-
-    def force(share: jax.Array) -> jax.Array:
-        def loss(features: jax.Array) -> jax.Array:
-            lam = 1 / share - 1
-            return lsm.lsoftmax_loss(features, kernel, labels, margin=margin, lam=lam).mean()
-
-        return -jnp.sum(features * jax.grad(loss)(features))
-
-    along = np.asarray(jax.vmap(force)(jnp.asarray(SHARES).at[0].set(1e-6)))
-    # The loss falls by orders of magnitude; what counts is the sign.
-    return along / np.abs(along).max()
-
-
-def radial_force() -> Figure:
-    """The mean force on the lengths of features against the margin's share."""
-    figure = Figure(figsize=(8.6, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2)
-    updates = {f"after {count} updates": forces(count, 4) for count in (20, 60, 200)}
-    lines(panels[0], SHARES, updates)
-    lines(panels[1], SHARES, {f"m = {margin}": forces(200, margin) for margin in (2, 4, 8)})
-    for panel, title in zip(panels, ("m = 4", "after 200 updates"), strict=True):
-        panel.axhline(0, color="0.5", linewidth=1)
-        panel.set(xlabel="share of the margin, 1 / (1 + λ)", xlim=(0, 1), title=title)
-        panel.set(yticks=(0,), yticklabels=("0",), ylim=(-0.4, 0.12))
-        panel.text(0.98, 0.03, "features grow", ha="right", va="bottom")
-        panel.text(0.98, -0.03, "features shrink", ha="right", va="top")
-        panel.legend(loc="lower right")
-    panels[0].set_ylabel("mean force on the features' lengths")
-    return figure
-
-
-@cache
 def paced(steps: int) -> dict[str, training.StepMetrics]:
     """What runs that differ in λ alone saw."""
     released = schedule.MNIST._replace(gamma=schedule.MNIST.gamma * 18_000 / steps)
@@ -312,6 +267,5 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "annealed": annealed_target,
     "presets": presets,
     "regions": regions,
-    "force": radial_force,
     "collapse": collapse,
 }

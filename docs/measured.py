@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BENCH = Path(__file__).parents[1] / "experiments" / "results" / "bench"
+CLONE = Path(__file__).parents[1]
+BENCH = CLONE / "experiments" / "results" / "bench"
+STACKS = CLONE / "stacks"
 MANY_CLASSES = [512, 256, 102400]  # batch, features, classes
 
-# The arms a user chooses among, in the words of `bench head`, and what to write to get each.
+# The arms that a user chooses among, by their names in `bench head`, and what to write for each.
 PLANS = {
     "optax softmax": "Optax's softmax cross-entropy, no margin",
     "loss_sum, one-shot": "`lsoftmax_loss_sum`, one shot",
@@ -23,7 +25,7 @@ PLANS = {
 
 
 def newest(pattern: str, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """The latest result among the files of a pattern that is one of the wanted."""
+    """The latest of the wanted results among the files that match a pattern."""
     results = [json.loads(file.read_text()) for file in BENCH.glob(pattern)]
     return max(filter(wanted, results), key=lambda result: str(result["date"]))
 
@@ -41,7 +43,7 @@ def many_classes_plans() -> str:
     rows = [
         f"| {words} | {arms[name]['ratio'][0]:.2f} | {arms[name]['temporary_bytes'] / 1e6:.1f} |"
         for name, words in PLANS.items()
-        if name in arms  # one that did not fit the machine's memory is not there
+        if name in arms  # an arm is missing where it did not fit the machine's memory
     ]
     return "\n".join(["| loss and update | time | temporary MB |", "|---|--:|--:|", *rows])
 
@@ -58,3 +60,25 @@ def million_classes() -> str:
         f"take {state}, everything temporary {temporary}, and the process {peak} at its peak. "
         f"An update took {result['seconds_per_step']:.0f} s on two CPU cores."
     )
+
+
+def runs(file: str, columns: list[str]) -> str:
+    """A table: the recorded runs of a JSON file in stacks/, with date and commit."""
+    rows = json.loads((STACKS / file).read_text())
+    lines = ["| " + " | ".join([*columns, "run"]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        cells = [str(row.get(column, "")) for column in columns]
+        lines.append("| " + " | ".join([*cells, f"{row['date']}, {row['commit']}"]) + " |")
+    return "\n".join(lines)
+
+
+def stacks() -> str:
+    """A table: how many tests passed on each stack."""
+    counts = ["passed", "failed", "skipped", "seconds"]
+    return runs("results.json", ["stack", "python", "jax", "flax", *counts, "load"])
+
+
+def notebooks() -> str:
+    """A table: how long each notebook took with the packages of Colab's runtime."""
+    seconds = ["installing", "seconds"]
+    return runs("notebooks.json", ["notebook", "python", "jax", "flax", *seconds, "load"])

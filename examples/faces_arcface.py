@@ -41,7 +41,7 @@ class Network(nnx.Module):
         self.embed = nnx.Linear(64 * (SIDE // 8) ** 2, 64, rngs=rngs)
         # 64.0 is the usual scale for many thousands of people, 16.0 for some dozens.
         self.head = LSoftmaxDense(
-            64, people, margin=lsm.margins.ArcFace(0.5), scale=16.0, rngs=rngs
+            64, people, margin=lsm.margins.ArcFace(0.5, scale=16.0), rngs=rngs
         )
 
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -41,7 +41,6 @@ def update(
         lam=lsm.self_paced(),
         learning_rate=0.02,
         decay=0.9,
-        class_block=4096,
     )
 
 

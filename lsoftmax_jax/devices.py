@@ -1,21 +1,22 @@
 """Meshes, and the steps of `lsoftmax_jax.training` compiled for them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
-from lsoftmax_jax._core.placement import with_auto_axes
-from lsoftmax_jax.training import State, StepMetrics, TrainStep
+from lsoftmax_jax._core.placement import is_explicit
+from lsoftmax_jax.training import State, StepMetrics, TrainStep, _check_state, _unaliased
 
 DATA_AXIS = "data"
 
-Batch = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
+Batch = Callable[[jax.Array, Any], tuple[Any, jax.Array]]
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
@@ -83,34 +84,56 @@ class CompiledStep:
     Both take the step's arguments, `where` last and optional.
     """
 
-    def __init__(self, jitted: Any, shards: int) -> None:
-        self._jitted, self._shards = jitted, shards
+    def __init__(self, step: Any, mesh: Mesh, donate: bool) -> None:
+        # Jitted here, so that the step is traced once for the shapes and for the program.
+        self._step, self._mesh, self._donate = jax.jit(step), mesh, donate
+        self._programs: dict[Any, Any] = {}
 
     def __call__(
         self, state: State, images: Any, labels: Any, where: jax.Array | None = None
     ) -> Any:
-        self._check(labels)
-        return self._jitted(state, images, labels, where)
+        _check_state(state)
+        state = _unaliased(state) if self._donate else state
+        return self._program(state, images, labels, where)(state, images, labels, where)
 
     def lower(self, state: Any, images: Any, labels: Any, where: Any = None) -> jax.stages.Lowered:
-        self._check(labels)
-        return cast(jax.stages.Lowered, self._jitted.lower(state, images, labels, where))
+        program = self._program(state, images, labels, where)
+        return cast(jax.stages.Lowered, program.lower(state, images, labels, where))
 
-    def _check(self, labels: Any) -> None:
-        shape = np.shape(labels)
-        if shape and shape[0] % self._shards:
-            raise ValueError(
-                f"the batch must divide over the {self._shards} devices of the mesh, got "
-                f"{shape[0]} examples"
+    def _program(self, state: State, *batch: Any) -> Any:
+        """The step for states that lie on the mesh as this one does."""
+        mesh, (_, labels, where) = self._mesh, batch
+        _check_batch(labels, mesh)
+        placement = _placement(state, mesh)
+        key = where is None, _key(placement)
+        if key not in self._programs:
+            shardings = (placement, *[_rows(mesh)] * 3)
+            whole = _with_auto_axes(self._step, mesh, _whole(mesh))
+            made = jax.jit(whole, in_shardings=shardings).eval_shape(state, *batch)
+            placed = jax.tree.map(
+                lambda node: placement if isinstance(node, State) else _whole(mesh),
+                made,
+                is_leaf=lambda node: isinstance(node, State),
             )
+            self._programs[key] = jax.jit(
+                _with_auto_axes(self._step, mesh, placed),
+                in_shardings=shardings,
+                out_shardings=placed,
+                donate_argnums=0 if self._donate else (),
+            )
+        return self._programs[key]
 
 
 def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> CompiledStep:
-    """`step` compiled for a mesh with a "data" axis, of Auto or Explicit type.
+    """`step` compiled for a mesh, of Auto or Explicit axes.
+
+    The batch is split over all axes of the mesh, so that every device has rows of its own. Arrays
+    of the state that lie on the mesh stay as they lie, such as the kernel of a class-parallel head;
+    the others are replicated.
 
     Args:
       step: from `train_step` or `eval_step`.
-      mesh: the state is replicated on it; images, labels and where are split along "data".
+      mesh: its size divides the batch.
       donate: reuse the memory of the state for the new one. For an `eval_step` pass False: its
         state is needed again.
 
@@ -119,8 +142,8 @@ def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> CompiledStep:
       ``.lower(...)`` for compiling ahead.
 
     Raises:
-      TypeError, ValueError: `mesh` is none, or lacks the axis "data"; in calls, if its size does
-        not divide the batch.
+      TypeError, ValueError: `mesh` is none; in calls, if its size does not divide the batch, if an
+        array of the state is deleted, or as `step`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -135,48 +158,68 @@ def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> CompiledStep:
       3.0
     """
     _check_mesh(mesh)
-    replicated, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(DATA_AXIS))
-    return CompiledStep(
-        jax.jit(
-            with_auto_axes(step, mesh),
-            in_shardings=(replicated, rows, rows, rows),
-            out_shardings=replicated,
-            donate_argnums=0 if donate else (),
-        ),
-        mesh.shape[DATA_AXIS],
-    )
+    return CompiledStep(step, mesh, donate)
 
 
-def _check_mesh(mesh: Any) -> None:
-    if not isinstance(mesh, Mesh):
-        raise TypeError(f"mesh must be a jax.sharding.Mesh, such as data_mesh(), got {mesh!r}")
-    if DATA_AXIS not in mesh.axis_names:
-        raise ValueError(f'mesh must have an axis "{DATA_AXIS}", got {mesh.axis_names}')
+class RepeatedStep:
+    """Many updates in one dispatch, (state, data, length) -> (state, metrics)."""
+
+    def __init__(self, many: Any, mesh: Mesh) -> None:
+        self._many, self._mesh = many, mesh
+        self._programs: dict[Any, Any] = {}
+
+    def __call__(self, state: State, data: Any, length: int) -> tuple[State, StepMetrics]:
+        _check_state(state)
+        state = _unaliased(state)
+        return cast(tuple[State, StepMetrics], self._program(state)(state, data, length))
+
+    def lower(self, state: Any, data: Any, length: int) -> jax.stages.Lowered:
+        return cast(jax.stages.Lowered, self._program(state).lower(state, data, length))
+
+    def _program(self, state: State) -> Any:
+        mesh = self._mesh
+        placement = _placement(state, mesh)
+        key = _key(placement)
+        if key not in self._programs:
+            placed = placement, _whole(mesh)
+
+            def many(state: State, data: Any, length: int) -> Any:
+                updates = partial(self._many, length=length)
+                return _with_auto_axes(updates, mesh, placed)(state, data)
+
+            self._programs[key] = jax.jit(
+                many,
+                in_shardings=(placement, _whole(mesh)),
+                out_shardings=placed,
+                static_argnums=2,
+                donate_argnums=0,
+            )
+        return self._programs[key]
 
 
-def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = None) -> Any:
+def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = None) -> RepeatedStep:
     """Many updates in one dispatch, on batches made on the device.
 
     Args:
       step: from `train_step`.
       batch: (step, data) -> (images, labels), pure: the rows of a step, augmented.
-      mesh: has a "data" axis, of Auto or Explicit type; each batch is split along it.
+      mesh: of Auto or Explicit axes; each batch is split over all of them, and the state lies as
+        for `compile_step`.
       loop: compile one update in a loop, not ``length`` updates in a row. The default is False on
         CPUs, where XLA makes a convolution's gradient in a loop up to 50 times slower, else True.
 
     Returns:
-      ``many(state, data, length) -> (state, metrics)``, jitted with the length static and the state
+      ``many(state, data, length) -> (state, metrics)``, compiled for each length, with the state
       donated; metrics are `StepMetrics` with a leading axis of that length.
 
     Raises:
-      TypeError, ValueError: `mesh` is none, or lacks the axis "data"; when traced, as
-        `lsoftmax_jax.lsoftmax_loss`.
+      TypeError, ValueError: `mesh` is none; in calls as `compile_step`.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> from lsoftmax_jax.nnx import LSoftmaxDense
-      >>> from lsoftmax_jax.training import create, eval_step, train_step
+      >>> from lsoftmax_jax.training import create, train_step
       >>> model = nnx.Sequential(nnx.relu)
       >>> model.head = LSoftmaxDense(3, 2, margin=4, rngs=nnx.Rngs(0))
       >>> sgd = optax.sgd(0.1)
@@ -188,33 +231,70 @@ def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = Non
       (2, (2,))
     """
     _check_mesh(mesh)
-    # Inside, where all axes are Auto.
+    # Inside, all axes are Auto.
     inside = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    rows = NamedSharding(inside, P(DATA_AXIS))
     if loop is None:
         loop = mesh.devices.flat[0].platform != "cpu"
 
-    def many(state: State, data: Any, length: int) -> Any:
-        def update(state: State, data: Any) -> tuple[State, StepMetrics]:
-            images, labels = jax.lax.with_sharding_constraint(batch(state.step, data), rows)
-            return step(state, images, labels)
+    def update(state: State, data: Any) -> tuple[State, StepMetrics]:
+        images, labels = batch(state.step, data)
+        _check_batch(labels, mesh)
+        return step(state, *jax.lax.with_sharding_constraint((images, labels), _rows(inside)))
 
-        def updates(state: State, data: Any) -> tuple[State, StepMetrics]:
-            if loop:
-                return jax.lax.scan(lambda state, _: update(state, data), state, length=length)
-            metrics = []
-            for _ in range(length):
-                state, seen = update(state, data)
-                metrics.append(seen)
-            return state, jax.tree.map(lambda *entries: jnp.stack(entries), *metrics)
+    def many(state: State, data: Any, length: int) -> tuple[State, StepMetrics]:
+        if loop:
+            return jax.lax.scan(lambda state, _: update(state, data), state, length=length)
+        metrics = []
+        for _ in range(length):
+            state, seen = update(state, data)
+            metrics.append(seen)
+        return state, jax.tree.map(lambda *entries: jnp.stack(entries), *metrics)
 
-        return with_auto_axes(updates, mesh)(state, data)
+    return RepeatedStep(many, mesh)
 
-    replicated = NamedSharding(mesh, P())
-    return jax.jit(
-        many,
-        in_shardings=(replicated, replicated),
-        out_shardings=replicated,
-        static_argnums=2,
-        donate_argnums=0,
-    )
+
+def _check_mesh(mesh: Any) -> None:
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, such as data_mesh(), got {mesh!r}")
+
+
+def _check_batch(labels: Any, mesh: Mesh) -> None:
+    shape = np.shape(labels)
+    if shape and shape[0] % mesh.size:
+        raise ValueError(
+            f"the batch must divide over the {mesh.size} devices of the mesh, got {shape[0]} "
+            f"examples"
+        )
+
+
+def _whole(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def _rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(mesh.axis_names))
+
+
+def _placement(state: Any, mesh: Mesh) -> Any:
+    """How each array of a state lies on the mesh; replicated where it lies elsewhere."""
+
+    def of(leaf: Any) -> NamedSharding:
+        # A tracer has no sharding: inside another jit nothing is known before it compiles.
+        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names:
+            return NamedSharding(mesh, sharding.spec)
+        return _whole(mesh)
+
+    return jax.tree.map(of, state)
+
+
+def _key(placement: Any) -> Any:
+    leaves, structure = jax.tree.flatten(placement)
+    return structure, *leaves
+
+
+def _with_auto_axes(function: Any, mesh: Mesh, placed: Any) -> Any:
+    """Leaves the placement inside `function` to the compiler on an Explicit mesh too."""
+    if not is_explicit(mesh):
+        return function
+    return auto_axes(function, axes=mesh.axis_names, out_sharding=placed)

@@ -94,6 +94,11 @@ def sample_classes(
         raise ValueError(f"negatives must be at most classes = {classes}, got {negatives}")
     corrected = _checks.check_flag("corrected", corrected)
     labels = _checks.check_labels(labels, _checks.shape_of("labels", labels, "integers"), classes)
+    if not isinstance(labels.size, int):
+        raise ValueError(
+            "labels must have a known size, got a symbolic one: draw the sample outside of what "
+            "jax.export exports"
+        )
     kind = getattr(key, "dtype", None)
     if kind is None or not (jnp.issubdtype(kind, jax.dtypes.prng_key) or kind == jnp.uint32):
         raise TypeError(f"key must be a key of jax.random, got {key!r:.80}")
@@ -163,17 +168,31 @@ def _drawn_from(
     # One value more than there are classes: the fill value may be among them.
     positives = jnp.unique(known, size=min(labels.size, width + 1), fill_value=width)[:slots]
     drawn = _permuted(key, width, min(negatives, width))
-    before, through = (jnp.searchsorted(positives, drawn, side=side) for side in ("left", "right"))
-    drawn = jnp.where((before < through) | (drawn >= classes), width, drawn)
+    repeated = _holds(positives, drawn)[0]
+    drawn = jnp.where(repeated | (drawn >= classes), width, drawn)
     ids = jnp.concatenate([positives, drawn]).astype(jnp.int32)
     offset = jnp.zeros(ids.shape, jnp.float32)
     if corrected:
-        rest = jnp.maximum(classes - jnp.sum(positives < width), 1)
-        count = jnp.maximum(jnp.sum(drawn < width), 1)
+        rest = jnp.maximum(classes - jnp.sum(positives < width, dtype=jnp.int32), 1)
+        count = jnp.maximum(jnp.sum(drawn < width, dtype=jnp.int32), 1)
         correction = jnp.log(rest.astype(jnp.float32)) - jnp.log(count.astype(jnp.float32))
         offset = offset.at[slots:].set(correction)
     offset = jnp.where(ids < width, offset, -jnp.inf)
-    return ids, offset, jnp.searchsorted(positives, labels).astype(jnp.int32)
+    return ids, offset, _holds(positives, labels)[1]
+
+
+def _holds(ordered: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether an ordered array holds each value, and where the value is or would be."""
+    # Not jnp.searchsorted, which fails where jax.shard_map has mapped some axes (JAX 0.10).
+    size = ordered.size
+    ordered = jnp.append(ordered, jnp.iinfo(ordered.dtype).max)  # never empty
+    low = jnp.zeros_like(values)
+    high = low + size
+    for _ in range(size.bit_length()):
+        middle = (low + high) // 2
+        below = (middle < high) & (ordered[middle] < values)
+        low, high = jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
+    return ordered[low] == values, low
 
 
 def _permuted(key: jax.Array, classes: int, count: int) -> jax.Array:

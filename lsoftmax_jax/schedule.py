@@ -16,7 +16,6 @@ from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
 
-
 # A share of the whole lead would hold the target at its rival: the loss could never fall.
 _PART_OF_LEAD = 0.9
 # A few easy classes would otherwise get nearly the whole margin, at the expense of rare ones.

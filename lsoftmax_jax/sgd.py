@@ -76,7 +76,7 @@ def lsoftmax_sgd(
     needs about 8 batch x block bytes, and no gradient of D x classes numbers. Donate `kernel` and
     `momentum` to the jitted step to update them in place.
 
-    Do not differentiate it: chain `dfeatures` into the rest of the model by `jax.vjp`.
+    It cannot be differentiated: chain `dfeatures` into the rest of the model by `jax.vjp`.
 
     Args:
       features: (..., D) floating point.
@@ -161,8 +161,8 @@ def _pieces(plan: Plan | None, spec: Spec, arrays: Arrays) -> Pieces:
     return Pieces(class_block=block, keep_exponentials=False)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _step(spec: Spec, arrays: Arrays, momentum: jax.Array, rates: Rates) -> SgdStep:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _updated(spec: Spec, arrays: Arrays, momentum: jax.Array, rates: Rates) -> SgdStep:
     layout = spec.layout
 
     def core(operands: tuple[Any, ...]) -> SgdStep:
@@ -193,6 +193,17 @@ def _step(spec: Spec, arrays: Arrays, momentum: jax.Array, rates: Rates) -> SgdS
     return anywhere(core, out_like, (arrays.features, arrays.kernel, arrays, momentum, rates))
 
 
+@_updated.defjvp
+def _refuse(spec: Spec, primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "lsoftmax_sgd cannot be differentiated: chain its dfeatures into the rest of the model by "
+        "jax.vjp, or differentiate lsoftmax_loss_sum"
+    )
+
+
+_step = jax.jit(_updated, static_argnums=0, inline=True)
+
+
 def _local(
     spec: Spec, arrays: Arrays, kernel: jax.Array, momentum: jax.Array, rates: Rates
 ) -> SgdStep:
@@ -216,7 +227,7 @@ def _local(
         # XLA copies kernel and momentum in the loop unless they are read from the carry and
         # written in this order: features' gradient, momentum, kernel (test_plans_hlo).
         dfeatures, kernel, momentum = carry
-        kernel, momentum = as_stored(kernel), as_stored(momentum)
+        kernel, momentum = (as_stored(array, rows.labels.shape[0]) for array in (kernel, momentum))
         own = _block(kernel, start, width)
         offset, inverse = (
             None if array is None else jax.lax.dynamic_slice_in_dim(array, start, width)

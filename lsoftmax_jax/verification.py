@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 
 from lsoftmax_jax import _checks
 
-Floats = NDArray[np.float64]
-Units = NDArray[np.float32]
-Integers = NDArray[np.integer]
+_Floats = NDArray[np.float64]
+_Units = NDArray[np.float32]
+_Integers = NDArray[np.integer]
 
 _IMPOSTOR, _GENUINE = 0, 1
 # Steps of a rounded cosine between 0 and 1; float32 holds every multiple exactly.
@@ -57,9 +57,9 @@ class Roc(NamedTuple):
       impostors: number of impostor pairs. No FAR between 0 and 1 / impostors was measured.
     """
 
-    thresholds: Floats
-    far: Floats
-    tar: Floats
+    thresholds: _Floats
+    far: _Floats
+    tar: _Floats
     genuine: int
     impostors: int
 
@@ -130,9 +130,9 @@ class Angles(NamedTuple):
         order of the sorted labels.
     """
 
-    to_column: Floats | None
-    within: Floats
-    between: Floats
+    to_column: _Floats | None
+    within: _Floats
+    between: _Floats
 
 
 def verify(
@@ -227,7 +227,7 @@ def roc(scores: ArrayLike, same: ArrayLike) -> Roc:
     return _roc(scores, *counts)
 
 
-def pair_cosines(embeddings: ArrayLike, pairs: ArrayLike) -> Units:
+def pair_cosines(embeddings: ArrayLike, pairs: ArrayLike) -> _Units:
     """The cosine of each pair, as `verify` compares them.
 
     Args:
@@ -303,7 +303,7 @@ def angles(embeddings: ArrayLike, labels: ArrayLike, kernel: ArrayLike | None = 
     return Angles(to_column, _angles(units, centres, classes), _between(centres))
 
 
-def _all_pairs(units: Units, classes: Integers) -> Verification:
+def _all_pairs(units: _Units, classes: _Integers) -> Verification:
     sizes = np.bincount(classes)
     if len(sizes) < 2 or sizes.max() < 2:
         raise ValueError(
@@ -342,7 +342,7 @@ def _verification(counts: NDArray[np.int64], nearest: NDArray[np.int32]) -> Veri
     return Verification(_roc((occurs - _STEPS) / _STEPS, *counts[:, occurs]), rank_1)
 
 
-def _roc(scores: Floats, impostors: Integers, genuine: Integers) -> Roc:
+def _roc(scores: _Floats, impostors: _Integers, genuine: _Integers) -> Roc:
     """Of rising scores and the pairs of each kind at each."""
     accepted = [np.cumsum(np.append(0, kind[::-1])) for kind in (impostors, genuine)]
     far, tar = (kind / kind[-1] for kind in accepted)
@@ -350,7 +350,7 @@ def _roc(scores: Floats, impostors: Integers, genuine: Integers) -> Roc:
     return Roc(np.append(math.inf, scores[::-1]), far, tar, totals[1], totals[0])
 
 
-def _steps(cosines: Units) -> NDArray[np.int32]:
+def _steps(cosines: _Units) -> NDArray[np.int32]:
     """Cosines as steps from 0 to 2 _STEPS; overwrites the array of cosines."""
     cosines *= _STEPS
     np.rint(cosines, out=cosines)
@@ -359,7 +359,7 @@ def _steps(cosines: Units) -> NDArray[np.int32]:
     return cosines.astype(np.int32)
 
 
-def _pair_steps(units: Units, rows: Integers) -> NDArray[np.int32]:
+def _pair_steps(units: _Units, rows: _Integers) -> NDArray[np.int32]:
     """The steps of pairs of rows, on all cores."""
     steps = np.empty(len(rows), np.int32)
 
@@ -373,7 +373,7 @@ def _pair_steps(units: Units, rows: Integers) -> NDArray[np.int32]:
     return steps
 
 
-def _angles(units: Units | Floats, directions: Units | Floats, classes: Integers) -> Floats:
+def _angles(units: _Units | _Floats, directions: _Units | _Floats, classes: _Integers) -> _Floats:
     """The angle from each row to the direction of its class."""
     found = np.empty(len(units))
     for start in range(0, len(units), _BLOCK):
@@ -387,7 +387,7 @@ def _angles(units: Units | Floats, directions: Units | Floats, classes: Integers
     return found
 
 
-def _between(centres: Floats) -> Floats:
+def _between(centres: _Floats) -> _Floats:
     """The angle from each centre to the nearest other."""
     nearest = np.zeros(len(centres), np.int64)
     for start in range(0, len(centres), _BLOCK):
@@ -425,7 +425,7 @@ def _reals(name: str, value: Any, shape: str) -> NDArray:
     return array
 
 
-def _units(name: str, value: Any, numbers: Integers | None = None) -> Units:
+def _units(name: str, value: Any, numbers: _Integers | None = None) -> _Units:
     """Rows of length 1; a message calls them by `numbers`, by default from 0."""
     rows = _reals(name, value, "(n, D)")
     if rows.ndim != 2 or rows.shape[1] < 1:
@@ -455,12 +455,12 @@ def _labels(value: Any) -> NDArray:
     return labels
 
 
-def _classes(value: Any) -> Integers:
+def _classes(value: Any) -> _Integers:
     """Labels numbered from 0, for comparisons as fast as integers'."""
     return np.unique(_labels(value), return_inverse=True)[1].astype(np.int32)
 
 
-def _rows(value: Any, n: int) -> Integers:
+def _rows(value: Any, n: int) -> _Integers:
     pairs = _host("pairs", value, "integers (pairs, 2)")
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must have shape (pairs, 2), got {pairs.shape}")
@@ -479,7 +479,7 @@ def _rows(value: Any, n: int) -> Integers:
     return pairs.astype(np.int64)
 
 
-def _columns(value: Any, length: int, labels: NDArray) -> Units:
+def _columns(value: Any, length: int, labels: NDArray) -> _Units:
     """The columns of the labels as rows of length 1."""
     kernel = _reals("kernel", value, "(D, classes)")
     if kernel.ndim != 2 or kernel.shape[0] != length:
@@ -494,7 +494,7 @@ def _columns(value: Any, length: int, labels: NDArray) -> Units:
     return _units("the columns of kernel", kernel.T[labels], labels)
 
 
-def _some(numbers: Integers, n: int) -> str:
+def _some(numbers: _Integers, n: int) -> str:
     """The first few of bad rows, for a message."""
     more = ", ..." if len(numbers) > 5 else ""
     return f"{len(numbers)} of {n}: {', '.join(map(str, numbers[:5].tolist()))}{more}"

@@ -2,11 +2,15 @@
 
     python scripts/fuzz.py [SECONDS] [SEED] [RESULT.json]
 
-Norms of the features or of the columns, one of the two at a time, go from 1e-30 to 1e30: between
-1e-20 and 1e15 numbers must be right, beyond it where there is a number it is reported how often it
-is not. Errors are in units of eps (1 + m²) (1 + |x| |w|), what the dtype must lose, relative to the
-longest gradient that the loss can have. Half of the cases have the classes sharded over two or four
-fake CPU devices.
+Norms of the features or of the columns, one of the two at a time, go from 1e-30 to 1e30. Between
+1e-20 and 1e15 numbers must be right; beyond, the script reports how often they are not.
+
+Errors are counted in units of what the dtype must lose of each loss, each row of the features'
+gradient and each column of the kernel's: eps times the sum of the lengths of its own terms, with a
+factor for the conditioning of the margin and of the softmax (`Reference`). A case fails above 4.
+
+Every case is tried a second time with a planted fault. The share of the faults that are noticed is
+the power of the fuzz; below 95 % the script fails.
 """
 
 import functools
@@ -15,8 +19,9 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,80 +29,228 @@ import numpy as np
 
 import lsoftmax_jax as lsm
 from experiments.store.results import save
+from lsoftmax_jax.margins import ArcFace, Combined, CosFace, NormFace, SphereFace
 
 CLAIMED = (1e-20, 1e15)
-ALLOWED = 16
-MARGINS = [1, 2, 3, 4, 5, 8, 16, 33, 64]
+ALLOWED = 4
+POWER = 0.95
 SHAPES = [(1, 1, 1), (3, 2, 2), (5, 8, 10), (4, 16, 33), (2, 64, 5)]
-PLANS = {
-    "one-shot": None,
-    "rows": lsm.Plan(row_block=2),
-    "classes": lsm.Plan(class_block=3),
-    "classes, kept": lsm.Plan(class_block=4, keep_exponentials=True),
-}
+MARGINS = [
+    *(lsm.margins.LSoftmax(m) for m in (1, 2, 3, 4, 5, 8, 16, 33, 64)),
+    *(SphereFace(4), SphereFace(3, scale=16.0), NormFace(scale=16.0), CosFace(0.35, scale=30.0)),
+    *(ArcFace(0.5, scale=16.0), Combined(1.2, 0.3, 0.2, scale=8.0)),
+]
+PLANS = [
+    None,
+    lsm.Plan(row_block=2),
+    lsm.Plan(class_block=3),
+    lsm.Plan(class_block=4, keep_exponentials=True),
+]
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float64": 2.0**-52}
 Wide = np.longdouble
+PI = np.arccos(Wide(-1))
 
 
-def reference(x: Any, w: Any, labels: Any, margin: int, lam: float, smoothing: float) -> Any:
-    """Loss, gradients of its sum and |x| |w| of the label; all in 80 bits, angle by angle."""
-    losses, dx, dw, products = [], np.zeros_like(x), np.zeros_like(w), []
-    classes, share = w.shape[1], 1 / (1 + Wide(lam))
-    for i, y in enumerate(labels):
-        a, b = np.sqrt(np.sum(x[i] ** 2)), np.sqrt(np.sum(w[:, y] ** 2))
-        logits, n = x[i] @ w, a * b
-        cosine = np.clip(logits[y] / n, -1, 1) if n > 0 else Wide(0)
-        theta = np.arccos(cosine)
-        k = min(int(margin * theta / np.arccos(Wide(-1))), margin - 1)
+def value_and_slope(margin: Any, theta: Any) -> tuple[Any, Any]:
+    """v and dv / d cos(theta), by the angle; the slope of an angular margin is cut off at 0."""
+    sine = np.sin(theta)
+    if isinstance(margin, (lsm.margins.LSoftmax, SphereFace)):
+        m = margin.margin
+        k = min(int(m * theta / PI), m - 1)
         sign = -1 if k % 2 else 1
-        psi = sign * np.cos(margin * theta) - 2 * k
-        sine = np.sin(theta)
-        slope = sign * margin * np.sin(margin * theta) / sine if sine > 1e-9 else Wide(margin) ** 2
-        ux, uw = (x[i] / a if a > 0 else x[i]), (w[:, y] / b if b > 0 else w[:, y])
-        # d(n psi(u / n)) = slope du + (psi - slope cosine) dn
-        along = psi - slope * cosine
-        tx = (1 - share) * w[:, y] + share * (slope * w[:, y] + along * b * ux)
-        tw = (1 - share) * x[i] + share * (slope * x[i] + along * a * uw)
-        logits[y] = (1 - share) * logits[y] + share * n * psi
+        slope = sign * m * np.sin(m * theta) / sine if sine > 1e-9 else Wide(m) ** 2
+        return sign * np.cos(m * theta) - 2 * k, slope
+    if isinstance(margin, (NormFace, CosFace)):
+        return np.cos(theta) - Wide(getattr(margin, "margin", 0)), Wide(1)
+    m1, m2, m3 = (
+        (margin.m1, margin.m2, margin.m3) if isinstance(margin, Combined) else (1, margin.margin, 0)
+    )
+    angle = m1 * theta + m2
+    if angle > PI:
+        return np.cos(theta) - np.cos((PI - m2) / m1) - 1 - m3, Wide(1)
+    return np.cos(angle) - m3, m1 * np.sin(angle) / max(sine, Wide(1e-12))
+
+
+class Reference(NamedTuple):
+    """Exact losses and gradients of their sum, and the unit of each: of rows and of columns."""
+
+    loss: Any
+    loss_unit: Any
+    dx: Any
+    dx_unit: Any
+    dw: Any
+    dw_unit: Any
+
+
+def reference(x: Any, w: Any, labels: Any, margin: Any, lam: float, e: float, eps: float) -> Any:
+    """`Reference` in 80 bits, row by row.
+
+    Args:
+      e: label smoothing.
+      eps: of the operands' dtype; sums and angles are float32 or better.
+    """
+    classes, share = w.shape[1], 1 / (1 + Wide(lam))
+    fine = min(eps, EPS["float32"])
+    m = (
+        getattr(margin, "margin", 1)
+        if isinstance(margin, (lsm.margins.LSoftmax, SphereFace))
+        else 1
+    )
+    losses, units = [], []
+    dx, dw = np.zeros_like(x), np.zeros_like(w)
+    dx_unit, dw_unit = np.zeros(len(x), Wide), np.zeros(classes, Wide)
+    lengths = np.sqrt(np.sum(w**2, axis=0))
+    directions = np.divide(w, lengths, out=np.zeros_like(w), where=lengths > 0)
+    kept, scale = not margin.unit_columns and margin.scale is None, margin.scale
+    columns = w if kept else directions  # that the logits are made of
+    for i, y in enumerate(labels):
+        a = np.sqrt(np.sum(x[i] ** 2))
+        ux = x[i] / a if a > 0 else np.zeros_like(x[i])
+        cosines = np.clip(ux @ directions, -1, 1)
+        size = a if scale is None else Wide(scale)
+        row = x[i] if scale is None else size * ux
+        norms = size * (lengths if kept else np.ones(classes, Wide))
+        logits = row @ columns
+        theta = np.arccos(cosines[y])
+        value, slope = value_and_slope(margin, theta)
+        logits[y] = (1 - share) * norms[y] * cosines[y] + share * norms[y] * value
+        others = np.arange(classes) != y
+        alpha, along = 1 + share * (slope - 1), share * (value - slope * cosines[y])
+        # An infinite slope and its own slope feel the rounding of the cosine.
+        steep = 1 / max(np.sin(theta), np.sqrt(fine)) if abs(slope) > 1 and m == 1 else Wide(1)
+        bend = (1 + share * m**2) * steep**2
         top = logits.max()
         z = top + np.log(np.sum(np.exp(logits - top)))
-        wanted = np.full(classes, smoothing / Wide(classes))
-        wanted[y] += 1 - smoothing
-        losses.append(np.sum(wanted * (z - logits)))
-        g = np.exp(logits - z) - wanted
-        others = np.arange(classes) != y
-        dx[i] = w[:, others] @ g[others] + g[y] * tx
-        dw[:, others] += np.outer(x[i], g[others])
-        dw[:, y] += g[y] * tw
-        products.append(n)
-    return np.array(losses), dx, dw, np.array(products)
+        p = np.exp(logits - z)
+        rest = np.sum(p[others])
+        # The recurrence of T_m gathers at most m roundings of U_j <= min(m, 1 / sin theta).
+        rounded = 1 + share * (abs(slope) + m * min(Wide(m), 1 / max(np.sin(theta), fine)))
+        # What the rounding of the logits can move of each probability.
+        shaken = fine * norms.max(initial=0) * rounded
+        odds = np.maximum(np.abs(logits - z_without(logits, z)) - 4 * ALLOWED * shaken, 0)
+        moved = np.minimum(shaken, 1) * np.exp(-odds) / (1 + np.exp(-odds)) ** 2
+        wanted = np.full(classes, e / Wide(classes))
+        wanted[y] += 1 - e
+        # z - t as a softplus: the difference of two large numbers has no digits left.
+        below = z_without(logits, z)[y] - logits[y]
+        missed = np.logaddexp(Wide(0), below)
+        losses.append((1 - e) * missed + e * (missed + np.mean(logits[y] - logits)))
+        spread = norms.max(initial=0) * rounded
+        units.append(fine * (losses[-1] + e * spread) + shaken * min(1, rest * np.exp(
+            min(4 * ALLOWED * shaken, Wide(700))) + (e > 0)))  # fmt: skip
+        g = p - wanted
+        if not e:
+            g[y] = -rest
+        size_of_g = p + e / classes
+        size_of_g[y] = e * (p[y] + 1 / Wide(classes)) + (1 - e) * rest
+        # d logit_j / d row, its part along the row taken out where the row's length is fixed.
+        by_row, by_column = g[others] @ columns[:, others].T, np.outer(row, g[others])
+        by_row = by_row + g[y] * (alpha * columns[:, y] + along * norms[y] / (size or 1) * ux)
+        dw_i = np.zeros_like(w)
+        dw_i[:, others] = by_column
+        dw_i[:, y] = g[y] * (alpha * row + along * size * directions[:, y])
+        if scale is not None:
+            by_row = (by_row - ux * (ux @ by_row)) * (size / a if a > 0 else 0)
+        if not kept:
+            dw_i -= directions * np.sum(directions * dw_i, axis=0)
+            dw_i = np.divide(dw_i, lengths, out=np.zeros_like(w), where=lengths > 0)
+        dx[i] = by_row
+        dw += dw_i
+        # Lengths of the terms: those of float32 sums, and of operands rounded to their dtype.
+        target = alpha_size(share, slope, value) * size_of_g[y]
+        terms = np.where(others, size_of_g, target)
+        terms = eps * terms + fine * np.where(others, size_of_g, bend * size_of_g[y]) + moved * (
+            np.where(others, 1, 1 + abs(alpha) + abs(along)))  # fmt: skip
+        by_x = lengths if kept else np.ones(classes, Wide)
+        if scale is not None:
+            by_x = np.full(classes, size / a if a > 0 else 0, Wide)
+        dx_unit[i] = np.sum(terms * by_x)
+        by_w = np.divide(size, lengths, out=np.zeros(classes, Wide), where=lengths > 0)
+        dw_unit += terms * (np.full(classes, size) if kept else by_w)
+    tiny = Wide(np.finfo(np.float64 if eps == EPS["float64"] else np.float32).tiny)
+    dx_unit, dw_unit = dx_unit + tiny * lengths.sum(), dw_unit + tiny * np.abs(x).sum()
+    loss_unit = np.sum(units) if units else Wide(0)
+    return Reference(np.sum(losses), loss_unit, dx, dx_unit, dw, dw_unit)
+
+
+def alpha_size(share: Any, slope: Any, value: Any) -> Any:
+    return (1 - share) + share * (1 + 2 * abs(slope) + abs(value))
+
+
+def z_without(logits: Any, z: Any) -> Any:
+    """logsumexp of the logits but each one."""
+    found = np.full(len(logits), -np.inf, Wide)
+    for j in range(len(logits)):
+        rest = np.delete(logits, j)
+        if rest.size:
+            found[j] = rest.max() + np.log(np.sum(np.exp(rest - rest.max())))
+    return found
+
+
+def units(found: tuple[Any, Any, Any], exact: Reference, dtype: str) -> float:
+    """The largest error, in units of what the dtype must lose."""
+    value, dx, dw = (np.asarray(array, np.float64).astype(Wide) for array in found)
+    pairs = [
+        (abs(value - exact.loss), exact.loss_unit),
+        (np.abs(dx - exact.dx).max(axis=1, initial=0), exact.dx_unit),
+        (np.abs(dw - exact.dw).max(axis=0, initial=0), exact.dw_unit),
+    ]
+    return float(max(np.max(error / (unit + least(dtype)), initial=0) for error, unit in pairs))
+
+
+def least(dtype: str) -> float:
+    """What rounds to zero on the way: factors of a product lie below the least normal number."""
+    return float(jnp.finfo("float64" if dtype == "float64" else "float32").tiny)
+
+
+Fault = Callable[[Any, Any, Any, int], tuple[Any, Any, Any]]
+# What is planted, in the row or column with the largest gradient.
+FAULTS: dict[str, Fault] = {
+    "a loss off by 1 %": lambda loss, dx, dw, i: (loss * 1.01, dx, dw),
+    "no gradient of the features": lambda loss, dx, dw, i: (loss, dx * 0, dw),
+    "no gradient of the kernel": lambda loss, dx, dw, i: (loss, dx, dw * 0),
+    "a row with the wrong sign": lambda loss, dx, dw, i: (
+        loss,
+        np.where(i == rows(dx), -dx, dx),
+        dw,
+    ),
+    "a column of half the size": lambda loss, dx, dw, i: (
+        loss,
+        dx,
+        np.where(np.abs(dw).max(axis=0).argmax() == np.arange(dw.shape[1]), dw / 2, dw),
+    ),
+}
+
+
+def rows(dx: Any) -> Any:
+    return np.arange(len(dx))[:, None]
 
 
 @functools.partial(jax.jit, static_argnames=("margin", "smoothing", "plan", "total", "shards"))
 def computed(x: Any, w: Any, labels: Any, where: Any, lam: Any, **static: Any) -> Any:
-    total, shards, (_, classes) = static.pop("total"), static.pop("shards"), w.shape
+    total, shards, classes = static.pop("total"), static.pop("shards"), w.shape[1]
     keywords = {"margin": static["margin"], "lam": lam, "where": where, "plan": static["plan"]}
     keywords["label_smoothing"] = static["smoothing"]
-    rules: Any = lsm
     if shards > 1:
         mesh = jax.make_mesh((shards,), ("model",), devices=jax.devices()[:shards])
-        rules, w = lsm.sharded, jnp.pad(w, ((0, 0), (0, -classes % shards)))
         keywords["layout"] = lsm.ClassParallel("model", mesh=mesh, classes=classes)
-    rule = rules.lsoftmax_loss_sum if total else rules.lsoftmax_loss
+        w = jnp.pad(w, ((0, 0), (0, -classes % shards)))
+    rule: Any = lsm.lsoftmax_loss_sum if total else lsm.lsoftmax_loss
     loss, (dx, dw) = jax.value_and_grad(
         lambda x, w: jnp.sum(rule(x, w, labels, **keywords)), (0, 1)
     )(x, w)
-    return loss, (dx, dw[:, :classes])
+    return loss, dx, dw[:, :classes]
 
 
-def drawn(rng: np.random.Generator, shape: tuple[int, int, int], margin: int, dtype: str) -> Any:
+def drawn(rng: np.random.Generator, shape: tuple[int, int, int], margin: Any, dtype: str) -> Any:
     """Arguments of a case, in its dtype; some at a knot, some opposite, some zero."""
     batch, length, classes = shape
     x, w = rng.normal(size=(batch, length)), rng.normal(size=(length, classes))
     labels = rng.integers(0, classes, batch)
     if length > 1 and rng.random() < 0.3:
+        m = max(1, int(getattr(margin, "margin", 1)))
         x[0, :], w[:, labels[0]] = 0, 0
-        angle = np.pi * rng.integers(0, margin + 1) / margin
+        angle = np.pi * rng.integers(0, m + 1) / m
         x[0, 0], w[:2, labels[0]] = 1, [np.cos(angle), np.sin(angle)]
     norm = 10 ** rng.uniform(-30, 30)
     if rng.random() < 0.5:
@@ -113,71 +266,62 @@ def drawn(rng: np.random.Generator, shape: tuple[int, int, int], margin: int, dt
 def fuzz(seconds: float = 60.0, seed: int = 0, result: Path | None = None) -> int:
     rng, choose = np.random.default_rng(seed), random.Random(seed)
     end, worst = time.monotonic() + seconds, dict.fromkeys(EPS, 0.0)
-    count: Counter[tuple[str, bool]] = Counter()
-    sharded = 0
-    odd: Counter[tuple[str, bool]] = Counter()
-    failed = 0
+    count: Counter[tuple[str, str]] = Counter()
+    planted: Counter[tuple[str, bool]] = Counter()
     while time.monotonic() < end:
         shape, margin = choose.choice(SHAPES), choose.choice(MARGINS)
-        dtype, plan = choose.choice(list(EPS)), choose.choice(list(PLANS))
-        smoothing, total = choose.choice([0.0, 0.0, 0.1, 1.0]), choose.random() < 0.5
-        static: dict[str, Any] = {
-            "margin": margin,
-            "smoothing": smoothing,
-            "plan": PLANS[plan],
-            "total": total,
-        }
+        dtype, smoothing = choose.choice(list(EPS)), choose.choice([0.0, 0.0, 0.1, 1.0])
+        static: dict[str, Any] = {"margin": margin, "smoothing": smoothing}
+        static |= {"plan": choose.choice(PLANS), "total": choose.random() < 0.5}
         static["shards"] = choose.choice([1, 1, 2, 4])
         for _ in range(40):
             x, w, labels, norm = drawn(rng, shape, margin, dtype)
             lam = float(choose.choice([0.0, 0.1, 1.0, 10.0, 1e6]))
             where = rng.random(shape[0]) < 0.9
             with jax.enable_x64(dtype == "float64"):
-                value, (dx, dw) = jax.device_get(computed(x, w, labels, where, lam, **static))
+                found = jax.device_get(computed(x, w, labels, where, lam, **static))
             wide = [array.astype(np.float64).astype(Wide) for array in (x, w)]
-            loss, rx, rw, n = reference(wide[0][where], wide[1], labels[where], margin, lam,
-                                        smoothing)  # fmt: skip
-            exact = np.zeros_like(wide[0])
-            exact[where] = rx
-            allowed = EPS[dtype] * (1 + margin**2) * (1 + n.max(initial=0))
-            longest = np.linalg.norm(wide[1].astype(float), axis=0).max()
-            furthest = np.linalg.norm(wide[0].astype(float), axis=1).sum()
-            errors = [
-                abs(float(value) - float(loss.sum())) / (1 + abs(float(loss.sum()))),
-                float(np.abs(dx.astype(np.float64) - exact).max()) / (longest or 1),
-                float(np.abs(dw.astype(np.float64) - rw).max()) / (furthest or 1),
-            ]
-            error = float(np.max(errors)) / float(allowed)
+            exact = reference(
+                wide[0][where], wide[1], labels[where], margin, lam, smoothing, EPS[dtype]
+            )
+            found = found[0], np.asarray(found[1], np.float64)[where], found[2].astype(np.float64)
+            error = units(found, exact, dtype)
             inside = CLAIMED[0] <= norm <= CLAIMED[1]
-            count[dtype, inside] += 1
-            sharded += static["shards"] > 1
-            if inside and not error <= worst[dtype]:
-                worst[dtype] = error
+            count[dtype, "cases" if inside else "cases_beyond"] += 1
+            count[dtype, "sharded"] += static["shards"] > 1
+            if not inside:
+                count[dtype, "not_right_beyond"] += not error <= ALLOWED
+                continue
+            worst[dtype] = max(worst[dtype], error) if error == error else error
             if not error <= ALLOWED:
-                odd[dtype, inside] += 1
-                failed += inside
-                if inside and failed <= 5:
-                    print(f"{error:.3g} units: {dtype} {shape} norm {norm:.3g} λ {lam} {static}")
+                count[dtype, "failed"] += 1
+                print(f"{error:.3g} units: {dtype} {shape} norm {norm:.3g} λ {lam} {static}")
+            seen = 1e3 * least(dtype)
+            if min(np.abs(a).max(initial=0) for a in (exact.loss, exact.dx, exact.dw)) > seen:
+                name = choose.choice(list(FAULTS))
+                i = int(np.abs(found[1]).max(axis=1).argmax())
+                wrong = FAULTS[name](*found, i)
+                planted[name, not units(wrong, exact, dtype) <= ALLOWED] += 1
+    found_of = {name: (planted[name, True], planted[name, False]) for name in FAULTS}
+    power = sum(yes for yes, _ in found_of.values()) / max(1, sum(planted.values()))
     for dtype in EPS:
         print(
-            f"{dtype}: {count[dtype, True]} cases within the claim, worst {worst[dtype]:.3g} units "
-            f"of what the dtype must lose; {odd[dtype, False]} of {count[dtype, False]} beyond "
-            "the claim are not right"
+            f"{dtype}: {count[dtype, 'cases']} cases within the claim, worst {worst[dtype]:.3g} "
+            f"units; {count[dtype, 'not_right_beyond']} of {count[dtype, 'cases_beyond']} beyond "
+            f"the claim are not right"
         )
+    for name, (yes, no) in found_of.items():
+        print(f"planted, {name}: noticed in {yes} of {yes + no} cases")
+    print(f"{100 * power:.1f} % of the planted faults are noticed")
     if result is not None:
-        found = {
-            dtype: {
-                "cases": count[dtype, True],
-                "worst": worst[dtype],
-                "failed": odd[dtype, True],
-                "cases_beyond": count[dtype, False],
-                "not_right_beyond": odd[dtype, False],
-            }
-            for dtype in EPS
-        }
+        kinds = ("cases", "failed", "cases_beyond", "not_right_beyond", "sharded")
+        dtypes = {d: {k: count[d, k] for k in kinds} | {"worst": worst[d]} for d in EPS}
         facts = {"kind": "fuzz", "seed": seed, "seconds": seconds, "allowed": ALLOWED}
-        save(result, facts | {"sharded": sharded, "load": os.getloadavg()[0], "dtypes": found})
-    return int(failed > 0)
+        facts |= {"power": power, "planted": {n: {"noticed": y, "not": o} for n, (y, o) in
+                  found_of.items()}}  # fmt: skip
+        save(result, facts | {"load": os.getloadavg()[0], "dtypes": dtypes})
+    failed = sum(count[dtype, "failed"] for dtype in EPS)
+    return int(failed > 0 or power < POWER)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 from sphinx.util.inventory import InventoryFile
 
@@ -23,13 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lsoftmax_jax"
 GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
 # What only the package itself imports; the public names of these are those of __init__.
-INNER = {"logits", "loss", "sgd"}
+INNER = {"losses", "sgd"}
 # Public to the package's other files alone.
 INNER_NAMES = {
+    "lsoftmax_jax.margins.OURS",
     "lsoftmax_jax.margins.check_margin",
     "lsoftmax_jax.margins.psi_and_slope",
     "lsoftmax_jax.margins.value_and_slope",
-    "lsoftmax_jax.sharded.Layout",
 }
 
 
@@ -105,6 +106,48 @@ def test_numbers_are_those_of_the_newest_result(site, tmp_path, monkeypatch):
         (tmp_path / f"scale-cpu-1000000-{year}.json").write_text(json.dumps(changed))
     monkeypatch.setattr(measured, "BENCH", tmp_path)
     assert "An update took 17 s" in measured.million_classes()
+
+
+def test_recorded_runs_of_stacks_and_notebooks_are_on_the_site(site, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    measured = importlib.import_module("measured")
+    page = (site / "stacks.html").read_text()
+    for file in ("results.json", "notebooks.json"):
+        runs = json.loads((ROOT / "stacks" / file).read_text())
+        assert all(f"{run['date']}, {run['commit']}</p>" in page for run in runs)
+    runs = json.loads((ROOT / "stacks/results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps([runs[0] | {"passed": 98765}]))
+    monkeypatch.setattr(measured, "STACKS", tmp_path)
+    assert measured.stacks().count(" 98765 | ") == 1
+
+
+def test_a_notebooks_outputs_are_on_its_page(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    notebook_pages = importlib.import_module("notebook_pages")
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [
+        nbformat.v4.new_markdown_cell("# Title\n\n[![Open in Colab](badge.svg)](notebook.ipynb)"),
+        nbformat.v4.new_code_cell("print(1 + 1)"),
+    ]
+    notebook.cells[1].outputs = [
+        nbformat.v4.new_output("stream", text="2\n"),
+        nbformat.v4.new_output("execute_result", {"text/plain": "[3]"}),
+        nbformat.v4.new_output("display_data", {"text/markdown": "| a |", "text/plain": "no"}),
+        nbformat.v4.new_output("display_data", {"image/png": "NDI=", "text/plain": "no"}),
+    ]
+    nbformat.write(notebook, tmp_path / "some.ipynb")
+    monkeypatch.setattr(notebook_pages, "NOTEBOOKS", tmp_path)
+    notebook_pages.write(tmp_path / "pages")
+    assert (tmp_path / "pages" / "some.md").read_text().split("\n\n") == [
+        "# Title",
+        "[Open in Colab](notebook.ipynb)",
+        "```python\nprint(1 + 1)\n```",
+        "```text\n2\n```",
+        "```text\n[3]\n```",
+        "| a |",
+        "![What the cell above draws](some-0.png)\n",
+    ]
+    assert (tmp_path / "pages" / "some-0.png").read_bytes() == b"42"
 
 
 @pytest.fixture(scope="module")

@@ -74,11 +74,14 @@ class FaceBatches:
         if self._recipe.schedule == "steps":
             return
         first = step - len(values["loss"])
-        for number, (loss, lam) in enumerate(zip(values["loss"], values["lam"], strict=True), 1):
+        settled = (1 - 1e-5) / (1 + max(NO_LAM, self._recipe.lam.minimum))
+        for number, (loss, share) in enumerate(
+            zip(values["loss"], values["share"], strict=True), 1
+        ):
             self._losses.append(float(loss))
             if (first + number) % PLATEAU_UPDATES == 0:
                 mean, self._losses = float(np.mean(self._losses)), []
-                if lam <= max(NO_LAM, self._recipe.lam.minimum * (1 + 1e-6)):
+                if share >= settled:
                     self.plateau = self.plateau.after(first + number, mean, self._recipe.patience)
 
     def at_rate(self, state: training.State) -> training.State:
@@ -106,7 +109,8 @@ def train_faces(
     as many processes as it began on.
 
     Args:
-      faces: the folder of images.
+      faces: folder of person/image.jpg, or of insightface's train.rec and train.idx, in which form
+        CASIA-WebFace circulates.
       out: folder of the run, which continues if it is there already. The result is OUT.json
         beside the folder.
       recipe: decides the run's numbers.
@@ -144,7 +148,7 @@ def prepare(
 
     def first_state() -> training.State:
         fresh = create(recipe.seed)
-        return fresh if init_from is None else warm_start(fresh, init_from, mesh)
+        return fresh if init_from is None else warm_start(graphdef, fresh, init_from, mesh)
 
     def updates(states: Any, feeds: Any, length: int) -> Any:
         (batches,) = feeds
@@ -191,7 +195,7 @@ def fingerprint(faces: Faces) -> str:
     """Of the images' names and every byte of them."""
 
     def of_image(name: str) -> bytes:
-        return hashlib.sha256((faces.root / name).read_bytes()).digest()
+        return hashlib.sha256(faces.read(name)).digest()
 
     digest = hashlib.sha256()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -213,19 +217,19 @@ def training_faces(folder: Path, recipe: FaceRecipe, pairs: tuple[Path, ...]) ->
     return faces
 
 
-def warm_start(fresh: training.State, run: Path, mesh: Mesh) -> training.State:
+def warm_start(graphdef: Any, fresh: training.State, run: Path, mesh: Mesh) -> training.State:
     """A fresh state with the weights and statistics of another run on faces.
 
     Its head too, if it has as many people.
     """
-    state = load_run(run, mesh).state
-    params = state.params
-    if params["head"]["kernel"].shape != fresh.params["head"]["kernel"].shape:
-        params = params | {"head": fresh.params["head"]}
-    shapes = [jax.tree.map(np.shape, tree) for tree in (params, fresh.params)]
+    model, begun = load_run(run, mesh).model, training.restore_model(graphdef, fresh)
+    if model.head.kernel.shape != begun.head.kernel.shape:
+        model.head = begun.head
+    _, state = training.create(model, optax.identity())
+    shapes = [jax.tree.map(np.shape, tree.params) for tree in (state, fresh)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"init_from: the network of {run} is another than this recipe's")
-    return fresh._replace(params=params, other=state.other)
+    return fresh._replace(params=state.params, other=state.other)
 
 
 class TrainedRun(NamedTuple):

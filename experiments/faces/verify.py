@@ -1,24 +1,37 @@
-"""Verifies faces: embeddings of a folder scored on a file of pairs, as table and JSON."""
+"""Verifies faces, as a table and a JSON: the pairs of a file, and all pairs of the same people.
+
+A fold's file lists 600 pairs, too few to tell two networks apart. Its people have hundreds of
+thousands of pairs. The mean and the PCA that both use are fitted on the pairs of the other folds.
+"""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from experiments.faces import embed
-from experiments.faces.images import FaceImages, Faces, list_faces
-from experiments.faces.protocol import Pairs, Verification, people_of_fold, read_pairs, verify
+from experiments.faces.bins import read_bin
+from experiments.faces.images import FaceImages, Faces, list_faces, rows_of
+from experiments.faces.protocol import (
+    Pairs,
+    Verification,
+    fitted,
+    people_of_fold,
+    read_pairs,
+    verify,
+)
 from experiments.faces.train import load_run
 from experiments.store.claims import command_line
 from experiments.store.results import provenance, save
+from lsoftmax_jax import verification
+from lsoftmax_jax.verification import Roc
 
 PIXELS = (28, 24)
+FALSE_ACCEPT_RATES = (1e-3, 1e-2)
 CURVE_POINTS = 100
 LOWEST_RATE = 1e-3
 
@@ -33,8 +46,9 @@ class Source(NamedTuple):
 
 
 def verify_faces(
-    pairs: tuple[Path, ...],
     out: Path,
+    pairs: tuple[Path, ...] = (),
+    bin: Path | None = None,
     faces: Path | None = None,
     embeddings: Path | None = None,
     checkpoint: Path | None = None,
@@ -45,32 +59,52 @@ def verify_faces(
 ) -> None:
     """Verifies pairs of faces by one of --embeddings, --checkpoint or --pixels.
 
+    The pairs are those of --pairs or of --bin.
+
     Args:
-      pairs: files of pairs in LFW's formats, `pairs.txt` of view 2 or both files of view 1; the
-        folds are counted through all of them.
       out: the .json of the result. `figures --out` with its folder draws the ROC.
-      faces: folder of person/image.jpg, for --checkpoint and --pixels.
-      embeddings: an .npz of names and embeddings, from embed or elsewhere.
+      pairs: files of pairs in LFW's formats, `pairs.txt` of view 2 or both files of view 1; the
+        folds are counted through all of them. All pairs of the tested folds' people are verified
+        too, fold by fold.
+      bin: a test set of insightface, such as lfw.bin, cfp_fp.bin or agedb_30.bin, for --checkpoint
+        and --pixels. It holds the images too, and names nobody: that the checkpoint was not trained
+        on its people is yours to know.
+      faces: folder of person/image.jpg, for --checkpoint and --pixels with --pairs.
+      embeddings: an .npz of names and embeddings, from embed or elsewhere. Only the images in
+        it take part.
       checkpoint: folder of a run of train-faces. Folds with people it was trained on are skipped.
-      pixels: take small grey images as embeddings, the least that any network should beat.
+      pixels: take small grey images as embeddings; any network should beat them.
       components: how many principal components to keep, fitted on the other folds; by default all.
       protocol: name of the protocol, for the result, such as "unrestricted, no outside data".
       batch: images at a time, on all devices together.
     """
-    listed = read_pairs(*pairs)
+    if (bin is None) == (not pairs):
+        raise ValueError("expected exactly one of --pairs and --bin")
     if (embeddings is not None) + (checkpoint is not None) + pixels != 1:
         raise ValueError("expected exactly one of --embeddings, --checkpoint and --pixels")
-    if embeddings is not None:
-        seen = embed.load_embeddings(embeddings)
-        source = Source(seen, frozenset(), {"embeddings": embeddings.name})
-    elif faces is None:
-        raise ValueError("--checkpoint and --pixels need --faces, the folder of person/image.jpg")
+    if bin is not None:
+        if embeddings is not None or faces is not None:
+            raise ValueError("--bin holds the images: give neither --embeddings nor --faces")
+        named, listed = read_bin(bin)
+        source = embedded(named, None, checkpoint, batch)
     else:
-        source = embedded(listed, faces, checkpoint, batch)
+        listed = read_pairs(*pairs)
+        if embeddings is not None:
+            seen = embed.load_embeddings(embeddings)
+            source = Source(seen, frozenset(), {"embeddings": embeddings.name})
+        elif faces is None:
+            raise ValueError(
+                "--checkpoint and --pixels need --faces, the folder of person/image.jpg"
+            )
+        else:
+            source = embedded(list_faces(faces), listed, checkpoint, batch)
     tested = untrained_folds(listed, source.trained_on)
     names, vectors = source.embeddings
-    first, second = (vectors[rows] for rows in rows_of(listed, names))
+    first, second = np.split(vectors[rows_of([*listed.first, *listed.second], names)], 2)
     result = verify(first, second, listed.same, listed.fold, components=components, tested=tested)
+    people = None
+    if bin is None:
+        people = all_pairs_outcome(all_pairs(listed, source.embeddings, tested, components))
     outcome = {
         "kind": "verification",
         "protocol": protocol,
@@ -83,26 +117,12 @@ def verify_faces(
         "seed": source.config.get("seed"),
         **provenance(jax.device_count()),
         "metrics": metrics(result),
-        "curve": curve(result),
+        "curve": curve(result.roc),
+        "all_pairs": people,  # None for --bin, which names nobody
     }
     save(out, outcome)
-    print_table(result, tested)
+    print_table(outcome)
     print(f"{out} written; figures --out {out.parent} draws its ROC")
-
-
-def rows_of(pairs: Pairs, names: Iterable[str]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Where the first and the second images of pairs stand among names, extensions aside.
-
-    Raises:
-      ValueError: naming the images that are missing.
-    """
-    row = {name.rpartition(".")[0]: number for number, name in enumerate(names)}
-    wanted = dict.fromkeys([*pairs.first.tolist(), *pairs.second.tolist()])
-    if missing := [name for name in wanted if name not in row]:
-        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(f"pairs name images that are missing or broken ({len(missing)}): {some}")
-    first, second = (np.array([row[n] for n in side.tolist()]) for side in pairs[:2])
-    return first, second
 
 
 def untrained_folds(pairs: Pairs, trained_on: frozenset[str]) -> list[int]:
@@ -121,6 +141,23 @@ def untrained_folds(pairs: Pairs, trained_on: frozenset[str]) -> list[int]:
     return clean
 
 
+def all_pairs(
+    pairs: Pairs, embeddings: embed.Embeddings, tested: list[int], components: int | None = None
+) -> list[verification.Verification]:
+    """All pairs of the images of a fold's people, for each tested fold."""
+    names, vectors = embeddings
+    first, second = np.split(rows_of([*pairs.first, *pairs.second], names), 2)
+    person = np.array([name.split("/")[0] for name in names])
+
+    def of_fold(fold: int) -> verification.Verification:
+        known = np.concatenate([rows[pairs.fold != fold] for rows in (first, second)])
+        rows = np.isin(person, list(people_of_fold(pairs, fold)))
+        projected = fitted(vectors[known], components).transform(vectors[rows])
+        return verification.verify(projected, person[rows])
+
+    return [of_fold(fold) for fold in tested]
+
+
 def metrics(result: Verification) -> dict[str, Any]:
     """A result's numbers for JSON, which knows no NaN."""
     error = result.standard_error
@@ -129,49 +166,91 @@ def metrics(result: Verification) -> dict[str, Any]:
         "standard_error": error if math.isfinite(error) else None,
         "fold_accuracy": result.fold_accuracy.tolist(),
         "fold_threshold": result.fold_threshold.tolist(),
-        "auc": result.auc,
-        "equal_error_rate": result.equal_error_rate,
-        "tar_at_far": {f"{far:g}": tar for far, tar in result.tar_at_far.items()},
+        **rates(result.roc),
     }
 
 
-def curve(result: Verification) -> dict[str, list[float]]:
-    """The ROC at rates of false accepts evenly apart on a logarithmic axis."""
-    rates = np.geomspace(LOWEST_RATE, 1, CURVE_POINTS)
-    last = np.searchsorted(result.false_accepts, rates, side="right") - 1
-    accepts = result.true_accepts[last]
-    return {"false_accepts": rates.round(6).tolist(), "true_accepts": accepts.round(6).tolist()}
+def rates(roc: Roc) -> dict[str, Any]:
+    """AUC, EER and TAR at FAR of a ROC."""
+    return {
+        "auc": roc.auc,
+        "equal_error_rate": roc.eer,
+        "tar_at_far": {f"{far:g}": roc.tar_at(far) for far in FALSE_ACCEPT_RATES},
+    }
 
 
-def print_table(result: Verification, tested: list[int]) -> None:
-    """Folds and totals."""
-    table = Table("fold", "accuracy", "threshold")
-    for row in zip(tested, result.fold_accuracy, result.fold_threshold, strict=True):
-        table.add_row(str(row[0]), f"{row[1]:.4f}", f"{row[2]:.4f}")
-    table.add_section()
-    error = f" ± {result.standard_error:.4f}" if len(tested) > 1 else ""
-    table.add_row("mean", f"{result.accuracy:.4f}{error}")
-    table.add_row("AUC", f"{result.auc:.4f}")
-    table.add_row("EER", f"{result.equal_error_rate:.4f}")
-    for far, tar in result.tar_at_far.items():
-        table.add_row(f"TAR at FAR {far:g}", f"{tar:.4f}")
-    Console().print(table)
+def all_pairs_outcome(folds: list[verification.Verification]) -> dict[str, Any]:
+    """All pairs of each fold's people for JSON: counts are sums over folds, numbers are means."""
+    numbers = [
+        {"metrics": {**rates(seen.roc), "rank_1": seen.rank_1}, "curve": curve(seen.roc)}
+        for seen in folds
+    ]
+    means = jax.tree.map(lambda *values: float(np.mean(values)), *numbers)
+    counts = np.sum([(seen.roc.genuine, seen.roc.impostors) for seen in folds], axis=0).tolist()
+    return {"genuine": counts[0], "impostors": counts[1], **means}
 
 
-def embedded(pairs: Pairs, folder: Path, checkpoint: Path | None, batch: int) -> Source:
-    """The images that pairs name, embedded by a run's network or, without one, as pixels."""
-    named = _only(pairs, list_faces(folder))
-    if checkpoint is None:
-        seen = embed.embed_faces(FaceImages(named, PIXELS), embed.grey_pixels, batch)
-        return Source(seen, frozenset(), {"pixels": list(PIXELS)})
-    run = load_run(checkpoint)
-    images, updates = FaceImages(named, run.recipe.size), {"updates": int(run.state.step)}
+def curve(roc: Roc) -> dict[str, list[float]]:
+    """TAR at rates of false accepts evenly apart on a logarithmic axis."""
+    far = np.geomspace(LOWEST_RATE, 1, CURVE_POINTS)
+    tar = np.array([roc.tar_at(min(rate, 1.0)) for rate in far.tolist()])
+    return {"false_accepts": far.round(6).tolist(), "true_accepts": tar.round(6).tolist()}
+
+
+def print_table(outcome: dict[str, Any]) -> None:
+    """The accuracy of folds; the error rates of the listed pairs, and of all pairs."""
+    seen, everybody = outcome["metrics"], outcome["all_pairs"]
+    folds = Table("fold", "accuracy", "threshold")
+    numbers = zip(
+        outcome["tested_folds"], seen["fold_accuracy"], seen["fold_threshold"], strict=True
+    )
+    for fold, accuracy, threshold in numbers:
+        folds.add_row(str(fold), f"{accuracy:.4f}", f"{threshold:.4f}")
+    folds.add_section()
+    error = "" if seen["standard_error"] is None else f" ± {seen['standard_error']:.4f}"
+    folds.add_row("mean", f"{seen['accuracy']:.4f}{error}")
+    columns = {f"{outcome['pairs']:,} listed pairs": seen}
+    if everybody is not None:
+        every = everybody["genuine"] + everybody["impostors"]
+        columns[f"all {every:,} pairs"] = everybody["metrics"]
+    errors = Table("", *columns)
+    for name, of in (("AUC", "auc"), ("EER", "equal_error_rate")):
+        errors.add_row(name, *(f"{numbers[of]:.4f}" for numbers in columns.values()))
+    for far in seen["tar_at_far"]:
+        both = (numbers["tar_at_far"][far] for numbers in columns.values())
+        errors.add_row(f"TAR at FAR {far}", *(f"{tar:.4f}" for tar in both))
+    if everybody is not None:
+        errors.add_row("rank 1", "", f"{everybody['metrics']['rank_1']:.4f}")
+    Console().print(folds, errors)
+
+
+def embedded(faces: Faces, pairs: Pairs | None, checkpoint: Path | None, batch: int) -> Source:
+    """Images embedded by a run's network or, without a run, as pixels.
+
+    Args:
+      pairs: embed only the images that `needed` names; None embeds all.
+    """
+    run = None if checkpoint is None else load_run(checkpoint)
+    trained_on = frozenset() if run is None else run.people
+    if pairs is not None:
+        faces = needed(pairs, faces, untrained_folds(pairs, trained_on))
+    if run is None:
+        seen = embed.embed_faces(FaceImages(faces, PIXELS), embed.grey_pixels, batch)
+        return Source(seen, trained_on, {"pixels": list(PIXELS)})
+    images, updates = FaceImages(faces, run.recipe.size), {"updates": int(run.state.step)}
     seen = embed.embed_faces(images, *embed.run_features(run, batch))
-    return Source(seen, run.people, run.recipe.to_json(), run.begun | updates)
+    return Source(seen, trained_on, run.recipe.to_json(), run.begun | updates)
 
 
-def _only(pairs: Pairs, faces: Faces) -> Faces:
-    """The faces that pairs name; all of those must be there before the long work begins."""
-    rows = np.unique(np.concatenate(rows_of(pairs, faces.names)))
+def needed(pairs: Pairs, faces: Faces, tested: list[int]) -> Faces:
+    """The images that pairs name, and every image of the people in the tested folds.
+
+    Raises:
+      ValueError: naming the images of pairs that are missing, before the long work begins.
+    """
+    people = frozenset().union(*(people_of_fold(pairs, fold) for fold in tested))
+    chosen = np.array([name.split("/")[0] in people for name in faces.names])
+    chosen[rows_of([*pairs.first, *pairs.second], faces.names)] = True
+    rows = np.flatnonzero(chosen)
     names = tuple(faces.names[row] for row in rows)
     return faces._replace(names=names, labels=faces.labels[rows])

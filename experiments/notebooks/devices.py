@@ -184,7 +184,7 @@ ROWS, FEATURES, CLASSES = 1024, 512, 10_000
 
 
 def loss_sum(features, kernel, labels):
-    return lsm.sharded.lsoftmax_loss_sum(features, kernel, labels, margin=4, lam=0.0, layout=layout)
+    return lsm.lsoftmax_loss_sum(features, kernel, labels, margin=4, lam=0.0, layout=layout)
 
 
 def described(shape, dtype, spec):

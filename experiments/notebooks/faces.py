@@ -8,10 +8,11 @@
 # [LFW](https://vis-www.cs.umass.edu/lfw/). Bring your own folder of `person/person_0001.jpg`.
 
 # %%
-# In a clone there is nothing to install. Elsewhere, as in Colab, this fetches one; the runtime's
-# JAX stays if it is new enough. Should Colab ask for a restart, restart and run this again.
+# In a clone there is nothing to install. Elsewhere, as in Colab, this cell fetches a clone and
+# installs it; the runtime's JAX stays. If Colab asks for a restart, restart and run it again.
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +21,8 @@ if find_spec("experiments") is None:
     if not clone.exists():
         url = "https://github.com/lsoftmax-jax/lsoftmax_jax"
         subprocess.run(["git", "clone", "--depth", "1", url, str(clone)], check=True)
-    subprocess.run([sys.executable, str(clone / "scripts" / "install.py")], check=True)
+    wanted = ["-e", f"{clone}[experiments]", f"jax=={version('jax')}"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *wanted], check=True)
     sys.path.insert(0, str(clone))
 
 # %%
@@ -116,8 +118,8 @@ finished = train_faces(FACES, RUN, recipe, (PAIRS,)) == 0
 # that a learned feature should clear, and a minute of training may not.
 
 # %%
-verify_faces((PAIRS,), OUT / "network.json", faces=FACES, checkpoint=RUN)
-verify_faces((PAIRS,), OUT / "pixels.json", faces=FACES, pixels=True)
+verify_faces(OUT / "network.json", (PAIRS,), faces=FACES, checkpoint=RUN)
+verify_faces(OUT / "pixels.json", (PAIRS,), faces=FACES, pixels=True)
 
 # %% [markdown]
 # The pixels learned nothing, so all folds test them. True accepts at a rate of false accepts, TAR

@@ -9,10 +9,11 @@
 # one, which is not comparable with the paper and says so everywhere.
 
 # %%
-# In a clone there is nothing to install. Elsewhere, as in Colab, this fetches one; the runtime's
-# JAX stays if it is new enough. Should Colab ask for a restart, restart and run this again.
+# In a clone there is nothing to install. Elsewhere, as in Colab, this cell fetches a clone and
+# installs it; the runtime's JAX stays. If Colab asks for a restart, restart and run it again.
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +22,8 @@ if find_spec("experiments") is None:
     if not clone.exists():
         url = "https://github.com/lsoftmax-jax/lsoftmax_jax"
         subprocess.run(["git", "clone", "--depth", "1", url, str(clone)], check=True)
-    subprocess.run([sys.executable, str(clone / "scripts" / "install.py")], check=True)
+    wanted = ["-e", f"{clone}[experiments]", f"jax=={version('jax')}"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *wanted], check=True)
     sys.path.insert(0, str(clone))
 
 # %%

@@ -98,7 +98,7 @@ def update(model, optimizer, images, labels):
     (loss, seen), gradients = nnx.value_and_grad(mean_loss, has_aux=True)(model)
     optimizer.update(model, gradients)
     angle = jnp.degrees(jnp.arccos(jnp.clip(seen.target_cosine, -1, 1)))
-    return {"loss": loss, "angle": angle.mean(), "share": 1 / (1 + seen.lam)}
+    return {"loss": loss, "angle": angle.mean(), "share": jnp.mean(1 / (1 + seen.lam))}
 
 
 # %% [markdown]

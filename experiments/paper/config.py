@@ -18,12 +18,12 @@ from tyro.conf import Suppress
 from experiments.paper.data import CLASSES
 from experiments.paper.networks import NETWORKS, Network
 from lsoftmax_jax import SelfPaced, annealed_lambda, margin_schedule, margins, self_paced
-from lsoftmax_jax.logits import check_head
+from lsoftmax_jax.margins import check_margin
 from lsoftmax_jax.schedule import LambdaPreset
 from lsoftmax_jax.training import Schedule
 
 Family = Literal["l-softmax", "a-softmax", "cosface", "arcface"]
-Pace = Literal["annealed", "schedule", "self-paced"]
+Pace = Literal["annealed", "schedule", "lead"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,9 @@ class Recipe:
     scale: float | None = None
     """Gives features and columns of the kernel this length; CosFace and ArcFace need it."""
     pace: Pace = "annealed"
-    """What decides λ: the constants of lam, the library's margin_schedule, or the batch."""
+    """What decides λ: the constants of lam, margin_schedule, or each example's own lead."""
+    strength: float = 0.8
+    """With the pace lead: how much of an example's lead the margin takes, from 0 to 1."""
     lam: LambdaPreset = LambdaPreset(0, 0, 0)
     """Annealed: λ at update t is max(minimum, base (1 + gamma t)^-power); base 0 is none."""
     steps: int = 18_000
@@ -73,7 +75,11 @@ class Recipe:
         if self.family.endswith("-softmax"):
             self.must("margin", ">= 1", lambda value: value >= 1)
             self.must("margin", "an integer", lambda value: value % 1 == 0)
-        check_head(self.head_margin, self.scale)
+            self.must("margin", "at most 1000", lambda value: value <= 1000)
+        if self.family in ("cosface", "arcface") and self.scale is None:
+            raise ValueError(f"scale must be given with {self.family}, such as 8.0 for ten classes")
+        check_margin(self.head_margin)
+        self.must("strength", "in [0, 1]", lambda value: 0 <= value <= 1)
         self.must("seed", f"in 0..{2**31 - 1}", lambda value: 0 <= value < 2**31)
         constants = [f"lam.{constant}" for constant in self.lam._fields]
         for name in ("learning_rate", "weight_decay", "bias_rate", *constants):
@@ -91,19 +97,22 @@ class Recipe:
     @property
     def head_margin(self) -> int | margins.Margin:
         """What a head takes as margin."""
+        scale: Any = self.scale
         match self.family:
-            case "l-softmax":
+            case "l-softmax" if scale is None:
                 return int(self.margin)
-            case "a-softmax":
-                return margins.SphereFace(int(self.margin))
+            case "l-softmax" if self.margin == 1:
+                return margins.NormFace(scale=scale)
+            case "l-softmax" | "a-softmax":
+                return margins.SphereFace(int(self.margin), scale=scale)
             case "cosface":
-                return margins.CosFace(self.margin)
+                return margins.CosFace(self.margin, scale=scale)
             case "arcface":
-                return margins.ArcFace(self.margin)
+                return margins.ArcFace(self.margin, scale=scale)
 
     @property
     def has_margin(self) -> bool:
-        return self.head_margin != 1
+        return self.head_margin != 1 and not isinstance(self.head_margin, margins.NormFace)
 
     def without_margin(self) -> Self:
         """The same with the ordinary softmax."""
@@ -132,10 +141,15 @@ class Recipe:
         match self.pace:
             case "annealed":
                 return annealed_lambda(*self.stretched_lam)
-            case "self-paced":
-                return self_paced()
+            case "lead":
+                return self_paced(self.strength)
             case "schedule":
                 return margin_schedule(self.steps)
+            case _:
+                raise ValueError(
+                    f"pace must be annealed, schedule or lead, got {self.pace!r}: results of the "
+                    f"earlier rule self-paced can be read, not continued"
+                )
 
     @property
     def optimizer(self) -> optax.GradientTransformation:

@@ -207,7 +207,6 @@ class ConvNet(nnx.Module):
       network: a value of ``NETWORKS``, scaled or with another image size if wanted.
       classes: number of classes.
       margin: of the head; 1 is the ordinary softmax.
-      scale: of the head, where its margin needs one.
       dtype: of the activations; parameters, BN statistics, features and head stay float32.
       rngs: draws the initial weights.
     """
@@ -218,7 +217,6 @@ class ConvNet(nnx.Module):
         classes: int,
         *,
         margin: int | Margin = 1,
-        scale: float | None = None,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -233,9 +231,7 @@ class ConvNet(nnx.Module):
         features = network.features
         full = nnx.Linear(math.prod(last), features, dtype=dtype, kernel_init=HE, rngs=rngs)
         self.full = full if network.linear else Normalised(full, features, network.prelu, rngs)
-        self.head = LSoftmaxDense(
-            features, classes, margin=margin, scale=scale, kernel_init=HE, rngs=rngs
-        )
+        self.head = LSoftmaxDense(features, classes, margin=margin, kernel_init=HE, rngs=rngs)
 
     def __call__(self, images: jax.Array, where: jax.Array | None = None) -> jax.Array:
         """Features (batch, features), float32, of images (batch, height, width, channels).

@@ -37,7 +37,6 @@ def network_state(
             network,
             classes,
             margin=recipe.head_margin,
-            scale=recipe.scale,
             dtype=recipe.activation_dtype,
             rngs=nnx.Rngs(jax.random.key(seed)),
         )
@@ -89,6 +88,7 @@ class Program:
             np.float32,
         )
         graphdef, self.create = network_state(config, network, config.classes, mesh)
+        self._graphdef = graphdef
         loss = optax.losses.multiclass_hinge_loss if config.hinge else None
         step = training.train_step(graphdef, config.optimizer, config.lam_policy, loss=loss)
         batch = partial(data.batch, size=config.batch, crop=config.crop, mirror=config.mirror)
@@ -124,7 +124,8 @@ class Program:
 
     def measures(self, state: training.State) -> dict[str, Any]:
         """Everything `measure` knows about both splits, and their margin-free loss."""
-        kernel, measured = np.asarray(state.params["head"]["kernel"]), {}
+        model = training.restore_model(self._graphdef, state)
+        kernel, measured = np.asarray(model.head.kernel[...]), {}
         splits = {"train": self.dataset.train, "test": self.dataset.test}
         total = sum(len(split.labels) for split in splits.values())
         with Progress("measuring", total, "images", shown=processes.is_first()) as progress:

@@ -268,7 +268,7 @@ def with_norms(
     """Adds the terms of the norms to both gradients."""
     sums = label_sums(gradient.target.along_column, rows.labels, columns.kernel.shape[1])
     # Without this, XLA for v6e transposes and copies the kernel (`compile`: kernel-sized moves).
-    dkernel = as_stored(dkernel)
+    dkernel = as_stored(dkernel, rows.features.shape[0])
     dkernel = columns_with_norms(columns, sums, dkernel)
     dkernel = dkernel.astype(stored_dtype(columns.kernel.dtype))
     return features_with_norms(rows, gradient.target, dfeatures), dkernel

@@ -29,8 +29,7 @@ def anywhere(core: Callable[..., Any], out_like: Any, arrays: Any) -> Any:
         of features, "features" and "kernel" as those, "logits" as batch by columns, or "scalar".
       arrays: a tuple that starts with features (..., D) and kernel (D, columns).
     """
-    leaves = jax.tree.leaves(arrays)
-    varying = frozenset().union(*map(varying_axes, leaves))
+    varying = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))
     arrays = jax.tree.map(lambda array: vary_over(array, varying), arrays)
     features, kernel = (jax.typeof(array).sharding for array in arrays[:2])
     meshes = [s.mesh for s in (features, kernel) if is_explicit(s.mesh)]
@@ -42,15 +41,15 @@ def anywhere(core: Callable[..., Any], out_like: Any, arrays: Any) -> Any:
         "batch": P(*batch),
         "features": P(*features.spec),
         "kernel": P(*kernel.spec),
-        "logits": P(*batch, None if taken & _names(columns) else columns),
+        "logits": P(*batch, None if taken.intersection(_names(columns)) else columns),
         "scalar": P(),
     }
     placed = jax.tree.map(lambda kind: NamedSharding(meshes[0], specs[kind]), out_like)
     return auto_axes(core, axes=_explicit_axes(meshes[0]), out_sharding=placed)(arrays)
 
 
-def _names(entry: str | tuple[str, ...] | None) -> set[str]:
-    return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def varying_axes(array: jax.Array) -> frozenset[str]:
@@ -83,20 +82,31 @@ def is_explicit(mesh: AnyMesh) -> bool:
 
 
 def _explicit_axes(mesh: AnyMesh) -> tuple[str, ...]:
+    return _axes_of(mesh, AxisType.Explicit)
+
+
+def manual_axes(mesh: AnyMesh) -> tuple[str, ...]:
+    """The axes that `jax.shard_map` has mapped."""
+    return _axes_of(mesh, AxisType.Manual)
+
+
+def _axes_of(mesh: AnyMesh, kind: AxisType) -> tuple[str, ...]:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(axis for axis, kind in kinds if kind == AxisType.Explicit)
+    return tuple(axis for axis, other in kinds if other == kind)
 
 
 def resharded(array: jax.Array, mesh: AnyMesh, spec: P) -> jax.Array:
-    """`array` split as `spec` on an Explicit mesh, where shard_map takes no other placement."""
-    if not is_explicit(mesh):
+    """`array` split as `spec` over Explicit axes, where shard_map takes no other placement."""
+    explicit = _explicit_axes(mesh)
+    if not explicit:
         return array
     if not hasattr(jax.lax, "pcast") and not isinstance(array, jax.core.Tracer):
         raise NotImplementedError(
             f"a mesh with Explicit axes outside jax.jit needs a newer JAX than {jax.__version__}: "
             f"wrap the call in jax.jit, or make the mesh's axes AxisType.Auto"
         )
-    return jax.sharding.reshard(array, NamedSharding(mesh, spec))
+    kept = (tuple(axis for axis in _names(entry) if axis in explicit) or None for entry in spec)
+    return jax.sharding.reshard(array, NamedSharding(mesh, P(*kept)))
 
 
 def first_columns(logits: jax.Array, count: int) -> jax.Array:
@@ -107,11 +117,3 @@ def first_columns(logits: jax.Array, count: int) -> jax.Array:
     # An odd number of classes cannot stay split.
     logits = resharded(logits, sharding.mesh, P(*sharding.spec[:-1], None))
     return logits[..., :count]
-
-
-def with_auto_axes(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Leaves the placement inside `function` to the compiler on an Explicit mesh too."""
-    if not is_explicit(mesh):
-        return function
-    axes = _explicit_axes(mesh)
-    return auto_axes(function, axes=axes, out_sharding=NamedSharding(mesh, P()))

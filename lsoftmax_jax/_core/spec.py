@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._core.placement import AnyMesh
+from lsoftmax_jax._core.placement import AnyMesh, manual_axes
 from lsoftmax_jax.margins import LSoftmax, Margin, check_margin
 from lsoftmax_jax.schedule import SelfPaced
 
@@ -209,7 +209,8 @@ class Layout(NamedTuple):
     def of(cls, parallel: ClassParallel) -> "Layout":
         if not isinstance(parallel, ClassParallel):
             raise TypeError(f"layout must be a lsoftmax_jax.ClassParallel, got {parallel!r:.80}")
-        mesh = jax.sharding.get_abstract_mesh() if parallel.mesh is None else parallel.mesh
+        context = jax.sharding.get_abstract_mesh()
+        mesh = context if parallel.mesh is None else parallel.mesh
         if not isinstance(mesh, Mesh | AbstractMesh):
             raise TypeError(f"mesh must be a jax.sharding.Mesh or AbstractMesh, got {mesh!r:.80}")
         if mesh.empty:
@@ -221,6 +222,11 @@ class Layout(NamedTuple):
                     raise ValueError(
                         f"layout: {name} must be axes of the mesh {mesh.axis_names}, got {axis!r}"
                     )
+        if mapped := manual_axes(context):
+            raise ValueError(
+                f"layout: the axes {mapped} are already mapped by jax.shard_map or jax.pmap; call "
+                f"a class-parallel loss outside, on the whole arrays"
+            )
         return cls(mesh, parallel.class_axis, batch_axes)
 
     @property
@@ -259,17 +265,11 @@ class Layout(NamedTuple):
         return P((*self.data_axes, self.class_axis))
 
     def check(self, features: jax.Array, kernel: jax.Array, classes: int | None) -> None:
-        """Refuses what does not divide over the mesh, or a mesh that is already mapped."""
-        inside = jax.sharding.get_abstract_mesh()
-        manual = [
-            axis
-            for axis, kind in zip(inside.axis_names, inside.axis_types, strict=True)
-            if kind == AxisType.Manual and axis in (self.class_axis, *self.batch_axes)
-        ]
-        if manual:
+        """Refuses what does not divide over the mesh."""
+        if not all(isinstance(size, int) for size in features.shape):
             raise ValueError(
-                f"layout: the axes {manual} are already mapped by jax.shard_map or jax.pmap; call "
-                f"a class-parallel loss outside, on the whole arrays"
+                f"features must have a known shape with a layout, got {features.shape}: export a "
+                f"class-parallel loss for one batch size"
             )
         columns = kernel.shape[1]
         if classes is not None and classes > columns:
@@ -284,7 +284,7 @@ class Layout(NamedTuple):
         if not self.batch_axes:
             return
         rows = features.shape[0] if features.ndim > 1 else 1
-        if isinstance(rows, int) and rows % self.groups:  # a symbol of jax.export is not an int
+        if rows % self.groups:
             raise ValueError(
                 f"features must have a multiple of {self.groups} rows to lie on axes "
                 f"{self.batch_axes}, got shape {features.shape}"

@@ -6,6 +6,8 @@ classes means a copy before the loop and another after it; and a single column o
 by rows cannot be gathered, so XLA copies the whole matrix first.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -27,8 +29,15 @@ def is_by_columns(shape: tuple[int, int]) -> bool:
     return padded(columns, rows) < padded(rows, columns)
 
 
-def as_stored(array: jax.Array) -> jax.Array:
-    """`array`, a matrix, in the order in which a TPU stores it outside a loop."""
+def as_stored(array: jax.Array, batch: Any) -> jax.Array:
+    """`array`, a matrix, in the order in which a TPU stores it outside a loop.
+
+    Args:
+      batch: the number of rows of the features. Where it is a symbol of `jax.export`, the order is
+        left to the compiler: an exported program may not hold the constraint.
+    """
+    if not isinstance(batch, int):
+        return array
     rows, columns = array.shape
     layout = Layout((1, 0) if is_by_columns((rows, columns)) else (0, 1))
 

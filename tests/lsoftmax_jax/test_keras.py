@@ -1,4 +1,4 @@
-"""The loss beside that of Keras, on its JAX backend; `make parity` installs it."""
+"""The loss beside that of Keras, on its JAX backend; `nox -s parity` installs it."""
 
 import os
 
@@ -11,7 +11,7 @@ import lsoftmax_jax as lsm
 from tests import oracle
 
 os.environ["KERAS_BACKEND"] = "jax"
-keras = pytest.importorskip("keras", reason="needs Keras: make parity")
+keras = pytest.importorskip("keras", reason="needs Keras: nox -s parity")
 
 # Keras promotes dtypes and ranks by itself.
 pytestmark = pytest.mark.lax

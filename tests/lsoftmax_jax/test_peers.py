@@ -1,6 +1,6 @@
 """Loss, gradients and weights beside PyTorch's: pytorch-metric-learning and torch.nn.
 
-`make parity` installs PyTorch and runs this file, which writes what it measured to PARITY_JSON.
+`nox -s parity` installs PyTorch and runs this file, which writes its measurements to PARITY_JSON.
 """
 
 import functools
@@ -20,7 +20,7 @@ import lsoftmax_jax as lsm
 from lsoftmax_jax import interop
 from tests import oracle
 
-NEEDED = "needs PyTorch: make parity"
+NEEDED = "needs PyTorch: nox -s parity"
 torch = pytest.importorskip("torch", reason=NEEDED)
 losses = pytest.importorskip("pytorch_metric_learning.losses", reason=NEEDED)
 

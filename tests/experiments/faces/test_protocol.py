@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.faces import protocol as verify
+from lsoftmax_jax.verification import roc
 
 FOLDS, PAIRS, WIDTH = 4, 60, 6
 
@@ -55,14 +56,15 @@ def test_verify_equals_the_literal_protocol(pairs, components):
 
     scores = np.concatenate(scores)
     wins = scores[same][:, None] > scores[~same]  # no ties among continuous scores
-    assert result.auc == pytest.approx(wins.mean())
-    for rate, accepted in result.tar_at_far.items():
+    assert result.roc.auc == pytest.approx(wins.mean())
+    for rate in (0.01, 0.1):
+        accepted = result.roc.tar_at(rate)
         allowed = int(rate * (~same).sum())
         strictest = np.sort(scores[~same])[::-1][allowed]
         assert accepted == pytest.approx(np.mean(scores[same] > strictest))
     gaps = [(abs(np.mean(scores[~same] >= t) - np.mean(scores[same] < t)), t) for t in scores]
     closest = min(gaps)[1]
-    assert result.equal_error_rate == pytest.approx(np.mean(scores[~same] >= closest), abs=0.01)
+    assert result.roc.eer == pytest.approx(np.mean(scores[~same] >= closest), abs=0.01)
 
 
 def test_a_held_out_fold_changes_nothing_that_is_fitted(pairs):
@@ -83,7 +85,7 @@ def test_one_fold_alone(pairs):
     assert one.fold_accuracy.tolist() == [every.fold_accuracy[2]]
     assert one.fold_threshold.tolist() == [every.fold_threshold[2]]
     assert np.isnan(one.standard_error)
-    assert one.auc != every.auc
+    assert one.roc.auc != every.roc.auc
     with pytest.raises(ValueError, match=r"tested must be some of the folds \[0 1 2 3\]; got"):
         verify.verify(*pairs, tested=[4])
 
@@ -93,19 +95,19 @@ def test_random_embeddings_are_at_chance():
     first, second = rng.normal(size=(2, 2000, 16)).astype(np.float32)
     result = verify.verify(first, second, rng.random(2000) < 0.5, np.arange(2000) % 10)
     assert abs(result.accuracy - 0.5) < 0.05
-    assert abs(result.auc - 0.5) < 0.05
-    assert abs(result.equal_error_rate - 0.5) < 0.05
+    assert abs(result.roc.auc - 0.5) < 0.05
+    assert abs(result.roc.eer - 0.5) < 0.05
 
 
 def test_threshold_accepts_none_or_all_when_that_is_best():
     kinds = np.array([False, False, False, True])
-    assert verify.best_threshold(np.array([0.9, 0.5, 0.4, 0.1]), kinds) > 1
-    assert verify.best_threshold(np.array([0.9, 0.5, 0.4, 0.1]), ~kinds[::-1]) < 0.1
+    assert verify.best_threshold(roc([0.9, 0.5, 0.4, 0.1], kinds)) > 1
+    assert verify.best_threshold(roc([0.9, 0.5, 0.4, 0.1], ~kinds[::-1])) < 0.1
 
 
 def test_an_embedding_at_the_mean_scores_zero():
     first, second = np.array([[2.0, 1.0], [1.0, 0.0]]), np.array([[2.0, 3.0], [3.0, 0.0]])
-    scores = verify.pair_scores(first, second, fitted_on=np.array([True, True]))
+    scores = verify.pair_scores(first, second, verify.fitted(np.concatenate([first, second])))
     assert scores[0] == 0.0  # the mean is (2, 1)
     assert scores[1] == pytest.approx(0.0)
 
@@ -119,8 +121,8 @@ def test_an_embedding_at_the_mean_scores_zero():
         ({"fold": [0, 0, 0, 0]}, "fold must name at least two folds; got 1"),
         ({"fold": [0, 1]}, r"fold must have shape \(4,\)"),
         ({"same": [True]}, r"same must have shape \(4,\)"),
-        ({"same": [True] * 4}, "same must hold pairs of one person and of two"),
-        ({"same": [True, True, True, False], "tested": [0]}, "same must hold pairs of one person"),
+        ({"same": [True] * 4}, "same must hold True and False, got 2 True of 2"),
+        ({"same": [True, True, True, False], "tested": [0]}, "same must hold True and False"),
         ({"components": 3}, r"components must be in 1..2; got 3"),
     ],
 )

@@ -1,0 +1,267 @@
+"""Steps compiled for a mesh, once and in a row, are the step on one device."""
+
+from contextlib import nullcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lsoftmax_jax as lsm
+from lsoftmax_jax import devices, training
+from steps import (
+    BATCH,
+    CLASSES,
+    LAM,
+    OPTIMIZER,
+    WIDTH,
+    Headed,
+    Line,
+    Small,
+    assert_close,
+    images_and_labels,
+    mesh_of,
+    stacked,
+)
+
+pytestmark = pytest.mark.lax  # Optax's schedules multiply floats by integer steps
+
+ALIASING = {
+    "dog": optax.contrib.dog,
+    "prodigy": optax.contrib.prodigy,
+    "sam": lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), sync_period=2),
+}
+
+
+def copied(state):
+    return jax.tree.map(jnp.copy, state)
+
+
+def same(step, data):
+    """The batch of every step."""
+    return data
+
+
+@pytest.fixture(scope="module")
+def graphdef_and_state():
+    return training.create(Small(nnx.Rngs(0)), OPTIMIZER)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return images_and_labels(BATCH, 4, 4, 1)
+
+
+def updates(graphdef, state, examples, count=3, optimizer=OPTIMIZER):
+    """Of one device, and their metrics."""
+    step, metrics = jax.jit(training.train_step(graphdef, optimizer, LAM)), []
+    for _ in range(count):
+        state, seen = step(state, *examples)
+        metrics.append(seen)
+    return state, stacked(metrics)
+
+
+@pytest.fixture(scope="module")
+def single(graphdef_and_state, examples):
+    return updates(*graphdef_and_state, examples)
+
+
+# The batch over all devices.
+
+
+@pytest.mark.parametrize("count", [0, 99])
+def test_a_mesh_of_devices_that_are_not_there(count):
+    with pytest.raises(ValueError, match=f"devices must be 1 to {jax.device_count()}, got"):
+        devices.data_mesh(count)
+
+
+@pytest.mark.parametrize(
+    ("kind", "current"),
+    [(AxisType.Auto, False), (AxisType.Explicit, False), (AxisType.Explicit, True)],
+    ids=["auto", "explicit", "explicit, set"],
+)
+def test_mesh_is_one_device(kind, current, graphdef_and_state, examples, single):
+    graphdef, state = graphdef_and_state
+    mesh = mesh_of(4, kind=kind)
+    step = training.train_step(graphdef, OPTIMIZER, LAM)
+    with jax.set_mesh(mesh) if current else nullcontext():
+        compiled, ours = devices.compile_step(step, mesh), copied(state)
+        for _ in range(3):
+            ours, _ = compiled(ours, *examples)
+        repeated = devices.repeat(step, same, mesh, loop=True)(copied(state), examples, 3)
+    assert_close(ours, single[0])
+    assert_close(repeated, single)
+    assert repeated[0].params["head"]["kernel"].sharding.is_fully_replicated
+
+
+def test_a_mesh_of_two_axes_splits_the_batch_over_both(graphdef_and_state, examples, single):
+    graphdef, state = graphdef_and_state
+    rows = []
+
+    def step(state, images, labels, where=None):
+        jax.debug.inspect_array_sharding(images, callback=rows.append)
+        return training.train_step(graphdef, OPTIMIZER, LAM)(state, images, labels, where)
+
+    compiled = devices.compile_step(step, mesh_of(2, 2), donate=False)
+    _, metrics = compiled(state, *examples)
+    assert_close(metrics, jax.tree.map(lambda array: array[0], single[1]))
+    assert {sharding.shard_shape((BATCH, 4, 4, 1)) for sharding in rows} == {(2, 4, 4, 1)}
+
+
+def test_updates_in_a_row_are_those_in_a_loop(graphdef_and_state, examples, single):
+    graphdef, state = graphdef_and_state
+    step = training.train_step(graphdef, OPTIMIZER, LAM)
+    many = devices.repeat(step, same, devices.data_mesh(1), loop=False)
+    assert_close(many(copied(state), examples, 3), single)
+
+
+def test_updates_in_a_row_are_a_loop_but_on_a_cpu(graphdef_and_state, examples):
+    graphdef, state = graphdef_and_state
+    step = training.train_step(graphdef, OPTIMIZER, LAM)
+    many = devices.repeat(step, same, devices.data_mesh(1))
+    text = many.lower(state, examples, 3).as_text()
+    assert ("stablehlo.while" in text) == (jax.default_backend() != "cpu")
+
+
+def test_ragged_batch_is_the_batch_without_its_padding(graphdef_and_state, examples):
+    graphdef, state = graphdef_and_state
+    images, labels = examples
+    where, mesh = np.arange(BATCH) < 5, devices.data_mesh(4)
+    for step in (training.train_step(graphdef, OPTIMIZER, LAM), training.eval_step(graphdef)):
+        padded = devices.compile_step(step, mesh, donate=False)(state, images, labels, where)
+        assert_close(padded, jax.jit(step)(state, images[:5], labels[:5]))
+
+
+def test_images_may_be_a_tree():
+    class Pair(Line):
+        def __call__(self, halves):
+            return super().__call__(jnp.concatenate(halves, axis=-1))
+
+    images, labels = images_and_labels(BATCH, WIDTH)
+    halves, mesh = (images[:, :2], images[:, 2:]), devices.data_mesh(4)
+    graphdef, state = training.create(Pair(nnx.Rngs(0)), OPTIMIZER)
+    wanted = updates(graphdef, state, (halves, labels), 1)
+    step = training.train_step(graphdef, OPTIMIZER, LAM)
+    many = devices.repeat(step, same, mesh, loop=True)
+    assert_close(many(copied(state), (halves, labels), 1), wanted)
+    assert_close(devices.compile_step(step, mesh)(state, halves, labels)[0], wanted[0])
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["in a row", "in a loop"])
+def test_a_batch_that_does_not_divide(loop):
+    graphdef, state = training.create(Headed(nnx.Rngs(0)), OPTIMIZER)
+    step, mesh = training.train_step(graphdef, OPTIMIZER, LAM), devices.data_mesh(4)
+    batch = images_and_labels(6, 3)
+    for call in (
+        lambda: devices.compile_step(step, mesh)(state, *batch),
+        lambda: devices.repeat(step, same, mesh, loop=loop)(state, batch, 2),
+    ):
+        with pytest.raises(ValueError, match=r"must divide over the 4 devices .*, got 6 examples"):
+            call()
+
+
+# The classes over some of them.
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("shape", [(2, 2), (4,)], ids=["two axes", "one axis"])
+def test_a_class_parallel_head_is_one_device(kind, shape):
+    """Its kernel and the optimizer's moments of it stay split."""
+    batch, mesh, optimizer = images_and_labels(BATCH, WIDTH), mesh_of(*shape, kind=kind), optax.adam
+    classes = mesh.axis_names[-1]
+    with jax.set_mesh(mesh):
+        layout = lsm.ClassParallel(classes, mesh.axis_names)
+        model = Line(nnx.Rngs(0), layout=layout)
+        kernel = np.asarray(model.head.kernel[...])[:, :CLASSES]
+        graphdef, state = training.create(model, optimizer(1e-2))
+        step = training.train_step(graphdef, optimizer(1e-2), LAM)
+        compiled, reached = devices.compile_step(step, mesh), copied(state)
+        for _ in range(2):
+            reached, metrics = compiled(reached, *batch)
+        repeated, _ = devices.repeat(step, same, mesh, loop=True)(copied(state), batch, 2)
+        evaluate = devices.compile_step(training.eval_step(graphdef), mesh, donate=False)
+        evaluated = evaluate(reached, *batch)
+
+    plain = Line(nnx.Rngs(0))
+    plain.head.kernel[...] = jnp.asarray(kernel)
+    graphdef, state = training.create(plain, optimizer(1e-2))
+    wanted, seen = updates(graphdef, state, batch, 2, optimizer(1e-2))
+
+    for ours in (reached, repeated):
+        held = [ours.params["head"]["kernel"], *jax.tree.leaves(ours.opt_state)]
+        split = [array for array in held if array.shape == (4, 8 if len(shape) == 1 else 6)]
+        assert [array.sharding.spec for array in split] == [P(None, classes)] * 3
+        cut = jax.tree.map(
+            lambda array: array[:, :CLASSES] if array.ndim == 2 else array, jax.device_get(ours)
+        )
+        cut.params["layer"] = ours.params["layer"]
+        assert_close(cut.params, wanted.params)
+        assert ours.params["layer"]["kernel"].sharding.is_fully_replicated
+    assert_close(metrics, jax.tree.map(lambda array: array[-1], seen))
+    assert_close(evaluated, jax.jit(training.eval_step(graphdef))(wanted, *batch))
+
+
+# The state's memory.
+
+
+def test_state_is_donated(graphdef_and_state, examples):
+    graphdef, state = graphdef_and_state
+    step = devices.compile_step(training.train_step(graphdef, OPTIMIZER, LAM), devices.data_mesh(1))
+    ours = copied(state)
+    step(ours, *examples)
+    assert ours.params["head"]["kernel"].is_deleted()
+    with pytest.raises(ValueError, match="state must be alive, got a deleted state"):
+        step(ours, *examples)
+    many = devices.repeat(training.train_step(graphdef, OPTIMIZER, LAM), same, devices.data_mesh(1))
+    with pytest.raises(ValueError, match="state must be alive, got a deleted state"):
+        many(ours, examples, 2)
+
+
+@pytest.mark.parametrize("name", ALIASING)
+def test_an_optimizer_that_keeps_the_parameters_can_be_donated(name):
+    optimizer, batch = ALIASING[name](), images_and_labels(BATCH, WIDTH)
+    model, mesh = Line(nnx.Rngs(0)), devices.data_mesh(4)
+    graphdef, state = training.create(model, optimizer)
+    wanted, _ = updates(graphdef, state, batch, 4, optimizer)
+    step = training.train_step(graphdef, optimizer, LAM)
+    compiled, ours = devices.compile_step(step, mesh), state
+    for _ in range(4):
+        ours, _ = compiled(ours, *batch)
+    assert_close(ours.params, wanted.params)
+    # As a caller begins again by hand, with the parameters twice in the state.
+    _, state = training.create(model, optimizer)
+    aliased = state._replace(opt_state=optimizer.init(state.params))
+    repeated, _ = devices.repeat(step, same, mesh, loop=True)(aliased, batch, 4)
+    assert_close(repeated.params, wanted.params)
+    assert model(batch[0]).shape == (BATCH, 4)
+
+
+def test_a_donated_step_under_jit_leaves_the_callers_model():
+    model, batch = Line(nnx.Rngs(0)), images_and_labels(BATCH, WIDTH)
+    optimizer = optax.contrib.dog()
+    graphdef, state = training.create(model, optimizer)
+    step = jax.jit(training.train_step(graphdef, optimizer, LAM), donate_argnums=0)
+    step(state, *batch)
+    assert state.params["head"]["kernel"].is_deleted() and model(batch[0]).shape == (BATCH, 4)
+
+
+def test_a_step_is_traced_once(graphdef_and_state, examples):
+    graphdef, state = graphdef_and_state
+    step, traces = training.train_step(graphdef, OPTIMIZER, LAM), []
+
+    def counted(*arguments):
+        traces.append(None)
+        return step(*arguments)
+
+    mesh = devices.data_mesh(4)
+    compiled, ours = (
+        devices.compile_step(counted, mesh),
+        jax.device_put(state, NamedSharding(mesh, P())),
+    )
+    for _ in range(3):
+        ours, _ = compiled(ours, *examples)
+    assert len(traces) == 1

@@ -1,0 +1,123 @@
+"""Models that tie, freeze and sow: the steps look for the head in the model."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import lsoftmax_jax as lsm
+from lsoftmax_jax import training
+from steps import BATCH, CLASSES, LAM, OPTIMIZER, WIDTH, Line, assert_close, images_and_labels
+
+pytestmark = pytest.mark.lax  # Optax's schedules multiply floats by integer steps
+
+ROWS, LABELS = images_and_labels(BATCH, WIDTH)
+
+
+class Tied(Line):
+    """Its head's kernel is its embedding too, a name that sorts before the head's."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.embedding = self.head.kernel
+
+    def __call__(self, rows):
+        return super().__call__(rows) + self.embedding[...][:, 0]
+
+
+def test_a_kernel_tied_to_an_embedding_is_trained_by_both():
+    graphdef, state = training.create(Tied(nnx.Rngs(0)), optax.sgd(0.1))
+    assert "head" not in state.params
+
+    def mean(params):
+        layer, kernel = params["layer"], params["embedding"]
+        features = nnx.relu(ROWS @ layer["kernel"] + layer["bias"]) + kernel[:, 0]
+        return lsm.lsoftmax_loss(features, kernel, LABELS, margin=4, lam=2.0).mean()
+
+    step = training.train_step(graphdef, optax.sgd(0.1), lambda step: 2.0)
+    after, metrics = jax.jit(step)(state, ROWS, LABELS)
+    grads = jax.jit(jax.grad(mean))(state.params)
+    assert_close(after.params, jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads))
+    norms = np.linalg.norm(state.params["embedding"], axis=0)
+    np.testing.assert_allclose(metrics.kernel_norm, norms.mean(), rtol=1e-6)
+
+
+class Frozen(nnx.Variable):
+    """What no optimizer sees."""
+
+
+def test_a_frozen_kernel_stays():
+    model = Line(nnx.Rngs(0))
+    model.head.kernel = Frozen(model.head.kernel[...])
+    graphdef, state = training.create(model, OPTIMIZER)
+    after, metrics = jax.jit(training.train_step(graphdef, OPTIMIZER, LAM))(state, ROWS, LABELS)
+    kernel = state.other["head"]["kernel"]
+    chex.assert_trees_all_equal(after.other, state.other)
+    assert np.any(after.params["layer"]["kernel"] != state.params["layer"]["kernel"])
+    norms = np.linalg.norm(kernel, axis=0)
+    np.testing.assert_allclose(metrics.kernel_norm, norms.mean(), rtol=1e-6)
+
+
+class Sowing(Line):
+    def __call__(self, rows):
+        features = super().__call__(rows)
+        self.sow(nnx.Intermediate, "features", features)
+        return features
+
+
+# Flax would rather see `nnx.capture` around a call.
+SOWS = pytest.mark.filterwarnings("ignore:.*Module.sow:DeprecationWarning")
+
+
+@SOWS
+@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called before"])
+def test_a_model_may_sow(called):
+    sowing, ended = Sowing(nnx.Rngs(0)), []
+    if called:
+        sowing(ROWS)
+    for model in (sowing, Line(nnx.Rngs(0))):
+        graphdef, state = training.create(model, OPTIMIZER)
+        step = jax.jit(training.train_step(graphdef, OPTIMIZER, LAM))
+        for _ in range(2):
+            state, metrics = step(state, ROWS, LABELS)
+        ended.append((state, metrics))
+    assert_close(*ended)
+
+
+@SOWS
+def test_create_leaves_the_model_to_the_caller():
+    """Also what it has sown; and no step that reuses memory takes the model's."""
+    model = Sowing(nnx.Rngs(0))
+    features = model(ROWS)
+    graphdef, state = training.create(model, OPTIMIZER)
+    step = jax.jit(training.train_step(graphdef, OPTIMIZER, LAM), donate_argnums=0)
+    step(state, ROWS, LABELS)
+    assert state.params["head"]["kernel"].is_deleted()
+    assert_close(model.features.get_value()[0], features)
+    assert_close(model(ROWS), features)
+
+
+class Dropping(Line):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, rows):
+        return self.dropout(super().__call__(rows))
+
+
+def test_dropout_goes_on_from_step_to_step():
+    """On one device, and in evaluation not at all."""
+    graphdef, state = training.create(Dropping(nnx.Rngs(0)), optax.sgd(0.0))
+    step = jax.jit(training.train_step(graphdef, optax.sgd(0.0), LAM))
+    norms = []
+    for _ in range(2):
+        state, metrics = step(state, ROWS, LABELS)
+        norms.append(float(metrics.sums.feature_norm))
+    assert norms[0] != norms[1] and int(state.other["dropout"]["rngs"]["count"]) == 2
+    features, logits = training.embed_step(graphdef)(state, ROWS)
+    assert_close(features, nnx.relu(Line(nnx.Rngs(0)).layer(jnp.asarray(ROWS))))
+    assert logits.shape == (BATCH, CLASSES)
