@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-NAMES = {"digits_linen", "digits_nnx", "faces_arcface", "fine_tune", "many_classes"}
+NAMES = {"digits_linen", "digits_nnx", "faces_arcface", "fine_tune", "many_classes", "small_cnn"}
 
 
 @pytest.fixture
@@ -72,3 +72,22 @@ def test_faces_of_people_never_seen_are_told_apart(example, tmp_path, capsys):
     _, after = example.main(tmp_path, steps=60)
     assert after > 0.9
     assert "never seen" in capsys.readouterr().out
+
+
+@named("small_cnn")
+def test_a_small_cnn_learns_in_spite_of_wrong_labels(example, tmp_path, monkeypatch, capsys):
+    """Each class is a level of grey; a third of the training labels is wrong."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 600)
+    images = np.clip(25 * labels[:, None, None, None] + rng.normal(0, 3, (600, 16, 16, 1)), 0, 255)
+    arrays = {"images": images.astype(np.uint8), "labels": labels}
+    both = {f"{split}_{name}": of for split in ("train", "test") for name, of in arrays.items()}
+    np.savez(tmp_path / "grey.npz", **both)
+    data = example.load(tmp_path / "grey.npz", 500, 1 / 3)
+    assert np.mean(data[0][1] != labels[:500]) == pytest.approx(1 / 3, abs=0.05)
+    np.testing.assert_array_equal(data[1][1], labels)
+    monkeypatch.setattr(example, "STEPS", 100)
+    run = example.train(data, True, "default", 0)
+    assert run["test"] < 40 and run["train"] > 20
+    assert 0 <= run["share"][0] < run["share"][-1] < 0.3
+    assert "default, update 100: share 0.0" in capsys.readouterr().err

@@ -8,41 +8,52 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.__main__ import main
+import lsoftmax_jax as lsm
 from experiments.benchmarks import convergence
-from experiments.benchmarks.convergence import Data, Setting
+from experiments.benchmarks.convergence import DEFAULT, POLICIES, SOFTMAX, Data, Setting
 from experiments.store.results import load
 
+RESULT = Path(__file__).parents[3] / "experiments/results/bench/convergence-cpu.json"
+GUIDE = Path(__file__).parents[3] / "docs/guide/margin-and-lambda.md"
+PLAIN = Data()
 
-def entry(name, softmax, apart=True, **policies):
-    runs = [{"policy": "softmax", "margin": 1, "errors": softmax}]
-    runs += [{"policy": p, "margin": m, "errors": e} for p, of in policies.items() for m, e in of]
-    return {"setting": Setting(name, apart=apart)._asdict(), "runs": runs}
+
+def entry(name, softmax, paced, apart=True, data=PLAIN):
+    """A setting's part of a result, with two policies."""
+    runs = [
+        {"policy": policy.name, "margin": 4, "errors": of, "rarest": of, "shares": [share] * 2}
+        for policy, of, share in ((SOFTMAX, softmax, 0.0), (DEFAULT, paced, 0.25))
+    ]
+    return {"setting": Setting(name, data, apart=apart)._asdict(), "runs": runs}
 
 
 ENTRIES = [
-    entry("a", [2, 4], self_paced=[(2, [1, 3]), (8, [2, 24])], margin_schedule=[(2, [3, 3])]),
-    entry("b", [10, 10], self_paced=[(2, [9, 12]), (8, [10, 9])], margin_schedule=[(2, [31, 9])]),
+    entry("a", [2, 4], [2, 24]),  # 24 is more than 20 above 3
+    entry("b", [10, 20], [9, 12], data=Data(noise=0.4)),
+    entry("c", [50, 50], [49.5, 49.5], apart=False, data=Data(rarest=0.1)),
 ]
 
 
-def test_outcomes_by_hand():
-    paced = convergence.outcome(ENTRIES, "self_paced", [2, 8])
-    assert paced[:2] == (8, 1)  # 24 is more than 20 above 3
-    assert paced.error == pytest.approx((2 + 13 + 10.5 + 9.5) / 4)
-    assert (paced.settings, paced.no_worse, paced.worst) == (4, 2, 10)
-    ramp = convergence.outcome(ENTRIES, "margin_schedule", [2])
-    assert ramp == (4, 1, pytest.approx(11.5), 2, 1, 10)
+def test_tables_by_hand():
+    assert convergence.summary_table(ENTRIES).splitlines()[2:] == [
+        "| softmax | 0 of 6 | 22.67 |  |  | 0.000 |",
+        "| `self_paced()` | 1 of 6 | 24.33 | 2 of 3 | 10.00 | 0.250 |",
+    ]
+    assert convergence.settings_table(ENTRIES).splitlines()[2:] == [
+        "| a | 3.00 | +10.00 (1) | 0.250 |",
+        "| b | 15.00 | -4.50 | 0.250 |",
+        "| c * | 50.00 | -0.50 | 0.250 |",
+    ]
+    assert convergence.rarest_table(ENTRIES).splitlines()[2:] == ["| c | 50.0 | 49.5 |"]
 
 
 def test_targets_are_of_the_settings_set_apart():
-    spoilt = entry("c", [1], apart=False, self_paced=[(2, [90])], margin_schedule=[(2, [90])])
-    found = convergence.targets([*ENTRIES, spoilt])
-    assert found == convergence.targets(ENTRIES)
+    found = convergence.targets(ENTRIES)
+    assert found == convergence.targets(ENTRIES[:2])
     assert [(target["reached"], target["met"]) for target in found] == [
-        (1, False), (0.5, False), (0.5, False), (1, False), (0.5, False), (10, False)
+        (1, False), (10, False), (2.75, False), (0.7, False)
     ]  # fmt: skip
-    good = entry("d", [5], self_paced=[(2, [5])], margin_schedule=[(4, [4])])
+    good = entry("d", [5, 5], [2, 2], data=Data(noise=0.4))
     assert all(target["met"] for target in convergence.targets([good]))
 
 
@@ -73,27 +84,54 @@ def test_networks():
         assert kinds == {"lower", "last", "head"}, kinds
 
 
-def test_every_lam_has_its_own_runs():
+def test_released_constants_end_at_the_whole_margin_unless_a_minimum_is_given():
+    lams = convergence.released(500)
+    assert lams.shape == (500,) and lams[0] > 900 and lams[-1] < 0.1
+    assert convergence.released(500, minimum=5.0)[-1] == 5
+
+
+def test_every_policy_has_its_own_runs():
     setting = Setting("few updates", steps=60)
-    split = convergence.split_of(setting.data)
-    lams = jnp.stack([jnp.full(60, jnp.inf), jnp.zeros(60)])
-    start = convergence.start_of(setting, split, 2)
-    found = convergence.errors(setting, split, start, 4, lams)
-    assert found.shape == (2, 2)
-    assert (found[0] < 20).all() and (found[1] > 60).all()  # softmax learns, λ = 0 collapses
-    np.testing.assert_allclose(convergence.errors(setting, split, start, 1, lams[:1]), found[:1])
+    split, keys = convergence.split_of(setting.data), jax.random.split(jax.random.key(0), 2)
+
+    def trained(margin, rule, lam):
+        return convergence.trained(setting, 10, margin, rule, *split[:2], jnp.full(60, lam), keys)
+
+    softmax, whole = trained(4, None, jnp.inf), trained(4, None, 0.0)
+    assert (
+        softmax.errors.shape == (2,) and (softmax.errors < 20).all() and (whole.errors > 60).all()
+    )
+    assert (softmax.shares == 0).all() and (whole.shares == 1).all()
+    # Softmax is the head's λ = infinity here; a head without a margin gives the same.
+    np.testing.assert_allclose(trained(1, None, 7.0).errors, softmax.errors, atol=0.4)
+    paced = trained(4, lsm.self_paced(1.0), 0.0)
+    assert (paced.errors < 20).all() and (paced.shares > 0).all() and (paced.shares < 0.36).all()
+
+
+def test_the_rarest_classes_are_the_last_three():
+    """A network that is not trained answers one class, nearly always."""
+    setting = Setting("nothing learnt", rate=0.0, steps=1)
+    split, keys = convergence.split_of(setting.data), jax.random.split(jax.random.key(0), 2)
+    test = split.test[0], np.where(split.test[1] >= 7, 7, 0)
+    found = convergence.trained(setting, 10, 4, None, split.train, test, jnp.ones(1), keys)
+    part = np.mean(test[1] == 7)
+    frequent = (found.errors - part * found.rarest) / (1 - part)
+    assert ((frequent >= 0) & (frequent <= 100.001)).all()
+    all_rare = split.test[0], np.full_like(split.test[1], 8)
+    found = convergence.trained(setting, 10, 4, None, split.train, all_rare, jnp.ones(1), keys)
+    np.testing.assert_array_equal(found.errors, found.rarest)
 
 
 def test_a_short_run_writes_its_tables(tmp_path, capsys):
-    assert main(["bench", "convergence", "--quick", "--out", str(tmp_path)]) == 0
+    convergence.bench(quick=True, out=tmp_path)
     shown = capsys.readouterr().out
-    assert "| `self_paced()` | 4 | 0 of 2 |" in shown and "points above softmax" in shown
+    assert "| `self_paced()`, m = 4 | 0 of 2 |" in shown and "points above softmax" in shown
     (file,) = tmp_path.iterdir()
     (entry,) = json.loads(file.read_text())["settings"]
-    policies = [run["policy"] for run in entry["runs"]]
-    ramps = ["margin_schedule", "released", "λ = 0", "λ = 5", "λ = 20"]
-    assert policies == ["softmax", "self_paced", *ramps]
-    assert all(len(run["errors"]) == 2 for run in entry["runs"])
+    assert [(run["policy"], run["margin"]) for run in entry["runs"]] == [
+        (policy.name, policy.margin) for policy in POLICIES
+    ]
+    assert all(len(run["errors"]) == len(run["shares"]) == 2 for run in entry["runs"])
 
 
 def test_an_interrupted_run_continues(tmp_path, capsys, monkeypatch):
@@ -101,29 +139,28 @@ def test_an_interrupted_run_continues(tmp_path, capsys, monkeypatch):
 
     def measure(setting, *_):
         measured.append(setting.name)
-        policies = {"self_paced": [(4, [1])], "margin_schedule": [(4, [1])]}
-        return entry(setting.name, [2], **policies)
+        return entry(setting.name, [2, 2], [1, 1])
 
-    settings = tuple(Setting(name, apart=True) for name in "ab")
-    monkeypatch.setattr(convergence, "SETTINGS", settings)
+    monkeypatch.setattr(convergence, "SETTINGS", tuple(Setting(name, apart=True) for name in "ab"))
+    monkeypatch.setattr(convergence, "POLICIES", (SOFTMAX, DEFAULT))
     monkeypatch.setattr(convergence, "measure", measure)
-    assert main(["bench", "convergence", "--out", str(tmp_path)]) == 0
+    convergence.bench(out=tmp_path)
     assert measured == ["a", "b"]
     measured.clear()
     (file,) = tmp_path.iterdir()
     whole = json.loads(file.read_text())
     file.write_text(json.dumps(whole | {"settings": whole["settings"][:1]}))
-    assert main(["bench", "convergence", "--out", str(tmp_path)]) == 0
+    convergence.bench(out=tmp_path)
     assert measured == ["b"]
     assert json.loads(file.read_text()) == whole
-    assert main(["bench", "convergence", "--again", "--out", str(tmp_path)]) == 0
+    convergence.bench(again=True, out=tmp_path)
     assert measured == ["b", "a", "b"]
 
 
 def test_the_guide_has_the_tables_of_the_committed_result():
-    root = Path(__file__).parents[3]
-    entries = load(root / "experiments/results/bench/convergence-cpu.json")["settings"]
-    assert [convergence.setting_of(entry) for entry in entries] == list(convergence.SETTINGS)
-    guide = (root / "docs/guide/margin-and-lambda.md").read_text()
-    assert convergence.summary_table(entries) in guide
-    assert convergence.settings_table(entries) in guide
+    entries = load(RESULT)["settings"]
+    names = [(setting.name, setting.apart) for setting in convergence.SETTINGS]
+    assert [(e["setting"]["name"], e["setting"]["apart"]) for e in entries] == names
+    guide = GUIDE.read_text()
+    for table in (convergence.summary_table, convergence.settings_table, convergence.rarest_table):
+        assert table(entries) in guide
