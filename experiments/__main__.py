@@ -32,6 +32,7 @@ from experiments.report.figures import figures
 from experiments.report.report import report
 from experiments.report.scoreboard import scoreboard
 from experiments.run import loop, train
+from experiments.run.abreast import campaign
 from experiments.run.queue import reproduce
 from experiments.run.tune import tune
 from experiments.store.processes import ALONE, Meeting, joined
@@ -155,6 +156,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train_,
     "evaluate": evaluate,
     "reproduce": reproduce,
+    "campaign": campaign,
     "tune": tune,
     "report": report,
     "figures": figures,

@@ -1,12 +1,25 @@
 """A cell of the paper's tables and figures: its place, the reported number, its configuration."""
 
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 from experiments.paper.config import Config
 
 Standing = Literal["confirmed", "recalled"]
 
-LOSSES = ("hinge", "softmax", "m2", "m3", "m4")
+# What a loss changes in the configuration of softmax.
+LOSSES: dict[str, dict[str, Any]] = {
+    "hinge": {"hinge": True},
+    "softmax": {},
+    "m2": {"margin": 2},
+    "m3": {"margin": 3},
+    "m4": {"margin": 4},
+}
+BEYOND: dict[str, dict[str, Any]] = {
+    "asoftmax": {"family": "a-softmax", "margin": 4},
+    "cosface": {"family": "cosface", "margin": 0.35, "scale": 8.0},
+    "arcface": {"family": "arcface", "margin": 0.5, "scale": 8.0},
+}
 
 
 class Cell(NamedTuple):
@@ -33,11 +46,6 @@ class Cell(NamedTuple):
         return f"{self.where}{paper}; time {self.time}"
 
 
-def beyond(data: str, time: str, *configs: Config) -> list[Cell]:
-    """Cells that are not in the paper: other margins on its data."""
-    return [Cell(f"beyond the paper: {data}, {c.family}", None, None, time, c) for c in configs]
-
-
 class Column(NamedTuple):
     """A data set in the paper's tables.
 
@@ -51,10 +59,29 @@ class Column(NamedTuple):
     errors: tuple[float, ...]
     confirmed: tuple[str, ...]
 
-    def cells(self, time: str, *configs: Config) -> list[Cell]:
-        """Its cells, trained by configurations in the order of `LOSSES`."""
+    def cells(self, time: str, base: Config) -> list[Cell]:
+        """The row of five losses; the base is softmax's, named DATA-softmax."""
         found = []
-        for loss, error, config in zip(LOSSES, self.errors, configs, strict=True):
+        for (loss, changes), error in zip(LOSSES.items(), self.errors, strict=True):
             standing: Standing = "confirmed" if loss in self.confirmed else "recalled"
+            config = replace(base, name=f"{_data(base)}-{loss}", **changes)
             found.append(Cell(f"{self.where}, {loss}", error, standing, time, config))
         return found
+
+
+def beyond(where: str, time: str, base: Config) -> list[Cell]:
+    """Cells that are not in the paper: other margins on its data."""
+    return [
+        Cell(
+            f"beyond the paper: {where}, {loss}",
+            None,
+            None,
+            time,
+            replace(base, name=f"{_data(base)}-{loss}", **changes),
+        )
+        for loss, changes in BEYOND.items()
+    ]
+
+
+def _data(base: Config) -> str:
+    return base.name.removesuffix("-softmax")

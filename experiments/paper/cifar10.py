@@ -47,55 +47,24 @@ _R = replace(
 _RP = replace(
     _R, name="released-cifar10plus-softmax", lam=CIFAR10_PLUS, drops=(8_000, 12_000), crop=4
 )
-_W = replace(_P, margin=4)
 
 _PLAIN = Column("Table 3, CIFAR10", (9.91, 9.05, 7.73, 7.66, 7.58), ("m2", "m4"))
 _PLUS = Column("Table 3, CIFAR10+", (6.96, 6.50, 6.01, 5.94, 5.92), ())
 
 CELLS = (
-    *_PLAIN.cells(
-        RUN,
-        replace(_S, name="cifar10-hinge", hinge=True),
-        _S,
-        replace(_S, name="cifar10-m2", margin=2),
-        replace(_S, name="cifar10-m3", margin=3),
-        replace(_S, name="cifar10-m4", margin=4),
-    ),
-    *_PLUS.cells(
-        RUN,
-        replace(_P, name="cifar10plus-hinge", hinge=True),
-        _P,
-        replace(_P, name="cifar10plus-m2", margin=2),
-        replace(_P, name="cifar10plus-m3", margin=3),
-        replace(_P, name="cifar10plus-m4", margin=4),
-    ),
-    *_PLAIN.cells(
-        UNKNOWN,
-        replace(_R, name="released-cifar10-hinge", hinge=True),
-        _R,
-        replace(_R, name="released-cifar10-m2", margin=2),
-        replace(_R, name="released-cifar10-m3", margin=3),
-        replace(_R, name="released-cifar10-m4", margin=4),
-    ),
-    *_PLUS.cells(
-        UNKNOWN,
-        replace(_RP, name="released-cifar10plus-hinge", hinge=True),
-        _RP,
-        replace(_RP, name="released-cifar10plus-m2", margin=2),
-        replace(_RP, name="released-cifar10plus-m3", margin=3),
-        replace(_RP, name="released-cifar10plus-m4", margin=4),
-    ),
-    *beyond(
-        "CIFAR10",
-        UNKNOWN,
-        replace(_S, name="cifar10-asoftmax", family="a-softmax", margin=4),
-        replace(_S, name="cifar10-cosface", family="cosface", margin=0.35, scale=8.0),
-        replace(_S, name="cifar10-arcface", family="arcface", margin=0.5, scale=8.0),
-    ),
-    Cell("Fig. 7, 32 filters", None, None, UNKNOWN, replace(_W, name="fig7-32", network="fig7-32")),
-    Cell("Fig. 7, 64 filters", None, None, UNKNOWN, replace(_W, name="fig7-64", network="fig7-64")),
-    Cell("Fig. 7, 96 filters", None, None, UNKNOWN, replace(_W, name="fig7-96", network="fig7-96")),
-    Cell(
-        "Fig. 7, 128 filters", None, None, UNKNOWN, replace(_W, name="fig7-128", network="fig7-128")
+    *_PLAIN.cells(RUN, _S),
+    *_PLUS.cells(RUN, _P),
+    *_PLAIN.cells(UNKNOWN, _R),
+    *_PLUS.cells(UNKNOWN, _RP),
+    *beyond("CIFAR10", UNKNOWN, _S),
+    *(
+        Cell(
+            f"Fig. 7, {filters} filters",
+            None,
+            None,
+            UNKNOWN,
+            replace(_P, name=f"fig7-{filters}", network=f"fig7-{filters}", margin=4),
+        )
+        for filters in (32, 64, 96, 128)
     ),
 )

@@ -43,31 +43,17 @@ _2D = replace(_S, name="fig2-m1", network="mnist-2d", learning_rate=0.01)
 _ERRORS = Column("Table 2, MNIST", (0.47, 0.40, 0.32, 0.31, 0.31), ("softmax", "m2", "m3", "m4"))
 
 CELLS = (
-    *_ERRORS.cells(
-        RUN,
-        replace(_S, name="mnist-hinge", hinge=True),
-        _S,
-        replace(_S, name="mnist-m2", margin=2),
-        replace(_S, name="mnist-m3", margin=3),
-        replace(_S, name="mnist-m4", margin=4),
+    *_ERRORS.cells(RUN, _S),
+    *_ERRORS.cells(UNKNOWN, _R),
+    *beyond("MNIST", UNKNOWN, _S),
+    *(
+        Cell(
+            f"Fig. 2, m = {m}",
+            error,
+            "confirmed",
+            UNKNOWN,
+            replace(_2D, name=f"fig2-m{m}", margin=m),
+        )
+        for m, error in enumerate((1.55, 1.04, 0.78, 0.66), 1)
     ),
-    *_ERRORS.cells(
-        UNKNOWN,
-        replace(_R, name="released-mnist-hinge", hinge=True),
-        _R,
-        replace(_R, name="released-mnist-m2", margin=2),
-        replace(_R, name="released-mnist-m3", margin=3),
-        replace(_R, name="released-mnist-m4", margin=4),
-    ),
-    *beyond(
-        "MNIST",
-        UNKNOWN,
-        replace(_S, name="mnist-asoftmax", family="a-softmax", margin=4),
-        replace(_S, name="mnist-cosface", family="cosface", margin=0.35, scale=8.0),
-        replace(_S, name="mnist-arcface", family="arcface", margin=0.5, scale=8.0),
-    ),
-    Cell("Fig. 2, m = 1", 1.55, "confirmed", UNKNOWN, _2D),
-    Cell("Fig. 2, m = 2", 1.04, "confirmed", UNKNOWN, replace(_2D, name="fig2-m2", margin=2)),
-    Cell("Fig. 2, m = 3", 0.78, "confirmed", UNKNOWN, replace(_2D, name="fig2-m3", margin=3)),
-    Cell("Fig. 2, m = 4", 0.66, "confirmed", UNKNOWN, replace(_2D, name="fig2-m4", margin=4)),
 )

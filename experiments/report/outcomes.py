@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.paper.cells import CONFIGS
+from experiments.report.style import LINES, loss_name
 from experiments.store import results as result
 
 Outcome = dict[str, Any]
 
 RESULTS = Path(__file__).parents[1] / "results"
 # What every loss may be given of its own, so that runs which differ in these alone stand together.
-OF_THE_LOSS = ("pace", "lam", "learning_rate", "scale")
+OF_THE_LOSS = ("pace", "lam", "learning_rate", "weight_decay", "scale")
 NEEDED = {
     "run": ("name", "seed", "status", "reduced", "changes", "config", "data", "device"),
     "tuning": ("config", "best", "candidates"),
@@ -49,39 +50,70 @@ class Group(NamedTuple):
     runs: Sequence[Outcome]
 
     @property
+    def data(self) -> str:
+        """The row of the paper's tables: the part of the name before the loss."""
+        return self.name.rpartition("-")[0]
+
+    @property
+    def loss(self) -> str:
+        """The name in `style.LOSSES` of the configuration's loss."""
+        named = CONFIGS[self.name]
+        return loss_name(named.family, named.margin, named.hinge)
+
+    @property
     def reduction(self) -> dict[str, Any]:
-        """The changes that runs of several losses share: updates, width, batch."""
+        """The changes that runs of several losses share: updates, width, batch, augmentation."""
         return {n: v for n, v in self.changes.items() if n not in OF_THE_LOSS}
 
     @property
     def own(self) -> dict[str, Any]:
-        """The changes of this loss alone: λ, the learning rate and the scale."""
+        """The changes of this loss alone: λ, learning rate, weight decay, scale."""
         return {n: v for n, v in self.changes.items() if n in OF_THE_LOSS}
 
     @property
+    def lam_words(self) -> str:
+        """What decides λ; empty without a margin."""
+        if self.loss in ("softmax", "hinge"):
+            return ""
+        if self.of("pace") != "annealed":
+            # Until `self_paced` worked row by row, one λ was chosen for a batch and logged as lam.
+            by_batch = self.of("pace") == "self-paced" and any(
+                "lam" in run["curves"].get("train", {}) for run in self.runs
+            )
+            return f"λ {self.of('pace')}{' by batch' if by_batch else ''}"
+        named = CONFIGS[self.name].lam._asdict()
+        lam = named | self.own.get("lam", {})
+        if lam["base"] == lam["minimum"] == 0:
+            return "λ = 0"
+        others = [f"{c} {v:g}" for c, v in lam.items() if c != "minimum" and v != named[c]]
+        return ", ".join([f"λ annealed to {lam['minimum']:g}", *others])
+
+    @property
+    def line(self) -> str:
+        """The line of the group in a figure, by what decides λ."""
+        return LINES[self.of("pace")] if self.lam_words else "-"
+
+    @property
     def own_words(self) -> str:
-        """What this loss has of its own; of λ the constants that differ."""
-        named, said = CONFIGS[self.name].lam._asdict(), []
-        if "pace" in self.own:
-            said.append(f"λ {self.own['pace']}")
-        if "lam" in self.own:
-            constants = [f"{c} {v:g}" for c, v in self.own["lam"].items() if v != named.get(c)]
-            said.append(f"λ {', '.join(constants)}")
-        if "learning_rate" in self.own:
-            said.append(f"learning rate {self.own['learning_rate']:g}")
-        if "scale" in self.own:
-            said.append(f"scale {self.own['scale']:g}")
-        return ", ".join(said)
+        """What decides λ, and what else this loss has of its own."""
+        return ", ".join(filter(None, [self.lam_words, words(self.own)]))
 
     @property
     def text(self) -> str:
-        """Where runs depart from their configuration: 200 updates, width 0.25, λ minimum 5."""
+        """Where runs depart from their configuration: 200 updates, width 0.25, λ annealed to 5."""
         return ", ".join(filter(None, (self.reduced_by(), self.own_words)))
 
     @property
     def error(self) -> str:
         """On the test images: mean ± standard deviation (number of seeds); empty without runs."""
         return counted(self.errors("test"))
+
+    @property
+    def entry(self) -> str:
+        """The error with λ, weight decay, and what else tells it from the entry beside it."""
+        own = words({n: v for n, v in self.own.items() if n != "weight_decay"})
+        said = [self.lam_words, own, f"decay {self.of('weight_decay'):g}"]
+        return f"{self.error}: {', '.join(filter(None, said))}"
 
     @property
     def devices(self) -> str:
@@ -93,18 +125,6 @@ class Group(NamedTuple):
 
     def errors(self, split: str) -> list[float]:
         return [outcome[split]["error"] for outcome in self.runs]
-
-    def above(self, other: "Group") -> list[float]:
-        """How far the test errors are above those of the same seeds of another group.
-
-        Raises:
-          ValueError: if a pair saw different data.
-        """
-        theirs = {outcome["seed"]: outcome for outcome in other.runs}
-        pairs = [(run, theirs[run["seed"]]) for run in self.runs if run["seed"] in theirs]
-        for pair in pairs:
-            check_same_data(pair)
-        return [run["test"]["error"] - beside["test"]["error"] for run, beside in pairs]
 
     def of(self, field: str) -> Any:
         """What the runs have in a field of their configuration."""
@@ -150,11 +170,12 @@ def over_folds(verifications: Sequence[Outcome]) -> list[Outcome]:
 
 
 def _mean_of_folds(same: Sequence[Outcome]) -> Outcome:
+    same = sorted(same, key=lambda outcome: outcome["tested_folds"])
     accuracy = [value for outcome in same for value in outcome["metrics"]["fold_accuracy"]]
     names = ("auc", "equal_error_rate", "tar_at_far")
     seen = [({n: o["metrics"][n] for n in names}, o["curve"]) for o in same]
     metrics, curve = jax.tree.map(lambda *values: statistics.mean(values), *seen)
-    metrics["accuracy"] = statistics.mean(accuracy)
+    metrics |= {"fold_accuracy": accuracy, "accuracy": statistics.mean(accuracy)}
     metrics["standard_error"] = statistics.stdev(accuracy) / math.sqrt(len(accuracy))
     return same[0] | {
         "networks": len(same),
@@ -232,25 +253,25 @@ def check_same_data(runs: Sequence[Outcome]) -> None:
 def words(changes: dict[str, Any]) -> str:
     """Changes in words, updates and width first."""
     first = {n: changes[n] for n in ("steps", "width", "batch") if n in changes}
-    return ", ".join(_word(name, value) for name, value in (first | changes).items())
+    return ", ".join(filter(None, (_word(n, v) for n, v in (first | changes).items())))
 
 
 def _word(name: str, value: Any) -> str:
+    if name in ("pace", "lam"):  # `Group.lam_words` says them
+        return ""
     if name == "steps":
         return f"{value:,} updates"
     if isinstance(value, bool):
         return name if value else f"no {name}"
+    if isinstance(value, float):
+        value = f"{value:g}"
     return f"{name.replace('_', ' ')} {value}"
 
 
 def seeds_words(runs: Sequence[Outcome]) -> str:
-    """seed 0; seeds 0 to 2; seeds 0, 2."""
+    """seed 0; seeds 0, 1, 2."""
     seeds = sorted({outcome["seed"] for outcome in runs})
-    if len(seeds) == 1:
-        return f"seed {seeds[0]}"
-    if seeds == list(range(seeds[0], seeds[-1] + 1)):
-        return f"seeds {seeds[0]} to {seeds[-1]}"
-    return f"seeds {', '.join(map(str, seeds))}"
+    return f"seed{'s' if seeds[1:] else ''} {', '.join(map(str, seeds))}"
 
 
 def spread(values: Sequence[float]) -> str:

@@ -1,13 +1,17 @@
 """The ROC curves of all face models in one plot."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.report.outcomes import Outcome, went_on
-from experiments.report.style import COLORS
+from experiments.report.style import LINES, LOSSES, loss_name
+
+# Of what was verified and has no loss: pixels, somebody's embeddings. No loss has these colours.
+OTHERS = ("black", "tab:green", "goldenrod", "navy")
 
 
 def roc_figure(outcomes: Mapping[str, Outcome]) -> Figure:
@@ -20,21 +24,33 @@ def roc_figure(outcomes: Mapping[str, Outcome]) -> Figure:
     panel = figure.add_subplot(
         xscale="log", ylim=(0, 1), xlabel="false accepts (FAR)", ylabel="true accepts (TAR)"
     )
-    lowest = 1.0
-    for (title, outcome), color in zip(outcomes.items(), cycle(COLORS), strict=False):
+    lowest, others = 1.0, cycle(OTHERS)
+    for title, outcome in outcomes.items():
         rates = np.array(outcome["curve"]["false_accepts"])
         accepts = np.array(outcome["curve"]["true_accepts"])
         possible = rates >= lowest_rate(outcome)
         lowest = min(lowest, rates[possible][0])
         seen = outcome["metrics"]
         label = f"{title}: AUC {seen['auc']:.3f}, {outcome['pairs']:,} pairs"
-        panel.plot(rates[possible], accepts[possible], color=color, label=label)
+        panel.plot(rates[possible], accepts[possible], label=label, **_line(outcome, others))
     chance = np.geomspace(lowest, 1, 100)
     panel.plot(chance, chance, color="0.7", linestyle=":", label="chance")
     panel.set_xlim(min(lowest, 0.5), 1)  # two pairs allow one rate alone
     panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize="small")
     return figure
+
+
+def _line(outcome: Outcome, others: Iterator[str]) -> dict[str, Any]:
+    """The colour of the loss and the dashes of λ; thin if the network did not go on from another.
+
+    What has no loss, such as pixels, takes the next of the other colours.
+    """
+    config = outcome["config"]
+    name = loss_name(config.get("family", "l-softmax"), config.get("margin", 0))
+    color = LOSSES[name].color if name in LOSSES else next(others)
+    dashes = "-" if name == "softmax" else LINES[config.get("pace", "annealed")]
+    return {"color": color, "linestyle": dashes, "linewidth": 1.6 if went_on(outcome) else 0.9}
 
 
 def for_choosing(outcome: Outcome) -> bool:

@@ -1,8 +1,9 @@
-"""``list``: every cell with the paper's number, ours, and the command that fills a blank."""
+"""``list``: every cell with the paper's number, ours, and what ran beside it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -10,44 +11,53 @@ from experiments.paper.cells import CELLS
 from experiments.report.outcomes import RESULTS, Group, full_runs, grouped, load_outcomes
 from experiments.report.tables import LFW, TRAIN_FACES
 
-LEGEND = """\
-confirmed: the paper's number stands in a public source, the authors' code and README, issue
-threads or reviews; recalled: its text was not at hand, and no such source has the number.
-ours: mean ± standard deviation of the last iterate's test error (number of seeds); beside it the
-longest reduced run, which is not comparable with the paper. LFW's numbers are accuracies.
-Every command goes after python -m experiments; CONFIGURATION --help of train shows its fields."""
+LEGEND = (
+    "r: recalled, no public source has the paper's number. The others stand in the authors' code "
+    "and README, issue threads or reviews. ours: mean ± standard deviation of the last iterate's "
+    "test error (number of seeds). changed run: the longest ones, not comparable with the paper. "
+    "LFW's numbers are accuracies.\n"
+    "A blank is filled by python -m experiments train CONFIGURATION, one of LFW by "
+    f"python -m experiments {TRAIN_FACES.format('M')}."
+)
 
 
 def scoreboard(out: Path = RESULTS) -> None:
-    """Prints every cell: the paper's number, ours, and the command that fills a blank.
+    """Prints every cell: the paper's number, ours, and the longest changed runs.
 
     Args:
       out: folder of the results.
     """
-    table = Table(title="the paper's cells, test error in %")
-    for header in ("configuration", "cell", "paper", "ours", "reduced run", "a blank's command"):
+    table = Table(title="the paper's cells, test error in %", box=SIMPLE_HEAD)
+    for header in ("configuration", "paper", "ours"):
         table.add_column(header, no_wrap=True)
+    table.add_column("changed run")
     for row in rows(grouped(load_outcomes(out).runs)):
         table.add_row(*row)
-    # In a pipe a console takes itself for 80 characters wide, and would break lines.
-    width = Console(width=1000).measure(table).maximum
-    console = Console(width=max(Console().width, width))
+    console = Console()
+    if not console.is_terminal:  # in a pipe a row is one line, for grep
+        console = Console(width=Console(width=1000).measure(table).maximum)
     console.print(table)
-    console.print(LEGEND)
+    console.print(LEGEND, highlight=False)
 
 
 def rows(groups: Sequence[Group]) -> list[list[str]]:
-    """The table's rows: cells, then LFW."""
+    """The table's rows: cells, each with its longest changed runs one below the other, then LFW."""
     found = []
     full = full_runs(groups)
-    longest = {group.name: group for group in groups if group.changes}  # the last of each name
     for name, cell in CELLS.items():
-        paper = "" if cell.reported is None else f"{cell.reported:.2f} {cell.standing}"
-        ours = full[name].error
-        reduced = longest.get(name)
-        beside = f"{reduced.error}: {reduced.reduced_by()}" if reduced else ""
-        found.append([name, cell.where, paper, ours, beside, "" if ours else f"train {name}"])
-    for loss, margin, accuracy, standing in LFW:
-        paper = f"{accuracy:.2f} {standing}"
-        found.append(["", f"LFW, {loss}", paper, "", "", TRAIN_FACES.format(margin)])
+        changed = [group for group in groups if group.name == name and group.changes]
+        longest = max((group.of("steps") for group in changed), default=0)
+        beside = [
+            ", ".join(filter(None, [group.entry, group.reduced_by()]))
+            for group in changed
+            if group.of("steps") == longest
+        ]
+        paper = "" if cell.reported is None else f"{cell.reported:.2f}"
+        recalled = " r" if cell.standing == "recalled" else ""
+        first, *others = beside or [""]
+        found.append([name, paper + recalled, full[name].error, first])
+        found += [[name, "", "", other] for other in others]
+    for loss, _, accuracy, standing in LFW:
+        recalled = " r" if standing == "recalled" else ""
+        found.append([f"LFW, {loss}", f"{accuracy:.2f}{recalled}", "", ""])
     return found

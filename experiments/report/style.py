@@ -1,7 +1,7 @@
-"""How every figure looks, and how it is written."""
+"""How every figure looks, and how it is written; the losses with their titles and colours."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -16,8 +16,37 @@ STYLE: Any = {  # matplotlib types the keys as literals
     "legend.frameon": False,
 }
 MARGINS = (1, 2, 3, 4)
-# Of the margins, and of whatever else stands side by side.
-COLORS = ("0.35", "tab:blue", "tab:orange", "tab:red", "tab:green", "tab:purple")
+
+
+class Loss(NamedTuple):
+    """The title of a loss in tables and legends, and its colour in every figure."""
+
+    title: str
+    color: str
+
+
+LOSSES = {
+    "hinge": Loss("hinge", "tab:brown"),
+    "softmax": Loss("softmax", "0.35"),
+    "m2": Loss("L-Softmax, m = 2", "tab:blue"),
+    "m3": Loss("L-Softmax, m = 3", "tab:orange"),
+    "m4": Loss("L-Softmax, m = 4", "tab:red"),
+    "asoftmax": Loss("A-Softmax, m = 4", "tab:purple"),
+    "normface": Loss("NormFace", "tab:olive"),
+    "cosface": Loss("CosFace", "tab:cyan"),
+    "arcface": Loss("ArcFace", "tab:pink"),
+}
+# The line of a loss by what decides its λ, so that two runs of one loss differ in one picture.
+LINES = {"annealed": "-", "self-paced": "--", "schedule": ":"}
+
+
+def loss_name(family: str, margin: float, hinge: bool = False) -> str:
+    """The name in `LOSSES` of a loss, from the fields of its recipe; of m > 4 there is none."""
+    if hinge:
+        return "hinge"
+    if family == "l-softmax":
+        return "softmax" if margin == 1 else f"m{margin:g}"
+    return family.replace("-", "")
 
 
 def write(figure: Figure, file: Path) -> None:
@@ -26,6 +55,7 @@ def write(figure: Figure, file: Path) -> None:
         figure.savefig(pixels, format="png", dpi=160, metadata={"Software": None})
 
 
-def mark_reduced(figure: Figure, how: str) -> None:
-    """Says over a figure that its runs are reduced, and how."""
-    figure.suptitle(f"Reduced runs, not the paper's: {how}", color="tab:red", fontsize=9)
+def mark_runs(figure: Figure, how: str, reduced: bool) -> None:
+    """Says over a figure which runs it shows, and whether they are the paper's."""
+    what, color = ("Reduced runs, not the paper's", "tab:red") if reduced else ("Full runs", "0.3")
+    figure.suptitle(f"{what}: {how}", color=color, fontsize=9)

@@ -1,28 +1,53 @@
 """The report's tables as Markdown: first data set by loss, then the details."""
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from experiments.paper.cell import Cell
-from experiments.paper.cells import CELLS, CONFIGS, changes_of, flags_of
+import numpy as np
+import pandas as pd
+
+from experiments.paper import campaign
+from experiments.paper.cells import CELLS, CONFIGS, changes_of, command_of, flags_of, run_name
 from experiments.paper.config import Config
-from experiments.report import protocol
-from experiments.report.outcomes import Group, Outcome, Outcomes, full_runs, grouped, spread, words
+from experiments.report.differences import difference, mcnemar, paired, softmax_beside
+from experiments.report.outcomes import (
+    Group,
+    Outcome,
+    Outcomes,
+    counted,
+    full_runs,
+    grouped,
+    spread,
+    went_on,
+)
 from experiments.report.roc import face_words, for_choosing, lowest_rate
-from lsoftmax_jax.schedule import LambdaPreset
+from experiments.report.style import LOSSES, loss_name
+from experiments.store import results
 
 FULL = "Data set by loss: full runs"
-REDUCED = "Data set by loss: reduced runs, not comparable with the paper"
-PAIRED = "Against softmax with the same seed"
-TUNED = "λ by the error on the validation split"
-RATES = "Learning rate of softmax, scale of other margins by the error on the validation split"
+CHANGED = "Data set by loss: changed runs, not comparable with the paper"
+AGAINST = "Against softmax"
 ALL = "Every run"
+LEFT = "Runs that are left, batch by batch"
+VALIDATED = "Tried on the validation split"
+DIVERGED = "Diverged runs"
+VERIFIED = "LFW"
 
-DATA = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar10plus": "CIFAR10+", "cifar100": "CIFAR100"}
-LOSSES = {"hinge": "hinge", "softmax": "softmax", "m2": "m = 2", "m3": "m = 3", "m4": "m = 4"}
-BEYOND = {"asoftmax": "A-Softmax, 4", "cosface": "CosFace, 0.35", "arcface": "ArcFace, 0.5"}
+DATA = {
+    "mnist": "MNIST",
+    "cifar10": "CIFAR10",
+    "cifar10plus": "CIFAR10+",
+    "cifar100": "CIFAR100",
+    "released-mnist": "MNIST, released recipe",
+    "released-cifar10": "CIFAR10, released recipe",
+    "released-cifar10plus": "CIFAR10+, released recipe",
+    "fig2": "MNIST, Fig. 2",
+}
+FACES = "LFW, accuracy"
+# Runs that are evaluated so often say how the test error moved on the way.
+EVALUATIONS = 30
 
 # What the paper reports on LFW by loss and margin, accuracy in %; the standing is that of a cell.
 LFW = (
@@ -36,23 +61,13 @@ TRAIN_FACES = "train-faces --faces FACES --margin {} --out RUN"
 # Of CASIA-WebFace, on which the paper's networks were trained, there are 10,575.
 PEOPLE_OF_A_FULL_RUN = 10_000
 
-HOW_TO_READ = """\
-An entry is the paper's test error / ours, in %: mean ± standard deviation of the last iterate over
-(so many) seeds; LFW's are accuracies. _r_ marks a number of the paper that is recalled: its text
-was not at hand, and no public source confirms the number. The others are confirmed in one: the
-authors' code, their README, issue threads, reviews. Where nothing ran stands the command that fills
-the blank, after `python -m experiments`"""
-ON_LFW = """\
-The paper has 97.31 _r_ for softmax with contrastive loss on LFW. It trained on CASIA-WebFace, which
-is no longer distributed: `FACES` is your copy, and `verify` scores the run."""
-
 
 def tables(outcomes: Outcomes) -> str:
     """All of them; the matrices open, the details folded."""
     found = sections(outcomes)
     return "\n\n".join(
         f"### {title}\n\n{table}"
-        if title in (FULL, REDUCED)
+        if title in (FULL, CHANGED)
         else f"<details>\n<summary>{title}</summary>\n\n{table}\n\n</details>"
         for title, table in found.items()
     )
@@ -61,101 +76,80 @@ def tables(outcomes: Outcomes) -> str:
 def sections(outcomes: Outcomes) -> dict[str, str]:
     """The tables by title."""
     groups, faces = grouped(outcomes.runs), outcomes.verifications
-    full, reduced = full_runs(groups), [group for group in groups if group.changes]
-    released = [cell for name, cell in CELLS.items() if name.startswith("released-")]
-    drawn = [cell for cell in CELLS.values() if cell.where.startswith("Fig.")]
-    beyond = [cell for cell in CELLS.values() if cell.where.startswith("beyond")]
     return {
-        FULL: f"{full_matrix(full, faces)}\n\n{HOW_TO_READ}.\n\n{ON_LFW}",
-        REDUCED: reduced_matrix(reduced, faces),
-        PAIRED: _against_softmax(groups),
+        FULL: full_matrix(groups, faces),
+        CHANGED: changed_matrix([group for group in groups if group.changes], faces),
+        AGAINST: _against_softmax(groups),
         ALL: _every_run(groups),
-        "Reduced runs that are left, in their order": _commands(protocol.left(reduced)),
-        "Recipe of the released prototxts": _cells(released, full),
-        "Runs of Fig. 2 and Fig. 7": _cells(drawn, full),
-        "Other margins, full runs": _cells(beyond, full),
-        RATES: _rates(outcomes.validated),
-        TUNED: _tunings(outcomes.tunings),
-        "Diverged runs": _diverged(outcomes.runs),
-        "LFW": _verifications(faces),
+        LEFT: _left(outcomes.runs),
+        VALIDATED: _validated(outcomes.validated, outcomes.tunings),
+        DIVERGED: _diverged(outcomes.runs),
+        VERIFIED: _verifications(faces),
     }
 
 
-def full_matrix(full: Mapping[str, Group], faces: Sequence[Outcome]) -> str:
-    """The paper's number and that of the full runs, by name, a row a data set."""
-    rows = []
-    for data, title in DATA.items():
-        names = [f"{data}-{loss}" for loss in LOSSES]
-        rows.append([title, *(f"{paper_number(name)} / {_ours(full[name])}" for name in names)])
-    trained = [o for o in faces if o["people_trained_on"] >= PEOPLE_OF_A_FULL_RUN]
-    rows.append(["LFW, accuracy", *_face_entries(trained, f"`{TRAIN_FACES}`")])
-    return _table(("", *LOSSES.values()), rows, 0)
+def full_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
+    """The paper's number and that of the full runs, a row a data set, a column a loss."""
+    full, entries = full_runs(groups), []
+    for name, cell in CELLS.items():
+        group = full[name]
+        if group.data in DATA:
+            ours = group.entry if group.runs else f"`train {name}`"
+            paper = "" if cell.reported is None else f"{_marked(cell.reported, cell.standing)} / "
+            entries.append((DATA[group.data], group.loss, paper + ours))
+    trained = _face_entries(faces, PEOPLE_OF_A_FULL_RUN)
+    for loss, margin, number, standing in LFW:
+        found = "<br>".join(ours for _, _, name, ours in trained if name == loss)
+        ours = found or f"`{TRAIN_FACES.format(margin)}`"
+        entries.append((FACES, loss, f"{_marked(number, standing)} / {ours}"))
+    return _matrix(entries, ["data"])
 
 
-def reduced_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
-    """The same for reduced runs, a row a data set and reduction; blank where none is planned."""
-    rows = []
-    for data, title in DATA.items():
-        names = [f"{data}-{loss}" for loss in LOSSES | BEYOND]
-        ran = [group for group in groups if group.name in names]
-        plans = [wanted for wanted in protocol.WANTED if wanted.name in names]
-        reductions = [g.reduction for g in ran] + [wanted.reduction for wanted in plans]
-        reductions.sort(key=lambda r: (r.get("steps", 0), r.get("width", 1)))
-        for shown, reduction in {_flags(names[0], r): r for r in reductions}.items():
-            here = [group for group in ran if group.reduction == reduction]
-            planned = [wanted for wanted in plans if wanted.reduction == reduction]
-            entries = [_reduced_entry(name, here, planned) for name in names]
-            rows.append([title, f"`{shown}`", *entries])
-    small = [o for o in faces if 0 < o["people_trained_on"] < PEOPLE_OF_A_FULL_RUN]
-    rows.append(
-        ["LFW, accuracy", "a few hundred people of LFW", *_face_entries(small), *[""] * len(BEYOND)]
-    )
-    return _table(("", "reduced by", *LOSSES.values(), *BEYOND.values()), rows, 0)
+def changed_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
+    """The same for changed runs, a row a data set and change, a line a λ or rate."""
+    entries = [
+        (DATA[group.data], _flags(group), group.loss, group.entry)
+        for group in sorted(groups, key=lambda group: (group.of("steps"), group.of("width")))
+        if group.data in DATA
+    ]
+    entries.sort(key=lambda entry: list(DATA.values()).index(entry[0]))
+    return _matrix([*entries, *_face_entries(faces, 1, PEOPLE_OF_A_FULL_RUN)], ["data", "changed"])
 
 
-def _ours(full: Group) -> str:
-    """The error of full runs, or the command that fills the blank."""
-    return full.error or f"`train {full.name}`"
-
-
-def paper_number(name: str) -> str:
-    """The number of a configuration's cell, marked if it is recalled."""
-    cell = CELLS[name]
-    return "" if cell.reported is None else _marked(cell.reported, cell.standing)
+def _matrix(entries: Sequence[Sequence[str]], rows: list[str]) -> str:
+    """Entries (row, loss, text) as a table; those of one place are lines of it."""
+    frame = pd.DataFrame(entries, columns=[*rows, "loss", "entry"])
+    found = frame.pivot_table("entry", rows, "loss", aggfunc="<br>".join, sort=False)
+    losses = [loss for loss in LOSSES if loss in found]
+    shown = found.reindex(columns=losses).fillna("").reset_index()
+    return _table([*rows, *(LOSSES[loss].title for loss in losses)], shown.to_numpy().tolist(), 0)
 
 
 def _marked(number: float, standing: str | None) -> str:
     return f"{number:.2f}{' _r_' if standing == 'recalled' else ''}"
 
 
-def _flags(name: str, reduction: dict[str, Any]) -> str:
-    """The flags that reduce a run of a configuration so."""
-    return " ".join(flags_of(Config.from_json(CONFIGS[name].to_json() | reduction)))
+def _flags(group: Group) -> str:
+    """The flags that change runs of all losses so."""
+    changed = Config.from_json(CONFIGS[group.name].to_json() | group.reduction)
+    return f"`{' '.join(flags_of(changed))}`" if group.reduction else ""
 
 
-def _reduced_entry(name: str, groups: Sequence[Group], plans: Sequence[protocol.Wanted]) -> str:
-    """The paper's number / a line for each λ or learning rate that ran, or is to run."""
-    lines = [": ".join(filter(None, [g.error, g.own_words])) for g in groups if g.name == name]
-    for plan in plans:
-        if plan.name == name and not plan.done(groups):
-            pace = "".join(f" --{flag} {value}" for flag, value in plan.own.items())
-            lines.append(f"`train {name}{pace}`")
-    paper = paper_number(name) if lines else ""
-    return " / ".join(filter(None, [paper, "<br>".join(lines)]))
-
-
-def _face_entries(faces: Sequence[Outcome], blank: str = "") -> list[str]:
-    """LFW's row: accuracies of verifications by margin, or what fills the blank of a margin."""
-    entries = [""]  # no hinge
-    for _, margin, number, standing in LFW:
-        lines = [
-            ": ".join(filter(None, [_accuracy(outcome), face_words(outcome)]))
-            for outcome in faces
-            if outcome["config"].get("margin") == margin and not for_choosing(outcome)
-        ]
-        ours = "<br>".join(lines) or blank.format(margin)
-        entries.append(f"{_marked(number, standing)} / {ours}" if ours else "")
+def _face_entries(faces: Sequence[Outcome], least: int, below: float = math.inf) -> list[Any]:
+    """Accuracies of verifications of networks that were trained on so many people."""
+    entries = []
+    for outcome in faces:
+        if least <= outcome["people_trained_on"] < below and not for_choosing(outcome):
+            decay = f"decay {outcome['config'].get('weight_decay', 0):g}"
+            said = ", ".join(filter(None, [face_words(outcome), decay]))
+            line = f"{_accuracy(outcome)}: {said}"
+            entries.append((FACES, "a few hundred people of LFW", _face_loss(outcome), line))
     return entries
+
+
+def _face_loss(outcome: Outcome) -> str:
+    config = outcome["config"]
+    return loss_name(config.get("family", "l-softmax"), config.get("margin", 1))
 
 
 def _accuracy(outcome: Outcome) -> str:
@@ -167,126 +161,126 @@ def _accuracy(outcome: Outcome) -> str:
     return f"{100 * outcome['metrics']['accuracy']:.2f}{spread} ({count})"
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) -> str:
+def _table(headers: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int) -> str:
     """A Markdown table, its last so many columns aligned right; "None yet." without rows."""
-    if not rows:
+    if not (rows := list(rows)):
         return "None yet."
     rules = ["---"] * (len(headers) - numbers) + ["--:"] * numbers
-    return "\n".join("| " + " | ".join(row) + " |" for row in (headers, rules, *rows))
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (headers, rules, *rows))
 
 
-def _commands(commands: Sequence[str]) -> str:
-    """A block to copy."""
-    return "\n".join(["```sh", *commands, "```"]) if commands else "None."
-
-
-def _cells(cells: Sequence[Cell], full: Mapping[str, Group]) -> str:
+def _against_softmax(groups: Sequence[Group]) -> str:
     rows = []
-    for cell in cells:
-        group = full[cell.config.name]
-        numbers = [paper_number(group.name), _ours(group), spread(group.errors("train"))]
-        rows.append([f"`{group.name}`", cell.where, group.devices, *numbers])
-    headers = ("configuration", "cell", "device", "paper, %", "ours, test error %", "train error %")
-    return _table(headers, rows, 3)
+    for group in groups:
+        if softmax := softmax_beside(group, groups):
+            found = difference(group, softmax)
+            over = found.over + ("" if group.devices == softmax.devices else ", other devices")
+            row = [f"`{group.name}`", group.text, softmax.own_words, over, found]
+            rows.append([*row, _image_by_image(group, softmax)])
+    headers = ("configuration", "changed", "softmax's own", "interval over", "points")
+    return _table((*headers, "wrong alone : softmax alone, p"), rows, 2)
+
+
+def _image_by_image(group: Group, softmax: Group) -> str:
+    """McNemar's test of each seed that both have, where the results hold predicted labels."""
+    theirs = {run["seed"]: run for run in softmax.runs}
+    pairs = [(run, theirs[run["seed"]]) for run in group.runs if run["seed"] in theirs]
+    found = [seen for pair in pairs if (seen := mcnemar(*pair))]
+    return ", ".join(f"{ours} : {others}, {p:.2g}" for ours, others, p in found)
 
 
 def _every_run(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
-        numbers = [spread(group.errors(split)) for split in ("test", "train")]
-        for name in ("target_angle", "intra_class_angle", "inter_class_angle"):
-            angle = statistics.mean(outcome["test"][name] for outcome in group.runs)
-            numbers.append(f"{angle:.1f}")
-        row = [f"`{group.name}`", group.text, group.devices]
-        rows.append([*row, *numbers, str(len(group.runs))])
-    headers = ("configuration", "changed", "device", "test error %", "train error %")
-    of_angles = ("to the column", "intra-class", "inter-class", "seeds")
-    return f"{_table((*headers, *of_angles), rows, 6)}\n\nAngles of the test features, degrees."
+        curves = [run["curves"].get("test", {}).get("error", []) for run in group.runs]
+        often = curves if all(len(curve) >= EVALUATIONS for curve in curves) else []
+        logs = [run["curves"].get("train", {}) for run in group.runs if group.lam_words]
+        shares = [100 * statistics.mean(s or 0 for s in results.shares(log)) for log in logs if log]
+        angles = ("target_angle", "intra_class_angle", "inter_class_angle")
+        numbers = (
+            _mean([min(curve) for curve in often], 2),
+            _mean([statistics.stdev(curve[-6:]) for curve in often], 2),
+            spread(group.errors("train")),
+            _mean(shares, 1),
+            *(_mean([run["test"][angle] for run in group.runs], 1) for angle in angles),
+        )
+        named = (f"`{group.name}`", group.text, group.devices, spread(group.errors("test")))
+        rows.append([*named, *numbers, len(group.runs)])
+    headers = ("configuration", "changed", "device", "test error %", "lowest", "last six")
+    others = ("train error %", "share", "to the column", "intra-class", "inter-class", "seeds")
+    return _table((*headers, *others), rows, 9)
 
 
-def _against_softmax(groups: Sequence[Group]) -> str:
-    """Paired: the runs of a seed begin with the same weights and see the same batches."""
-    rows = []
-    for group in groups:
-        softmax = _softmax_beside(group, groups)
-        if softmax and (differences := group.above(softmax)):
-            lower = f"{sum(d < 0 for d in differences)} of {len(differences)}"
-            row = [f"`{group.name}`", group.text, softmax.own_words, spread(differences), lower]
-            rows.append(row)
-    headers = ("configuration", "changed", "softmax's own", "test error less softmax's, points")
-    return _table((*headers, "lower"), rows, 2)
+def _mean(values: Sequence[float], digits: int) -> str:
+    return f"{statistics.mean(values):.{digits}f}" if values else ""
 
 
-def _softmax_beside(group: Group, groups: Sequence[Group]) -> Group | None:
-    """Runs that differ in the loss alone and have no margin: those of the same learning rate if
-    there are any, else those of the one that was tuned."""
-    plain = replace(CONFIGS[group.name].without_margin(), hinge=False)
-    alike = [g for g in groups if g.name != group.name and g.reduction == group.reduction]
-    beside = [g for g in alike if replace(plain, name=g.name) == CONFIGS[g.name]]
-    rate = group.own.get("learning_rate")
-    same = [g for g in beside if g.own.get("learning_rate") == rate]
-    return same[0] if same else beside[0] if len(beside) == 1 else None
+def _left(runs: Sequence[Outcome]) -> str:
+    """The commands of the campaign's runs that have no result yet."""
+    done, lines = {run["file"].removesuffix(".json") for run in runs}, []
+    for batch, wanted in campaign.BATCHES.items():
+        missing = [command_of(config) for config in wanted if run_name(config) not in done]
+        lines += [f"# batch {batch}", *missing] if missing else []
+    return "\n".join(["```sh", *lines, "```"]) if lines else "None."
 
 
-def _rates(validated: Sequence[Outcome]) -> str:
-    rows = []
-    for group in grouped(validated):
-        scale = group.of("scale")
-        if scale is not None or not CONFIGS[group.name].has_margin:
-            row = [f"`{group.name}`", group.reduced_by("validation")]
-            constants = [f"{group.of('learning_rate'):g}", "" if scale is None else f"{scale:g}"]
-            rows.append([*row, *constants, spread(group.errors("test")), str(len(group.runs))])
-    headers = ("configuration", "changed", "learning rate", "scale", "validation error %", "seeds")
-    return _table(headers, rows, 4)
-
-
-def _tunings(tunings: Sequence[Outcome]) -> str:
-    rows = []
+def _validated(validated: Sequence[Outcome], tunings: Sequence[Outcome]) -> str:
+    """Every try on the validation split: rates and scales, then λ, the best in bold."""
+    rows = [
+        [f"`{g.name}`", ", ".join(filter(None, [g.reduced_by("validation"), g.own_words])), g.error]
+        for g in grouped(validated)
+    ]
     for outcome in tunings:
         config = Config.from_json(outcome["config"])
-        changes = words(changes_of(config))
         for candidate in outcome["candidates"]:
-            lam, best = candidate["lam"], candidate["lam"] == outcome["best"]
-            constants = [f"{lam[name]:g}" for name in LambdaPreset._fields]
-            found = candidate["validation_errors"]
-            shown = f"**{spread(found)}**" if best else spread(found)
-            rows.append([f"`{config.name}`", changes, *constants, shown, str(len(found))])
-    headers = ("configuration", "changed", *LambdaPreset._fields, "validation error %", "seeds")
-    return _table(headers, rows, 6)
+            group = Group(config.name, changes_of(config) | {"lam": candidate["lam"]}, [])
+            mark = "**" if candidate["lam"] == outcome["best"] else ""
+            error = f"{mark}{counted(candidate['validation_errors'])}{mark}"
+            rows.append([f"`{config.name}`", group.text, error])
+    return _table(("configuration", "changed", "validation error % (seeds)"), rows, 1)
 
 
 def _diverged(runs: Sequence[Outcome]) -> str:
-    rows = []
-    for outcome in runs:
-        if seen := outcome["diverged"]:
-            lam = "not finite" if seen["lam"] is None else f"{seen['lam']:.4g}"
-            changed = Group(outcome["name"], outcome["changes"], [outcome]).text
-            numbers = [str(outcome["seed"]), str(seen["step"]), lam]
-            rows.append([f"`{outcome['name']}`", changed, *numbers])
-    return _table(("configuration", "changed", "seed", "step", "λ"), rows, 3)
+    rows = [
+        [
+            f"`{o['name']}`",
+            Group(o["name"], o["changes"], []).text,
+            o["seed"],
+            o["diverged"]["step"],
+        ]
+        for o in runs
+        if o["diverged"]
+    ]
+    return _table(("configuration", "changed", "seed", "step"), rows, 2)
 
 
 def _verifications(faces: Sequence[Outcome]) -> str:
     rows = []
     for outcome in faces:
         seen = outcome["metrics"]
-        # A rate below one false accept in the different pairs, half of all, was not measured.
-        at_far = ", ".join(
-            f"{far}: {100 * tar:.2f}"
-            for far, tar in seen["tar_at_far"].items()
-            if float(far) >= lowest_rate(outcome)
-        )
-        row = [
-            f"`{outcome['file'].removesuffix('.json')}`",
-            outcome["protocol"],
-            str(outcome["people_trained_on"]),
-            f"{outcome['pairs']:,}",
-            _accuracy(outcome),
-            f"{100 * seen['equal_error_rate']:.2f}",
-            f"{seen['auc']:.4f}",
-            at_far,
-        ]
-        rows.append(row)
+        # Below one false accept in the different pairs, half of all, no rate was measured.
+        measured = [far for far in seen["tar_at_far"] if float(far) >= lowest_rate(outcome)]
+        at_far = ", ".join(f"{far}: {100 * seen['tar_at_far'][far]:.2f}" for far in measured)
+        named = (f"`{outcome['file'].removesuffix('.json')}`", outcome["protocol"])
+        counts = (outcome["people_trained_on"], f"{outcome['pairs']:,}", _accuracy(outcome))
+        numbers = (f"{100 * seen['equal_error_rate']:.2f}", f"{seen['auc']:.4f}", at_far)
+        rows.append([*named, *counts, _less_going_on(outcome, faces), *numbers])
     headers = ("ours", "protocol", "people trained on", "pairs")
-    metrics = ("accuracy % ± standard error over folds", "EER %", "AUC", "TAR % at FAR")
-    return _table((*headers, *metrics), rows, 6)
+    accuracy = ("accuracy % ± standard error over folds", "less going on")
+    return _table((*headers, *accuracy, "EER %", "AUC", "TAR % at FAR"), rows, 7)
+
+
+def _less_going_on(outcome: Outcome, faces: Sequence[Outcome]) -> str:
+    """The accuracy less that of softmax going on, over the same folds."""
+    same = [
+        other
+        for other in faces
+        if all(other[name] == outcome[name] for name in ("protocol", "tested_folds"))
+        and went_on(other)
+        and _face_loss(other) == "softmax"
+        and other is not outcome
+    ]
+    if len(same) != 1 or len(outcome["tested_folds"]) < 2:
+        return ""
+    ours, theirs = (100 * np.array(o["metrics"]["fold_accuracy"]) for o in (outcome, same[0]))
+    return str(paired(ours, theirs, "folds"))

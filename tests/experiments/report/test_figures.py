@@ -70,12 +70,12 @@ def test_every_figure_with_enough_runs_is_a_png(drawn):
 
 
 def test_figures_without_runs_are_named_and_left_out(drawn, capsys, monkeypatch):
-    some = {name: figures.DRAWINGS[name] for name in ("fig2", "fig3", "fig7")}
+    some = {name: figures.DRAWINGS[name] for name in ("fig2", "fig7")}
     monkeypatch.setattr(figures, "DRAWINGS", some)
     assert main(["figures", "--out", str(drawn)]) == 0
     said = capsys.readouterr().out
     assert "fig2 left out, no finished run of fig2-m1, fig2-m2, fig2-m3, fig2-m4\n" in said
-    assert {file.stem for file in (drawn / "figures").iterdir()} == {"fig3"}
+    assert not (drawn / "figures").exists()
     assert main(["figures", "--out", str(drawn), "--reduced"]) == 0
     said = capsys.readouterr().out
     assert "fig2 left out, no finished run of fig2-m3\n" in said
@@ -89,13 +89,37 @@ def test_same_results_give_the_same_bytes(drawn, found):
     assert (drawn / "first.png").read_bytes() == (drawn / "second.png").read_bytes()
 
 
-def test_a_reduced_figure_says_how_its_runs_are_reduced(found):
+@pytest.mark.parametrize(("reduced", "said"), [(True, "Reduced runs"), (False, "Full runs: ")])
+def test_a_figure_says_which_runs_it_shows(found, reduced, said):
     here = of(("fig7-32", "fig7-64"), found)
-    assert figures.how(here) == "3 updates, width 0.25, seeds 0 to 1"
-    assert figures.how(here, "width") == "3 updates, seeds 0 to 1"
+    assert figures.how(here) == "3 updates, width 0.25, batch 256, seeds 0, 1"
+    assert figures.how(here, "width") == "3 updates, batch 256, seeds 0, 1"
+    full = grouped([run_of("mnist-m4", 0, 1.0)])
+    assert figures.how(full) == "18,000 updates, width 1, batch 256, seed 0"
     figure = shown("fig7", found)
-    style.mark_reduced(figure, figures.how(here))
-    assert "Reduced runs" in figure.get_suptitle() and "3 updates" in figure.get_suptitle()
+    style.mark_runs(figure, figures.how(here), reduced)
+    assert said in figure.get_suptitle() and "3 updates" in figure.get_suptitle()
+
+
+def test_a_loss_has_one_colour_in_every_figure():
+    colors = [loss.color for loss in style.LOSSES.values()]
+    assert len(set(colors)) == len(colors)
+    runs = [
+        made_up(CONFIGS[name], seed)
+        for name in ("cifar100-softmax", "cifar100-m2", "cifar100-m4", "mnist-softmax", "mnist-m4")
+        for seed in range(2)
+    ]
+    paced = made_up(CONFIGS["mnist-m4"], 0)
+    paced["changes"] = paced["changes"] | {"pace": "self-paced"}
+    groups = grouped([*runs, paced])
+    drawn = {}
+    for data in ("cifar100", "mnist"):
+        group = [g for g in groups if g.data == data]
+        lines = figures.draw_losses(group).axes[1].lines
+        assert [line.get_color() for line in lines] == [style.LOSSES[g.loss].color for g in group]
+        drawn[data] = [(line.get_color(), line.get_linestyle()) for line in lines]
+    assert drawn["mnist"] == [("0.35", "-"), ("tab:red", "-"), ("tab:red", "--")]
+    assert drawn["cifar100"][2] == ("tab:red", "-")
 
 
 def test_a_figure_shows_runs_that_are_reduced_alike_the_longest():
@@ -114,9 +138,9 @@ def test_a_figure_shows_runs_that_are_reduced_alike_the_longest():
     chosen = figures.chosen(drawing, [*short, *long, *alone])
     assert chosen == long
     assert [figures.label(g) for g in long] == [
-        "softmax, learning rate 0.05",
-        "L-Softmax, m = 4, λ self-paced",
-        "L-Softmax, m = 4",
+        "softmax, learning rate 0.05, 1 seed",
+        "L-Softmax, m = 4, λ self-paced, 1 seed",
+        "L-Softmax, m = 4, λ annealed to 0, 1 seed",
     ]
 
 
@@ -142,50 +166,22 @@ def test_no_line_reaches_its_digit(found):
     assert longest < 0.85 * width
 
 
-def test_fig3_is_psi_by_its_formula():
-    (panel,) = figures.draw_psi([]).axes
-    for margin, line in zip((1, 2, 3, 4), panel.lines, strict=True):
-        theta, psi = np.radians(line.get_xdata()), line.get_ydata()
-        k = np.minimum(np.floor(theta * margin / np.pi), margin - 1)
-        np.testing.assert_allclose(psi, (-1) ** k * np.cos(margin * theta) - 2 * k, atol=1e-4)
-
-
-@pytest.mark.parametrize("lengths", figures.LENGTHS.values())
-def test_fig4_boundary_is_where_the_angles_say(lengths):
-    kernel = figures.plane_kernel(lengths)
-    angles = np.arctan2(kernel[1], kernel[0])
-    # |W1| cos(2 theta1) = |W2| cos(theta2) while theta1 is below 90 degrees, and the other way.
-    for label in (0, 1):
-        other = 1 - label
-        ring = np.linspace(angles[1], angles[0], 4001)
-        features = np.stack([np.cos(ring), np.sin(ring)], axis=-1).astype(np.float32)
-        ahead = figures.lead(features, kernel, label, 2)
-        literal = lengths[label] * np.cos(2 * (ring - angles[label]))
-        literal -= lengths[other] * np.cos(ring - angles[other])
-        np.testing.assert_allclose(ahead, literal, atol=1e-5)
-        assert (ahead > 0).any() and (ahead < 0).any()
-
-
-def test_fig4_regions_overlap_nowhere_with_a_margin():
-    features = np.stack(np.meshgrid(*[np.linspace(-1, 1, 41)] * 2), axis=-1).astype(np.float32)
-    for lengths in figures.LENGTHS.values():
-        kernel = figures.plane_kernel(lengths)
-        won = [figures.lead(features, kernel, label, 2) > 1e-6 for label in (0, 1)]
-        assert not (won[0] & won[1]).any() and (~won[0] & ~won[1]).sum() > 100
-
-
 def test_fig5_sums_seeds_and_counts_by_label(found):
     figure = shown("fig5-cifar10", found)
     (margin,) = of(("cifar10-m4",), found)
     counts = sum(np.array(run["test"]["confusion"]) for run in margin.runs)
     share = figure.axes[1].images[0].get_array()
     np.testing.assert_allclose(share, 100 * counts / counts.sum(axis=1, keepdims=True))
-    assert [panel.get_title() for panel in figure.axes[:2]] == ["softmax", "L-Softmax, m = 4"]
+    titles = ["softmax, 2 seeds", "L-Softmax, m = 4, λ annealed to 0, 2 seeds"]
+    assert [panel.get_title() for panel in figure.axes[:2]] == titles
 
 
 LEGENDS = {
-    "fig6": ["softmax", "L-Softmax, m = 2", "L-Softmax, m = 3", "L-Softmax, m = 4"],
-    "fig7": ["8 filters", "16 filters", "24 filters", "32 filters"],
+    "fig6": [
+        "softmax, 2 seeds",
+        *(f"L-Softmax, m = {m}, λ annealed to 5, 2 seeds" for m in (2, 3, 4)),
+    ],
+    "fig7": [f"{filters} filters, λ annealed to 0" for filters in (8, 16, 24, 32)],
 }
 
 
@@ -200,12 +196,15 @@ def test_figs_6_and_7_are_mean_error_against_iteration(found, name):
     assert [text.get_text() for text in test.get_legend().get_texts()] == LEGENDS[name]
 
 
+LOOK = {"color": "0.5", "label": "both"}
+
+
 def test_curves_of_different_devices_are_compared_at_the_same_iterations():
     def run(steps, errors):
         curve = {"step": steps, "error": errors}
         return {"curves": {"train": curve, "test": curve}}
 
-    figure = figures.draw_curves({"both": [run([1, 3], [4.0, 2.0]), run([1, 2, 3], [6.0, 5, 0])]})
+    figure = figures.draw_curves([([run([1, 3], [4.0, 2.0]), run([1, 2, 3], [6.0, 5, 0])], LOOK)])
     assert figure.axes[1].lines[0].get_xydata().tolist() == [[1, 5], [3, 1]]
 
 

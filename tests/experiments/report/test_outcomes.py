@@ -83,7 +83,7 @@ def test_groups_are_seeds_in_the_order_of_the_cells(tmp_path):
     assert softmax.name == "mnist-softmax" and softmax.text == ""
     assert [run["seed"] for run in tuned.runs] == [0, 1]
     assert tuned.reduction == {"steps": 9}
-    assert tuned.text == "9 updates, λ minimum 5, learning rate 0.05"
+    assert tuned.text == "9 updates, λ annealed to 5, learning rate 0.05"
     assert paced.text == "1,000 updates, mirror, λ self-paced"
 
 
@@ -104,7 +104,7 @@ def test_spread_is_mean_and_sample_deviation():
 
 @pytest.mark.parametrize(
     ("seeds", "said"),
-    [([0], "seed 0"), ([2, 0, 1], "seeds 0 to 2"), ([0, 2], "seeds 0, 2")],
+    [([0], "seed 0"), ([2, 0, 1], "seeds 0, 1, 2"), ([0, 2], "seeds 0, 2")],
 )
 def test_seeds_in_words(seeds, said):
     assert outcomes.seeds_words([{"seed": seed} for seed in seeds]) == said

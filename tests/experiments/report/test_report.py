@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from experiments.__main__ import main
-from experiments.paper.cells import CELLS, CONFIGS
-from experiments.report import protocol, report, tables
-from experiments.report.outcomes import grouped, load_outcomes
+from experiments.paper import campaign
+from experiments.paper.cells import CELLS, CONFIGS, command_of
+from experiments.report import report, tables
+from experiments.report.outcomes import load_outcomes
 from experiments.report.report import BEGIN, END
 from experiments.store import results as result
 from made_up import run_of
@@ -20,7 +21,7 @@ FACES = {
     "pairs": 600,
     "tested_folds": [3],
     "people_trained_on": 5000,
-    "config": {"margin": 4, "lam": [1000.0, 0.1, 1.0, 30.0]},
+    "config": {"margin": 4, "lam": [1000.0, 0.1, 1.0, 30.0], "weight_decay": 5e-4},
     "curve": {},
     "metrics": {
         "accuracy": 0.9,
@@ -63,11 +64,12 @@ def test_readme_is_what_the_results_say():
 def test_findings_quote_the_tables_and_name_their_results():
     text = (report.README.parent / "FINDINGS.md").read_text()
     shown = report.README.read_text().partition(BEGIN)[2]
-    before, _, rest = text.partition("<!-- not of our runs: begin -->")
-    _, end, after = rest.partition("<!-- not of our runs: end -->")
-    assert end
+    ours, regions = re.subn(
+        r"<!-- not of our runs: begin -->.*?<!-- [^>]* end -->", "", text, flags=re.DOTALL
+    )
+    assert regions == 2 and "not of our runs" not in ours
     decimal = r"(?<![\w.])\d+\.\d+(?![\w.])"
-    assert set(re.findall(decimal, before + after)) <= set(re.findall(decimal, shown))
+    assert set(re.findall(decimal, ours)) <= set(re.findall(decimal, shown))
     named = set(re.findall(r"\((results/[^)]+)\)", text))
     listed = subprocess.run(
         ["git", "ls-files", "results"],
@@ -84,110 +86,109 @@ def test_findings_quote_the_tables_and_name_their_results():
 def test_full_matrix_has_paper_and_ours_and_commands_for_blanks(tmp_path):
     table = sections(tmp_path, RUNS)[tables.FULL]
     mnist = row(table, ["MNIST"])
-    assert mnist["m = 4"] == "0.31 / 0.35 ± 0.07 (2)"
-    assert mnist["m = 2"] == "0.32 / 0.38 (1)"
+    assert mnist["L-Softmax, m = 4"] == "0.31 / 0.35 ± 0.07 (2): λ annealed to 0, decay 0.0005"
+    assert mnist["L-Softmax, m = 2"] == "0.32 / 0.38 (1): λ annealed to 0, decay 0.0005"
     assert mnist["hinge"] == "0.47 _r_ / `train mnist-hinge`"
-    assert row(table, ["CIFAR100"])["m = 3"] == "29.87 _r_ / `train cifar100-m3`"
-    assert row(table, ["LFW, accuracy"])["m = 4"].startswith("98.71 / `train-faces --faces")
+    assert mnist["ArcFace"] == "`train mnist-arcface`"
+    assert row(table, ["CIFAR100"])["L-Softmax, m = 3"] == "29.87 _r_ / `train cifar100-m3`"
+    released = row(table, ["CIFAR10, released recipe"])
+    assert released["softmax"] == "9.05 _r_ / `train released-cifar10-softmax`"
+    faces = row(table, ["LFW, accuracy"])["L-Softmax, m = 4"]
+    assert faces.startswith("98.71 / `train-faces --faces")
     assert "9.00" not in table
 
 
-def test_reduced_matrix_has_a_row_a_reduction_and_a_line_a_λ(tmp_path):
-    table = sections(tmp_path, [*RUNS, FACES])[tables.REDUCED]
+def test_every_entry_of_a_changed_run_says_its_λ_and_decay(tmp_path):
+    runs = [
+        *RUNS,
+        run_of("mnist-m4", 0, 7.0, steps=8, pace="self-paced", weight_decay=0.001),
+        run_of("mnist-softmax", 0, 6.0, steps=8),
+        run_of("mnist-cosface", 0, 5.0, steps=8, lam={"base": 0.0, "minimum": 0.0}, scale=16.0),
+        run_of("cifar10-m4", 0, 4.0, mirror=True),
+    ]
+    table = sections(tmp_path, [*runs, FACES])[tables.CHANGED]
     short = row(table, ["MNIST", "`--steps 8`"])
-    assert short["m = 4"] == "0.31 / 8.00 (1)<br>9.00 (1): λ base 1, gamma 0.5"
-    assert short["softmax"] == ""
-    planned = row(table, ["MNIST", "`--steps 2000 --batch 128 --width 0.25`"])
-    assert planned["m = 4"] == "0.31 / `train mnist-m4`<br>`train mnist-m4 --pace self-paced`"
-    assert row(table, ["LFW, accuracy"])["m = 4"] == "98.71 / 90.00 (1 fold): λ minimum 30"
+    assert short["L-Softmax, m = 4"].split("<br>") == [
+        "8.00 (1): λ annealed to 0, decay 0.0005",
+        "9.00 (1): λ annealed to 0, base 1, gamma 0.5, decay 0.0005",
+        "7.00 (1): λ self-paced, decay 0.001",
+    ]
+    assert short["softmax"] == "6.00 (1): decay 0.0005"
+    assert short["CosFace"] == "5.00 (1): λ = 0, scale 16, decay 0.0005"
+    mirrored = row(table, ["CIFAR10", "`--mirror`"])
+    assert mirrored["L-Softmax, m = 4"] == "4.00 (1): λ annealed to 0, decay 0.0005"
+    faces = row(table, ["LFW, accuracy"])["L-Softmax, m = 4"]
+    assert faces == "90.00 (1 fold): λ minimum 30, decay 0.0005"
 
 
-def test_what_the_protocol_still_wants():
-    changes = {"steps": 2000, "batch": 128, "width": 0.25}
-    before = protocol.left([])
-    assert len(before) == sum(wanted.seeds for wanted in protocol.WANTED)
-    assert before[0] == (
-        "python -m experiments train mnist-hinge --steps 2000 --batch 128 --width 0.25 --seed 0"
-    )
-    tuned = run_of("mnist-hinge", 0, 1.0, **changes, learning_rate=0.05)
-    paced = run_of("mnist-m4", 2, 1.0, **changes, pace="self-paced")
-    wider = run_of("mnist-hinge", 1, 1.0, **changes | {"width": 0.5})
-    after = protocol.left(grouped([tuned, paced, wider]))
-    gone = [command for command in before if command not in after]
-    assert len(gone) == 2 and "mnist-hinge" in gone[0]
-    assert "mnist-m4 --pace self-paced" in gone[1] and gone[1].endswith("--seed 2")
+def test_λ_of_a_whole_batch_is_not_taken_for_the_rule_of_today(tmp_path):
+    run = run_of("mnist-m4", 0, 7.0, steps=8, pace="self-paced")
+    of_old = run | {"curves": {"train": {"step": [1], "lam": [None]}}}
+    of_today = run | {"curves": {"train": {"step": [1], "share": [0.25]}}}
+    for name, changed, said, share in (
+        ("old", of_old, "λ self-paced by batch", "0.0"),
+        ("new", of_today, "λ self-paced", "25.0"),
+    ):
+        found = sections(tmp_path / name, [changed])
+        every = row(found[tables.ALL], ["`mnist-m4`", f"8 updates, {said}"])
+        assert every["share"] == share
 
 
-def test_fig_7_is_planned_with_the_filters_of_the_protocol():
-    planned = [wanted for wanted in protocol.WANTED if wanted.name.startswith("fig7")]
-    networks = [replace(CONFIGS[w.name], width=w.width).built_network for w in planned]
-    assert [network.stages[0].filters for network in networks] == [12, 16, 24, 32]
+def test_what_the_campaign_still_wants(tmp_path):
+    runs = [
+        run_of("cifar10-softmax", 0, 12.0, mirror=True) | {"file": "cifar10-softmax/mirror-seed0"},
+        run_of("cifar10-m4", 2, None) | {"file": "cifar10-m4/seed2"},
+    ]
+    for run in runs:
+        result.save(tmp_path / f"{run['file']}.json", run)
+    lines = tables.sections(load_outcomes(tmp_path))[tables.LEFT].splitlines()[1:-1]
+    commands = [command_of(run) for runs in campaign.BATCHES.values() for run in runs]
+    assert [line for line in lines if line[0] != "#"] == [
+        command
+        for command in commands
+        if command
+        not in (
+            "python -m experiments train cifar10-softmax --mirror --seed 0",
+            "python -m experiments train cifar10-m4 --seed 2",
+        )
+    ]
+    assert [line for line in lines if line[0] == "#"] == [f"# batch {b}" for b in campaign.BATCHES]
 
 
 def test_every_cell_with_a_number_is_in_a_table(tmp_path):
     text = tables.tables(load_outcomes(tmp_path))
     for name, cell in CELLS.items():
-        if cell.where != "quickstart":
+        if cell.reported is not None:
             assert f"`train {name}`" in text
-    assert text.count("<details>") == text.count("</details>") == 10
+    assert text.count("<details>") == text.count("</details>") == 6
 
 
 def test_diverged_runs_stand_apart(tmp_path):
     found = sections(tmp_path, RUNS)
-    assert "| `mnist-m4` |  | 2 | 7 | 12.5 |" in found["Diverged runs"].splitlines()
-    whole = row(found[tables.ALL], ["`mnist-m4`", "8 updates, λ base 1, gamma 0.5"])
+    diverged = found[tables.DIVERGED].splitlines()
+    assert "| `mnist-m4` | λ annealed to 0 | 2 | 7 |" in diverged
+    changed = "8 updates, λ annealed to 0, base 1, gamma 0.5"
+    whole = row(found[tables.ALL], ["`mnist-m4`", changed])
     assert whole["test error %"] == "9.00" and whole["to the column"] == "10.0"
 
 
-def test_losses_are_compared_seed_by_seed(tmp_path):
-    softmax = [run_of("mnist-softmax", seed, error, steps=8) for seed, error in enumerate((2, 4))]
-    margin = [
-        run_of("mnist-m2", seed, error, steps=8) for seed, error in ((0, 1), (1, 3.5), (2, 9))
-    ]
-    other = [
-        run_of("mnist-m2", 0, 1.0, steps=9),
-        run_of("fig2-m1", 0, 5.0),
-        run_of("fig2-m3", 0, 6),
-    ]
-    # λ changes nothing without a margin.
-    annealed = run_of("mnist-m4", 0, 1.5, steps=8, lam={"minimum": 5.0})
-    table = sections(tmp_path, [*softmax, *margin, *other, annealed])[tables.PAIRED]
-    assert table.splitlines()[2:] == [
-        "| `mnist-m2` | 8 updates |  | -0.75 ± 0.35 | 2 of 2 |",
-        "| `mnist-m4` | 8 updates, λ minimum 5 |  | -0.50 | 1 of 1 |",
-        "| `fig2-m3` |  |  | 1.00 | 0 of 1 |",
-    ]
+def test_how_the_error_moved_is_said_of_runs_that_were_evaluated_often(tmp_path):
+    run = run_of("cifar10-softmax", 0, 2.0)
+    often = [9.0] * 23 + [1.0, 2.0, 3.0, 2.0, 3.0, 2.0, 3.0]
+    for name, errors, said in (("often", often, ("1.00", "0.55")), ("seldom", often[1:], ("", ""))):
+        curves = {"test": {"step": list(range(len(errors))), "error": errors}, "train": {}}
+        table = sections(tmp_path / name, [run | {"curves": curves}])[tables.ALL]
+        shown = row(table, ["`cifar10-softmax`"])
+        assert (shown["lowest"], shown["last six"]) == said
 
 
-def test_a_tuned_softmax_is_what_margins_are_compared_with(tmp_path):
-    tuned = run_of("mnist-softmax", 0, 2.0, steps=8, learning_rate=0.05)
-    margin = run_of("mnist-m2", 0, 1.5, steps=8)
-    table = sections(tmp_path / "one", [tuned, margin])[tables.PAIRED]
-    assert table.splitlines()[2:] == [
-        "| `mnist-m2` | 8 updates | learning rate 0.05 | -0.50 | 1 of 1 |"
-    ]
-    same = run_of("mnist-softmax", 0, 3.0, steps=8)
-    table = sections(tmp_path / "two", [tuned, same, margin])[tables.PAIRED]
-    assert table.splitlines()[2:] == ["| `mnist-m2` | 8 updates |  | -1.50 | 1 of 1 |"]
-
-
-def test_learning_rates_and_scales_by_their_validation_error(tmp_path):
+def test_tries_on_the_validation_split(tmp_path):
     tried = {"steps": 8, "validation": True}
     runs = [
         run_of("mnist-softmax", 0, 2.0, **tried),
         run_of("mnist-softmax", 0, 1.5, **tried, learning_rate=0.05),
-        run_of("mnist-m4", 0, 1.0, **tried),
-        run_of("mnist-arcface", 0, 1.2, **tried, scale=16.0),
-        run_of("mnist-softmax", 0, 3.0, steps=8),
+        run_of("mnist-arcface", 0, 1.2, **tried, scale=16.0, pace="self-paced"),
     ]
-    assert sections(tmp_path, runs)[tables.RATES].splitlines()[2:] == [
-        "| `mnist-softmax` | 8 updates | 0.1 |  | 2.00 | 1 |",
-        "| `mnist-softmax` | 8 updates | 0.05 |  | 1.50 | 1 |",
-        "| `mnist-arcface` | 8 updates | 0.1 | 16 | 1.20 | 1 |",
-    ]
-
-
-def test_tunings_show_every_candidate(tmp_path):
     config = CONFIGS["mnist-m4"]
     schedules = [config.lam._asdict(), config.lam._replace(minimum=5.0)._asdict()]
     tuning = {
@@ -199,35 +200,61 @@ def test_tunings_show_every_candidate(tmp_path):
             for lam, errors in zip(schedules, ([2.0], [1.0, 1.5]), strict=True)
         ],
     }
-    found = sections(tmp_path / "tune", [tuning])
-    assert found[tables.TUNED].splitlines()[2:] == [
-        "| `mnist-m4` | 8 updates | 1000 | 2.5e-05 | 35 | 0 | 2.00 | 1 |",
-        "| `mnist-m4` | 8 updates | 1000 | 2.5e-05 | 35 | 5 | **1.25 ± 0.35** | 2 |",
+    result.save(tmp_path / "tune" / "t.json", tuning)
+    found = sections(tmp_path, [*runs, run_of("mnist-softmax", 0, 3.0, steps=8)])
+    assert found[tables.VALIDATED].splitlines()[2:] == [
+        "| `mnist-softmax` | 8 updates | 2.00 (1) |",
+        "| `mnist-softmax` | 8 updates, learning rate 0.05 | 1.50 (1) |",
+        "| `mnist-arcface` | 8 updates, λ self-paced, scale 16 | 1.20 (1) |",
+        "| `mnist-m4` | 8 updates, λ annealed to 0 | 2.00 (1) |",
+        "| `mnist-m4` | 8 updates, λ annealed to 5 | **1.25 ± 0.35 (2)** |",
     ]
 
 
 def test_verification_names_its_protocol_and_no_rate_it_did_not_measure(tmp_path):
     table = sections(tmp_path, [FACES])["LFW"]
     shown = row(table, ["`r0`", "unrestricted, no outside data", "5000", "600"])
-    assert list(shown.values())[4:] == ["90.00 (1 fold)", "11.00", "0.9500", "0.1: 80.00"]
+    assert list(shown.values())[4:] == ["90.00 (1 fold)", "", "11.00", "0.9500", "0.1: 80.00"]
 
 
 def test_view_1_is_listed_and_in_no_matrix(tmp_path):
     chosen = FACES | {"protocol": "LFW view 1, unrestricted"}
     found = sections(tmp_path, [chosen])
     assert "LFW view 1" in found["LFW"]
-    assert set(row(found[tables.REDUCED], ["LFW, accuracy"]).values()) == {
-        "LFW, accuracy",
-        "a few hundred people of LFW",
-        "",
-    }
+    assert "LFW" not in found[tables.CHANGED]
 
 
 def test_a_network_that_went_on_from_softmax_says_so(tmp_path):
     went_on = FACES | {"training": {"command": "train-faces --margin 4 --init-from run"}}
-    table = sections(tmp_path, [went_on])[tables.REDUCED]
-    entry = row(table, ["LFW, accuracy"])["m = 4"]
-    assert entry == "98.71 / 90.00 (1 fold): λ minimum 30, from softmax"
+    table = sections(tmp_path, [went_on])[tables.CHANGED]
+    entry = row(table, ["LFW, accuracy"])["L-Softmax, m = 4"]
+    assert entry == "90.00 (1 fold): λ minimum 30, from softmax, decay 0.0005"
+
+
+def test_accuracy_is_compared_fold_by_fold_with_softmax_going_on(tmp_path):
+    def of_fold(fold, margin, accuracy, went_on):
+        command = "train-faces --init-from run" if went_on else "train-faces"
+        metrics = FACES["metrics"] | {"accuracy": accuracy, "fold_accuracy": [accuracy]}
+        return FACES | {
+            "tested_folds": [fold],
+            "config": FACES["config"] | {"margin": margin, "left_out_fold": fold},
+            "training": {"command": command},
+            "metrics": metrics,
+            "curve": {"false_accepts": [0.1], "true_accepts": [accuracy]},
+        }
+
+    softmax = [of_fold(f, 1, 0.8 + 0.05 * f, True) for f in range(3)]
+    begun = [of_fold(f, 1, 0.7, False) for f in range(3)]
+    for outcome in begun:
+        outcome["config"] |= {"steps": 5}
+    gains = (0.02, 0.01, 0.03)
+    margin = [of_fold(f, 4, 0.8 + 0.05 * f + gains[f], True) for f in range(3)]
+    # The files' names do not put the folds in the same order.
+    table = sections(tmp_path, [*softmax, *begun, *margin[::-1]])["LFW"]
+    lines = [line.split(" | ") for line in table.splitlines()[2:]]
+    # Student's t of 1, 2, 3 with two degrees of freedom: 2 ± 4.3027 / sqrt(3).
+    assert sorted(line[5] for line in lines)[0] == ""
+    assert "2.00 [-0.48, 4.48]" in [line[5] for line in lines]
 
 
 def test_report_writes_between_the_markers_and_checks(tmp_path, capsys):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.report import roc
+from experiments.report.style import LOSSES
 
 RATES = np.geomspace(1e-3, 1, 100).tolist()
 
@@ -44,3 +45,23 @@ TITLES = {
 @pytest.mark.parametrize(("title", "config"), TITLES.items())
 def test_a_model_is_named_by_its_loss_and_training(title, config):
     assert roc.face_title(verification(600, **config)) == title
+
+
+def test_a_loss_has_its_colour_whatever_stands_beside_it():
+    softmax, margin = {"margin": 1, "lam": {}}, {"margin": 4, "lam": {"minimum": 5.0}}
+    models = {
+        "pixels": verification(600, pixels=[28, 24]),
+        "paced": verification(600, **margin, pace="self-paced"),
+        "margin": verification(600, **margin),
+        "softmax": verification(600, **softmax, pace="self-paced"),
+        "cosface": verification(600, family="cosface", margin=0.35, lam={"minimum": 0.0}),
+    }
+    (panel,) = roc.roc_figure(models).axes
+    looks = [(line.get_color(), line.get_linestyle()) for line in panel.lines[:5]]
+    assert looks == [
+        ("black", "-"),
+        (LOSSES["m4"].color, "--"),
+        (LOSSES["m4"].color, "-"),
+        (LOSSES["softmax"].color, "-"),
+        (LOSSES["cosface"].color, "-"),
+    ]

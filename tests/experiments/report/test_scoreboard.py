@@ -1,4 +1,6 @@
-"""`list`: the paper's number, ours, and the command of a blank, in unbroken lines."""
+"""`list`: the paper's number, ours, and what ran beside it."""
+
+import re
 
 from experiments.__main__ import main
 from experiments.paper.cells import CELLS
@@ -8,21 +10,27 @@ from made_up import run_of
 
 def test_every_cell_in_one_line_of_a_pipe(tmp_path, capsys):
     runs = [run_of("mnist-m4", seed, error) for seed, error in enumerate((0.3, 0.4))]
-    runs += [run_of("mnist-m4", 0, 9.0, steps=8), run_of("mnist-m4", 0, 3.0, steps=9, width=0.5)]
+    runs += [
+        run_of("mnist-m4", 0, 9.0, steps=8),
+        run_of("mnist-m4", 0, 3.0, steps=9, width=0.5),
+        run_of("mnist-m4", 0, 4.0, steps=9, width=0.5, pace="self-paced"),
+    ]
     for number, run in enumerate(runs):
         result.save(tmp_path / f"{number}.json", run)
     assert main(["list", "--out", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    lines = [[part.strip() for part in line.split("│")[1:-1]] for line in said.splitlines()]
-    board = {line[0]: line for line in lines if len(line) == 6}
-    assert CELLS.keys() <= board.keys()
-    assert board["mnist-m4"][2:] == [
-        "0.31 confirmed",
-        "0.35 ± 0.07 (2)",
-        "3.00 (1): 9 updates, width 0.5",
-        "",
-    ]
-    assert board["cifar10-hinge"][2:] == ["9.91 recalled", "", "", "train cifar10-hinge"]
-    faces = ["", "LFW, m4", "98.71 confirmed", "", ""]
-    assert [*faces, "train-faces --faces FACES --margin 4 --out RUN"] in lines
-    assert "recalled: its text was not at hand" in said
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert {line.partition(" ")[0] for line in lines} >= CELLS.keys()
+    at = "decay 0.0005, 9 updates, width 0.5"
+    first = lines.index(f"mnist-m4 0.31 0.35 ± 0.07 (2) 3.00 (1): λ annealed to 0, {at}")
+    assert lines[first + 1] == f"mnist-m4 4.00 (1): λ self-paced, {at}"
+    assert "cifar10-hinge 9.91 r" in lines and "LFW, m4 98.71" in lines
+    assert not any("9.00" in line for line in lines)
+
+
+def test_a_terminal_is_as_wide_as_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    result.save(tmp_path / "0.json", run_of("mnist-m4", 0, 4.0, steps=9, pace="self-paced"))
+    assert main(["list", "--out", str(tmp_path)]) == 0
+    said = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, said.splitlines())) <= 80 and "λ self-paced" in said

@@ -1,0 +1,87 @@
+"""The runs of a campaign's batch, several processes at once."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from experiments.paper.campaign import BATCHES
+from experiments.paper.cells import command_of, run_name
+from experiments.paper.config import Config
+from experiments.run import loop
+
+Batch = Literal["A", "B", "C", "recipe", "narrow"]
+# Processes that share a GPU must not each reserve three quarters of its memory, JAX's default.
+MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
+def campaign(
+    batch: Annotated[Batch, tyro.conf.Positional],
+    processes: int = 1,
+    budget_minutes: float = math.inf,
+    pin: bool = False,
+    data: Path | None = None,
+    out: Path = loop.RUNS,
+) -> int:
+    """Trains the missing runs of a batch, in its order; a run begun earlier goes on.
+
+    What a run prints is in a file RUN.log beside its result. The exit code is 1 if a run failed.
+
+    Args:
+      batch: of experiments/paper/campaign.py, which says what each asks.
+      processes: how many runs to train at once, each in a process of its own.
+      budget_minutes: stop the runs when so many minutes are over; the same command continues.
+      pin: give each process one CPU core of its own.
+      data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
+      out: folder of the results.
+    """
+    if not 1 <= processes <= (os.cpu_count() or 1):
+        raise ValueError(f"processes must be in 1..{os.cpu_count()}, got {processes}")
+    wanted, end = BATCHES[batch], time.monotonic() + 60 * budget_minutes
+    waiting = [c for c in wanted if not (out / f"{run_name(c)}.json").exists()]
+    running: dict[int, tuple[Config, subprocess.Popen[bytes]]] = {}
+    failed, stopped = [], False
+    with loop.interruptible() as asked:
+        while running or (waiting and not stopped):
+            if not stopped and (asked() or time.monotonic() >= end):
+                stopped = True
+                for _, process in running.values():
+                    process.terminate()
+            for core in range(processes):
+                if core in running and running[core][1].poll() is not None:
+                    config, process = running.pop(core)
+                    failed += [config] if process.returncode not in (0, loop.INTERRUPTED) else []
+                    print(f"{run_name(config)}: exit code {process.returncode}", flush=True)
+                if core not in running and waiting and not stopped:
+                    config = waiting.pop(0)
+                    running[core] = config, _begun(config, out, data, processes)
+                    if pin:
+                        os.sched_setaffinity(running[core][1].pid, {core})
+            time.sleep(0.2)
+        left = sum(not (out / f"{run_name(c)}.json").exists() for c in wanted)
+        print(f"{left} of {len(wanted)} runs left" if left else f"all runs are done: {out}")
+        for config in failed:
+            print(f"failed or diverged: {out / run_name(config)}.log says why")
+        return loop.INTERRUPTED if asked() else int(bool(failed))
+
+
+def _begun(
+    config: Config, out: Path, data: Path | None, processes: int
+) -> "subprocess.Popen[bytes]":
+    log = out / f"{run_name(config)}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *command_of(config).split()[1:], "--out", str(out)]
+    environment = {MEMORY: f"{0.84 / processes:.2f}"} | os.environ
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command + (["--data", str(data)] if data else []),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this process, which asks the others to stop
+        )

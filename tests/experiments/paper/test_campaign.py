@@ -1,0 +1,110 @@
+"""The batches hold what was written down, and `campaign` trains what is missing of one."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+from experiments.__main__ import main
+from experiments.paper import campaign
+from experiments.paper.cells import CONFIGS, changes_of, run_name, toy
+from experiments.run import abreast
+from experiments.store import results as result
+
+
+def test_no_run_is_in_two_batches_and_a_call_of_ten_minutes_has_nine_at_most():
+    names = [run_name(run) for batch in campaign.BATCHES.values() for run in batch]
+    assert len(set(names)) == len(names)
+    assert all(len(campaign.BATCHES[batch]) <= 9 for batch in "ABC")
+    assert list(campaign.BATCHES) == list(abreast.Batch.__args__)
+
+
+def test_batch_a_asks_what_mirroring_and_the_released_recipe_explain():
+    wanted = campaign.BATCHES["A"]
+    assert [(run.name, run.seed, changes_of(run)) for run in wanted] == [
+        ("cifar10-softmax", 0, {"mirror": True}),
+        ("cifar10-m2", 0, {"mirror": True}),
+        ("cifar10-m4", 0, {"mirror": True}),
+        ("cifar10-softmax", 1, {}),
+        ("cifar10-m4", 1, {}),
+        ("released-cifar10-softmax", 0, {}),
+        ("released-cifar10-m2", 0, {}),
+        ("cifar10-m4", 0, {"mirror": True, "pace": "self-paced"}),
+        ("released-cifar10-softmax", 0, {"mirror": False}),
+    ]
+    assert all(run.mirror for run in wanted if run.name.startswith("released") and run.seed)
+
+
+@pytest.mark.parametrize("batch", ["recipe", "narrow"])
+def test_every_arm_has_a_seed_before_any_arm_has_the_next(batch):
+    runs = campaign.BATCHES[batch]
+    for data in {run.dataset for run in runs}:
+        seeds = [run.seed for run in runs if run.dataset == data]
+        assert seeds == sorted(seeds) and len(set(seeds)) == 3
+        assert all(seeds.count(seed) == seeds.count(0) for seed in seeds)
+
+
+def test_a_batch_is_trained_side_by_side_and_a_second_call_has_nothing_to_do(
+    tmp_path, monkeypatch, capfd
+):
+    runs = [replace(toy(CONFIGS["digits-softmax"]), seed=seed) for seed in range(2)]
+    broken = replace(runs[0], init="nothing/there")
+    monkeypatch.setitem(campaign.BATCHES, "A", [broken, *runs])
+    command = ["campaign", "A", "--processes", "2", "--out", str(tmp_path)]
+    assert main(command) == 1
+    said = capfd.readouterr().out
+    log = tmp_path / f"{run_name(broken)}.log"
+    assert f"{log} says why" in said and "1 of 3 runs left" in said
+    assert "nothing/there" in log.read_text()
+    for run in runs:
+        saved = result.load(tmp_path / f"{run_name(run)}.json")
+        assert saved["status"] == "finished" and saved["seed"] == run.seed
+        # Each process has its part of an accelerator's memory.
+    monkeypatch.setitem(campaign.BATCHES, "A", runs)
+    monkeypatch.setattr(abreast.subprocess, "Popen", None)
+    assert main(command) == 0
+    assert "all runs are done" in capfd.readouterr().out
+
+
+def test_what_a_process_is_given(tmp_path, monkeypatch):
+    begun = []
+
+    class Process:
+        pid = 0
+        returncode = 0
+
+        def __init__(self, command, env, stdout, **_):
+            begun.append((command, env))
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(abreast.subprocess, "Popen", Process)
+    monkeypatch.setattr(abreast.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv(abreast.MEMORY, raising=False)
+    data = ["--data", str(tmp_path / "data")]
+    assert main(["campaign", "A", "--processes", "7", "--out", str(tmp_path), *data]) == 0
+    assert len(begun) == len(campaign.BATCHES["A"])
+    command, environment = begun[0]
+    assert environment[abreast.MEMORY] == "0.12"
+    assert command == [
+        sys.executable,
+        *["-m", "experiments", "train", "cifar10-softmax", "--mirror", "--seed", "0"],
+        *["--out", str(tmp_path), *data],
+    ]
+
+
+def test_a_budget_that_is_over_begins_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(abreast.subprocess, "Popen", None)
+    assert main(["campaign", "B", "--budget-minutes", "0", "--out", str(tmp_path)]) == 0
+    assert "9 of 9 runs left" in capsys.readouterr().out
+
+
+def test_more_processes_than_cores_are_refused(capsys):
+    assert main(["campaign", "A", "--processes", "4097"]) == 2
+    assert "processes must be in 1.." in capsys.readouterr().err
+
+
+def test_the_report_names_the_same_batches_as_the_command():
+    assert json.dumps(list(campaign.BATCHES)) == '["A", "B", "C", "recipe", "narrow"]'
