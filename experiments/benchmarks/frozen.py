@@ -53,7 +53,7 @@ def _pooled(
     return np.concatenate([part.mean(axis=(1, 2)) for part in halves], axis=-1)
 
 
-def _halves(answers: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+def _halves(answers: NDArray) -> list[NDArray[np.float32]]:
     return np.array_split(answers, 2, axis=2)
 
 
@@ -88,7 +88,7 @@ def grey_faces(folder: Path, fewest: int, most: int) -> tuple[NDArray[np.uint8],
     for name, label in zip(listed.names, listed.labels.tolist(), strict=True):
         taken[label] += 1
         if taken[label] <= most:
-            face = open_face(folder / name).convert("L")
+            face = open_face((folder / name).read_bytes()).convert("L")
             left, top = (face.width - 80) // 2, (face.height - 96) // 2
             face = face.crop((left, top, left + 80, top + 96))
             images.append(np.asarray(face.resize((40, 48), Image.Resampling.BILINEAR)))

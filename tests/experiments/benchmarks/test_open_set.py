@@ -95,7 +95,7 @@ def test_numbers_by_hand():
 
 
 def run(policy, error, eer):
-    columns = dict.fromkeys(open_set.COLUMNS, [0.0])
+    columns = {name: [0.0] for name in open_set.COLUMNS}
     return {"task": "digits", "split": 0, "policy": policy} | columns | {"error": error, "eer": eer}
 
 
