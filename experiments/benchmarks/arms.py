@@ -90,8 +90,8 @@ def problem(shape: Shape, dtype: jnp.dtype, lam: float) -> Problem:
 def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
     """All arms for a shape, the baseline first; blocks only where they make sense."""
 
-    def loss_sum(margin: Any, scale: float | None = None, **plan: Any) -> Loss:
-        options = {"margin": margin, "scale": scale, "plan": lsm.Plan(**plan)}
+    def loss_sum(margin: Any, **plan: Any) -> Loss:
+        options = {"margin": margin, "plan": lsm.Plan(**plan)}
         return lambda given: lsm.lsoftmax_loss_sum(*given[:4], lam=given.lam, **options)
 
     def per_example(given: Problem) -> jax.Array:
@@ -117,14 +117,19 @@ def arms(shape: Shape, margin: int, class_block: int) -> list[Arm]:
         return jax.lax.scan(body, jnp.float32(0), pieces)[0]
 
     def fused_sgd(features: Any, state: Any, labels: Any, weights: Any, lam: Any) -> Any:
-        options: dict[str, Any] = {"margin": margin, "lam": lam, "class_block": class_block}
+        options: dict[str, Any] = {
+            "margin": margin,
+            "lam": lam,
+            "plan": lsm.Plan(class_block=class_block),
+        }
         options |= {"learning_rate": RATE, "decay": MOMENTUM, "weight_decay": DECAY}
         kernel, momentum = state
         done = lsm.lsoftmax_sgd(features, kernel, momentum, labels, weights, **options)
         return done.loss, done.dfeatures, (done.kernel, done.momentum)
 
     one_shot = loss_sum(margin, memory_budget=UNLIMITED)
-    arcface = functools.partial(loss_sum, lsm.margins.ArcFace(ARCFACE_MARGIN), ARCFACE_SCALE)
+    margin_of_arcface = lsm.margins.ArcFace(ARCFACE_MARGIN, scale=ARCFACE_SCALE)
+    arcface = functools.partial(loss_sum, margin_of_arcface)
     rows_at_once = shape.batch // next(pieces for pieces in (4, 2, 1) if shape.batch % pieces == 0)
     listed = [
         Arm(PLAIN, 3, "plain", gradients(plain_loss)),

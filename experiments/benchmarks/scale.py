@@ -214,7 +214,7 @@ def class_parallel_loss(job: Job, mesh: Mesh) -> Callable[..., jax.Array]:
 
     def mean(features: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
         weights = jnp.full(job.batch, 1 / job.batch)
-        return lsm.sharded.lsoftmax_loss_sum(features, kernel, labels, weights, **options)
+        return lsm.lsoftmax_loss_sum(features, kernel, labels, weights, **options)
 
     return mean
 
@@ -226,7 +226,8 @@ def plain_loss(features: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax
 
 
 def one_device_step(job: Job) -> Callable[..., Any]:
-    options: dict[str, Any] = {"margin": job.margin, "lam": job.lam, "class_block": job.class_block}
+    options: dict[str, Any] = {"margin": job.margin, "lam": job.lam}
+    options |= {"plan": lsm.Plan(class_block=job.class_block)}
     options |= {"learning_rate": job.learning_rate, "decay": MOMENTUM, "weight_decay": DECAY}
 
     def step(features: Any, kernel: Any, momentum: Any, labels: Any) -> tuple[jax.Array, ...]:
@@ -282,7 +283,7 @@ def accuracy(
     """The margin-free accuracy, in blocks of classes and without gradients."""
     layout = lsm.ClassParallel("model", AXES, mesh, job.classes)
     plan = lsm.Plan(class_block=job.class_block, keep_exponentials=False)
-    _, seen = lsm.sharded.lsoftmax_loss_and_statistics(
+    _, seen = lsm.lsoftmax_loss_and_statistics(
         features, kernel, labels, margin=1, lam=0.0, layout=layout, plan=plan
     )
     return jnp.mean(seen.plain_logit > seen.max_logit, dtype=jnp.float32)
