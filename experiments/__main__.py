@@ -5,6 +5,9 @@ import difflib
 import functools
 import io
 import os
+import shlex
+import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +39,11 @@ from experiments.store.processes import ALONE, Meeting, joined
 # A mistake of the user is one message; this shows where it was raised.
 TRACEBACK = "EXPERIMENTS_TRACEBACK"
 CLONE = Path(__file__).parents[1]
+PROG = "python -m experiments"
+LISTED = f"{PROG} list prints all"
+# tyro needs minutes for the help of a terminal of one column.
+NARROWEST = 40
+LARGEST = 2**31 - 1
 
 
 def quickstart_(out: Path = quickstart.OUT) -> int:
@@ -95,7 +103,8 @@ def train_(
         console.print(table(title, {split: outcome[split] for split in ("train", "test")}))
         console.print(
             f"{outcome['images_per_second']:.0f} images/s on {outcome['device']}, "
-            f"{100 * outcome['outside_step']:.1f} % of the loop's time outside the step"
+            f"{100 * outcome['outside_step']:.1f} % of the loop's time outside the step\n"
+            f"{PROG} list --out {shlex.quote(str(out))} shows the result beside the paper's"
         )
         return 0
 
@@ -160,15 +169,28 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+BENCHMARKS = ("head", "step", "convergence")
+NAMES = {(): COMMANDS, ("bench",): BENCHMARKS, ("train",): CONFIGS, ("tune",): CONFIGS}
+KINDS = {(): "command", ("bench",): "benchmark"}
+
+
 def check_name(arguments: list[str]) -> None:
-    """Raises ValueError, with names alike, if a command is given no configuration there is."""
-    match arguments:
-        case ["train" | "tune" as command]:
-            raise ValueError(f"{command}: name a configuration, such as mnist-m4; list prints all")
-        case ["train" | "tune" as command, name, *_] if name[:1] != "-" and name not in CONFIGS:
-            alike = difflib.get_close_matches(name, CONFIGS, 3, 0.5)
-            meant = f"; did you mean {', '.join(alike)}?" if alike else ""
-            raise ValueError(f"{command}: no configuration {name!r}{meant} list prints all")
+    """Raises ValueError, with the commands that may be meant, for a name that is unknown."""
+    for before, names in NAMES.items():
+        if tuple(arguments[: len(before)]) != before:
+            continue
+        name, *rest = arguments[len(before) :] or [""]
+        command, kind = " ".join([PROG, *before]), KINDS.get(before, "configuration")
+        if name.startswith("-") or name in names:
+            continue
+        if not name and before not in KINDS:
+            raise ValueError(f"{before[0]}: name a configuration, such as mnist-m4; {LISTED}")
+        if name:
+            alike = difflib.get_close_matches(name, names, 3, 0.5)
+            meant = [shlex.join([*command.split(), other, *rest]) for other in alike]
+            hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+            listed = LISTED if names is CONFIGS else f"{command} --help prints all"
+            raise ValueError(f"no {kind} {name!r}{hint}; {listed}")
 
 
 CONSTRUCTORS = ConstructorRegistry()
@@ -188,16 +210,37 @@ def path_in_help(argument: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] 
     )
 
 
-class Kept(io.StringIO):
-    """Keeps what is printed, in the encoding and colours of the terminal that it is for."""
+@CONSTRUCTORS.primitive_rule
+def bounded_integer(argument: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """Integers that JAX's int32 holds: steps, seeds, classes and all else that is counted."""
+    if argument.type is not int:
+        return None
 
-    encoding = sys.stdout.encoding
+    def read(words: list[str]) -> int:
+        value = int(words[0]) if len(words[0]) < 20 else LARGEST + 1
+        if abs(value) > LARGEST:
+            raise ValueError(f"must be an integer of at most {LARGEST}, got {words[0]:.40}")
+        return value
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+class Kept(io.StringIO):
+    """Keeps what is printed, in the colours of the terminal that it is for."""
+
+    encoding = "utf-8"
 
     def isatty(self) -> bool:
         return sys.__stdout__ is not None and sys.__stdout__.isatty()
 
 
-def parsed(arguments: list[str]) -> Callable[[], Any]:
+def parsed(arguments: list[str]) -> functools.partial[Any]:
     """The command with its arguments.
 
     Raises:
@@ -209,7 +252,7 @@ def parsed(arguments: list[str]) -> Callable[[], Any]:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said), CONSTRUCTORS:
             return tyro.extras.subcommand_cli_from_dict(
                 {name: postponed(function) for name, function in COMMANDS.items()},
-                prog="python -m experiments",
+                prog=PROG,
                 description=__doc__,
                 args=arguments,
                 config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes),
@@ -227,29 +270,70 @@ def parsed(arguments: list[str]) -> Callable[[], Any]:
         raise
 
 
-def main(arguments: list[str] | None = None) -> int:
+def prepare_streams() -> None:
+    """Makes printing safe: streams that are closed, locales without λ, terminals of few columns."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Else the next file that is opened gets the number, and what libraries print.
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # no locale makes λ an error
+            stream.reconfigure(errors="backslashreplace")
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
+
+
+def say(text: str) -> None:
+    """One line on the standard error, if anybody can read it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+
+
+def announce_folders(command: functools.partial[Any]) -> None:
+    """Says which folder above --out is new, where --out was named from the root on."""
+    options = command.keywords.get("benchmark", command).keywords
+    out = options.get("out")
+    if isinstance(out, Path) and out.is_absolute() and not out.is_relative_to(CLONE):
+        missing = [folder for folder in out.parents if not os.path.lexists(folder)]
+        if missing:
+            say(f"{missing[-1]} is not there: it is made, with all that is missing of {out}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    prepare_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         check_name(arguments)
-        return parsed(arguments)() or 0
+        command = parsed(arguments)
+        announce_folders(command)
+        code = command() or 0
+        sys.stdout.flush()
+        return int(code)
     except BrokenPipeError:
-        # Whoever reads, `head` say, has seen enough. Python would flush once more on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        code = 1  # whoever reads, `head` say, has seen enough
     except (ValueError, OSError, ImportError) as error:
         if TRACEBACK in os.environ:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        say(f"error: {error}")
+        code = 2
     except KeyboardInterrupt:
         if TRACEBACK in os.environ:
             raise
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return loop.INTERRUPTED
+        say("interrupted; the same command continues from the last checkpoint")
+        code = loop.INTERRUPTED
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python flushes once more on its way out, and would print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to be interrupted
+    sys.exit(code)

@@ -1,7 +1,7 @@
 """Five-point alignment of faces to the standard template.
 
-The similarity transform (rotation, one scale, shift) that brings a face's five landmarks nearest to
-the template's in least squares; the aligned face is the original seen through it.
+A similarity transform (rotation, one scale, shift) brings a face's five landmarks nearest to the
+template's in least squares. The aligned face is the original seen through that transform.
 """
 
 import logging
@@ -9,6 +9,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,9 +20,9 @@ from tqdm.contrib.concurrent import thread_map
 from experiments.faces.images import BROKEN, list_faces, open_face
 from experiments.store.files import read_text, replacing
 
-# (x, y) in 112 x 96 pixels of the left and right eye, the nose, the left and right corner of the
-# mouth, left and right as seen in the picture: the template of the authors' SphereFace.
-# 112 x 112 has eight more columns on either side.
+# The template of the authors' SphereFace: (x, y) in 112 x 96 pixels of the left and right eye, the
+# nose, the left and right corner of the mouth. Left is left in the picture.
+# A picture of 112 x 112 has eight more columns on either side.
 TEMPLATE = np.array(
     [
         [30.2946, 51.6963],
@@ -39,14 +40,18 @@ logger = logging.getLogger(__name__)
 
 
 def align_face(image: NDArray[np.uint8], landmarks: ArrayLike, size: Size) -> NDArray[np.uint8]:
-    """The face in image, (H, W, 3), aligned to the template: (112, 96 or 112, 3), black outside.
+    """Aligns the face in image to the template.
 
     Args:
-      landmarks: (5, 2), x and y in image of the template's five points, in its order.
+      image: (H, W, 3).
+      landmarks: (5, 2), x and y in image of the template's five points, in the template's order.
       size: of the aligned face.
 
+    Returns:
+      (112, 96 or 112, 3), black where image has no pixels.
+
     Raises:
-      ValueError: if landmarks have another shape or no similarity fits them.
+      ValueError: landmarks have another shape, or no similarity fits them.
     """
     landmarks = np.asarray(landmarks, np.float64)
     if landmarks.shape != TEMPLATE.shape:
@@ -54,7 +59,7 @@ def align_face(image: NDArray[np.uint8], landmarks: ArrayLike, size: Size) -> ND
     width = WIDTHS[size]
     template = TEMPLATE + [(width - 96) / 2, 0]
     similarity = estimate_transform("similarity", landmarks, template)
-    # What scikit-image 0.25 cannot fit is NaN.
+    # scikit-image 0.25 answers NaN where later versions answer False.
     if not similarity or np.isnan(similarity.params).any():
         raise ValueError(f"landmarks must be five points of a face; got {landmarks.tolist()}")
     aligned = warp(image, similarity.inverse, output_shape=(112, width), preserve_range=True)
@@ -62,15 +67,24 @@ def align_face(image: NDArray[np.uint8], landmarks: ArrayLike, size: Size) -> ND
 
 
 def read_landmarks(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Image name -> (5, 2) landmarks, from lines `person/image.jpg x1 y1 ... x5 y5`.
+    """Reads landmarks (5, 2) by image, from lines `person/image.jpg x1 y1 ... x5 y5`.
+
+    The names are in Unicode's composed form (NFC).
 
     Raises:
-      ValueError: naming the line that is not a name and ten finite numbers.
+      ValueError: naming the line that is not a name and ten finite numbers, or whose name an
+          earlier line has.
     """
-    landmarks = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    landmarks: dict[str, NDArray[np.float64]] = {}
+    # Some editors begin a file with a byte-order mark.
+    text = normalize("NFC", read_text(path).removeprefix("\ufeff"))
+    for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
             name, *numbers = line.strip().rsplit(maxsplit=10)
+            if name in landmarks:
+                raise ValueError(
+                    f"{path}, line {number}: expected each image once; got {name} again"
+                )
             with suppress(ValueError):
                 points = np.array(numbers, np.float64).reshape(5, 2)
                 if np.isfinite(points).all():
@@ -85,21 +99,21 @@ def align(faces: Path, landmarks: Path, out: Path, size: Size = "112x96") -> Non
     """Aligns a folder of faces by five landmarks. Images that are in --out already stay.
 
     Args:
-      faces: folder of person/image.jpg.
+      faces: folder of person/image.jpg, or of insightface's train.rec and train.idx.
       landmarks: file of lines `person/image.jpg x1 y1 ... x5 y5`, for left eye, right eye, nose,
         left and right corner of the mouth. Left is left in the picture.
       out: folder of the aligned images, under the same names.
       size: height and width of the aligned images.
     """
-    points = read_landmarks(landmarks)
-    names = set(list_faces(faces).names)
-    known = sorted(names & points.keys())
+    points, listed = read_landmarks(landmarks), list_faces(faces)
+    keys = {name: normalize("NFC", name) for name in listed.names}
+    known = [name for name in listed.names if keys[name] in points]
     todo = [name for name in known if not (out / name).exists()]
 
     def attempt(name: str) -> str | None:
-        """Why the image was not aligned."""
+        """Aligns an image; returns the reason if that fails."""
         try:
-            aligned = align_face(np.asarray(open_face(faces / name)), points[name], size)
+            aligned = align_face(np.asarray(open_face(listed.read(name))), points[keys[name]], size)
         except BROKEN as error:
             return str(error)
         kind = Image.registered_extensions()[Path(name).suffix.lower()]
@@ -110,8 +124,8 @@ def align(faces: Path, landmarks: Path, out: Path, size: Size = "112x96") -> Non
     reasons = thread_map(attempt, todo, max_workers=os.cpu_count(), desc="align", unit=" images")
     skipped = {name: reason for name, reason in zip(todo, reasons, strict=True) if reason}
     aligned = len(todo) - len(skipped)
-    skipped |= dict.fromkeys(sorted(names - points.keys()), "no landmarks")
-    skipped |= dict.fromkeys(sorted(points.keys() - names), "no such image")
+    skipped |= {name: "no landmarks" for name, key in keys.items() if key not in points}
+    skipped |= dict.fromkeys(sorted(points.keys() - set(keys.values())), "no such image")
     for name, reason in skipped.items():
         logger.warning("skipped %s: %s", name, reason)
     print(

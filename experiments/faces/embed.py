@@ -1,7 +1,7 @@
-"""Embeddings of a folder of faces: features of each image and of its mirror image, side by side.
+"""Embeddings of faces: features of each image and of its mirror image, side by side.
 
 A file of embeddings is an `.npz` of `names` (images,), `person/image.jpg` each, and `embeddings`
-(images, D) float32.
+(images, D), floating point.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from experiments.store.progress import Progress
 from lsoftmax_jax.devices import DATA_AXIS, data_mesh
 
 Floats = NDArray[np.float32]
-# normalised images (images, height, width, 3) -> features (images, D)
+# Makes features (images, D) of normalised images (images, height, width, 3).
 Features = Callable[[Floats], Floats]
 
 
@@ -33,10 +33,10 @@ class Embeddings(NamedTuple):
 
 
 def embed_faces(images: FaceImages, features: Features, batch_size: int) -> Embeddings:
-    """The features of all images, batch by batch; broken ones are left out.
+    """Computes the features of all images, batch by batch, and leaves broken images out.
 
     Raises:
-      ValueError: if all images are broken.
+      ValueError: all images are broken.
     """
     names: list[str] = []
     rows: list[Floats] = []
@@ -49,14 +49,15 @@ def embed_faces(images: FaceImages, features: Features, batch_size: int) -> Embe
 
 
 def run_features(run: TrainedRun, batch_size: int) -> tuple[Features, int]:
-    """A trained run's features of images beside those of their mirror images, on all devices.
+    """Makes the function that computes a trained run's features, on all devices.
 
     Args:
       run: of train-faces.
       batch_size: the most images of a call; smaller batches are padded.
 
     Returns:
-      the function, and its batch size, a multiple of the devices.
+      the function, which sets the features of images beside those of their mirror images, and its
+      batch size, a multiple of the devices.
     """
     mesh = data_mesh()
     batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -77,39 +78,46 @@ def run_features(run: TrainedRun, batch_size: int) -> tuple[Features, int]:
 
 
 def grey_pixels(images: Floats) -> Floats:
-    """The images themselves, in grey: the floor that any learned feature should clear."""
+    """Takes the images themselves as features, in grey: learned features should do better."""
     return images.mean(axis=-1).reshape(len(images), -1)
 
 
 def save_embeddings(path: Path, embeddings: Embeddings) -> None:
-    """Write the file of embeddings."""
+    """Writes a file of embeddings."""
     with replacing(path) as file:
         np.savez(file, **embeddings._asdict())
 
 
 def load_embeddings(path: Path) -> Embeddings:
-    """Read a file of embeddings.
+    """Reads a file of embeddings.
 
     Raises:
-      ValueError: if path is no such file, or the shapes of its arrays disagree.
+      ValueError: path is no such file; names are no text, or one comes twice; embeddings are not
+          floating point; or the shapes disagree.
     """
-    embeddings = Embeddings(**read_npz(path, ("names", "embeddings")))
-    names, rows = embeddings
-    if names.ndim != 1 or rows.ndim != 2 or len(names) != len(rows):
+    names, rows = embeddings = Embeddings(**read_npz(path, ("names", "embeddings")))
+    if names.ndim != 1 or rows.ndim != 2 or len(names) != len(rows) or not rows.size:
         raise ValueError(
             f"{path}: expected names (images,) and embeddings (images, D); "
             f"got {names.shape} and {rows.shape}"
         )
+    if names.dtype.kind != "U" or rows.dtype.kind != "f":
+        raise ValueError(
+            f"{path}: expected names of text, as names.astype(str), and embeddings of floating "
+            f"point, as embeddings.astype(np.float32); got {names.dtype} and {rows.dtype}"
+        )
+    each, counts = np.unique(names, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"{path}: expected each name once; got {each[counts > 1][0]} twice")
     return embeddings
 
 
 def embed(checkpoint: Path, faces: Path, out: Path, batch: int = 256) -> None:
-    """Writes an embedding of every image in a folder of person/image.jpg: the features of the image
-    beside those of its mirror image.
+    """Writes an embedding of every image: its features beside those of its mirror image.
 
     Args:
       checkpoint: folder of a run of train-faces.
-      faces: the folder of images.
+      faces: folder of person/image.jpg, or of insightface's train.rec and train.idx.
       out: the .npz of names and embeddings.
       batch: images at a time, on all devices together.
     """

@@ -1,108 +1,189 @@
-"""Folders of faces, `person/image.jpg`, as batches of (image - 127.5) / 128 through Grain.
+"""Faces of named people, listed by person and read as batches of (image - 127.5) / 128.
 
-The stream of examples is one endless sequence, shuffled anew each epoch and decided by the seed
-alone; process p of n reads elements p, p + n, p + 2n, ... of it, so that n processes with batches
-of b read together what one process reads with batches of n b. Its iterator's state is small and
-resumes in the middle of an epoch.
+Faces lie in a folder of `person/image.jpg`, or in one that insightface packed as `train.rec` and
+`train.idx`.
+
+Grain streams them as one endless sequence, shuffled anew each epoch and decided by the seed alone.
+Process p of n reads elements p, p + n, p + 2n, ..., so that n processes with batches of b read
+together what one process reads with batches of n b. The iterator's state is small and resumes in
+the middle of an epoch.
 """
 
+import io
 import logging
 import os
+import re
 import warnings
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
+from unicodedata import normalize
 
 import grain
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from experiments.faces import recordio
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
-# what Pillow raises for a file it cannot decode
-BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-# A face of more than 89 million pixels is none, and takes a gigabyte to decode.
+# What reading and decoding an image raise.
+BROKEN = (OSError, ValueError)
+# Decoding more than 89 million pixels takes a gigabyte, and no face has so many.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
-# more threads than cores only wait for each other to decode
+# Threads beyond the number of cores would only wait for each other.
 _READ = grain.ReadOptions(num_threads=min(16, os.cpu_count() or 1), prefetch_buffer_size=512)
+# Python reads the bytes of a file name that are not UTF-8 as such characters.
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")
 
 logger = logging.getLogger(__name__)
 
 
 class Faces(NamedTuple):
-    """A listed folder: names (`person/image.jpg`, sorted) and labels (images,), into people."""
+    """Listed images, in order of their people.
+
+    Attributes:
+      root: the folder or file that holds them.
+      names: (images,), `person/image.jpg` each, as the file system writes it.
+      labels: (images,), the place of each image's person in people.
+      people: their names in Unicode's composed form (NFC), which pairs have too.
+      read: gives the bytes of the image file of a name.
+    """
 
     root: Path
     names: tuple[str, ...]
     labels: NDArray[np.int32]
     people: tuple[str, ...]
+    read: Callable[[str], bytes]
 
 
 def list_faces(
     root: str | Path, *, minimum_images: int = 1, without: Collection[str] = frozenset()
 ) -> Faces:
-    """The images of root's people, fewer than minimum_images or named in without left out.
+    """Lists the images of root's people.
+
+    Args:
+      root: folder of person/image.jpg, or of train.rec and train.idx.
+      minimum_images: leave out people who have fewer images.
+      without: names of people to leave out.
 
     Raises:
-      ValueError: if root is no folder, is empty, holds images but no people's folders, or
-          nobody is left.
+      ValueError: root is no folder; it has no images where they are expected; a name is not UTF-8;
+          nobody in without is there; or nobody is left.
     """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"faces: expected a folder of person/image.jpg; {root} is no folder")
-    images = {
-        person.name: sorted(entry.name for entry in os.scandir(person) if _is_image(entry))
-        for person in sorted(root.iterdir())
-        if person.is_dir()
-    }
-    if not any(images.values()):
-        flat = sum(map(_is_image, os.scandir(root)))
-        found = f"{flat} images directly in it, of no person" if flat else "no images"
-        raise ValueError(f"faces: expected person/image.jpg in {root}; found {found}")
+    if (root / recordio.RECORDS).exists():
+        images, read = recordio.list_records(root)
+    else:
+        images, read = _images_of_people(root), lambda name: (root / name).read_bytes()
+    if without and images.keys().isdisjoint(without):
+        some = ", ".join(sorted(without)[:3])
+        raise ValueError(f"faces: none of the people to leave out is in {root}: {some}, ...")
     kept = {
-        person: files
-        for person, files in images.items()
-        if len(files) >= max(minimum_images, 1) and person not in without
+        person: names
+        for person, names in images.items()
+        if len(names) >= minimum_images and person not in without
     }
     if not kept:
-        most = max(len(files) for files in images.values())
+        most = max(len(names) for names in images.values())
         raise ValueError(
             f"faces: nobody in {root} is left: minimum_images is {minimum_images}, the most images "
             f"of one person {most}, people left out by name {len(without)}"
         )
-    names = tuple(f"{person}/{file}" for person, files in kept.items() for file in files)
-    counts = [len(files) for files in kept.values()]
-    return Faces(root, names, np.repeat(np.arange(len(kept), dtype=np.int32), counts), tuple(kept))
+    counts = [len(names) for names in kept.values()]
+    labels = np.repeat(np.arange(len(kept), dtype=np.int32), counts)
+    return Faces(
+        root, tuple(name for names in kept.values() for name in names), labels, tuple(kept), read
+    )
 
 
-def open_face(path: Path) -> Image.Image:
-    """The image as RGB, upright; one of BROKEN is raised if it cannot be decoded."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+def rows_of(wanted: Iterable[str], names: Iterable[str]) -> NDArray[np.intp]:
+    """Finds images among names that may have an extension, in any of Unicode's forms.
+
+    Raises:
+      ValueError: names lack an image, or two of them fit it.
+
+    >>> rows_of(["A/A_0002", "A/A_0001"], ["A/A_0001.jpg", "A/A_0002"])
+    array([1, 0])
+    """
+    names, fitting = list(names), defaultdict[str, list[int]](list)
+    for row, name in enumerate(names):
+        composed = normalize("NFC", name)
+        for key in {composed, os.path.splitext(composed)[0]}:
+            fitting[key].append(row)
+    asked = [normalize("NFC", name) for name in wanted]
+    if missing := [name for name in dict.fromkeys(asked) if name not in fitting]:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(f"pairs name images that are missing or broken ({len(missing)}): {some}")
+    for name in asked:
+        if len(fitting[name]) > 1:
+            twice = " and ".join(names[row] for row in fitting[name][:2])
+            raise ValueError(f"pairs name {name}, which is there twice: {twice}")
+    return np.array([fitting[name][0] for name in asked], np.intp)
 
 
-def read_face(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The image as (height, width, 3): its largest centre of that shape, resized to size."""
-    return np.asarray(ImageOps.fit(open_face(path), size[::-1], Image.Resampling.BILINEAR))
+def open_face(file: bytes) -> Image.Image:
+    """Decodes an image file as RGB, upright; of an animation, the first picture.
+
+    16 bits become 8, white staying white. What is transparent becomes black, as outside an aligned
+    face.
+
+    Raises:
+      ValueError: the file cannot be decoded, or holds 32-bit grey values, whose white is unknown.
+    """
+    try:
+        with Image.open(io.BytesIO(file)) as image:
+            orientation = _orientation(image)
+            if image.mode.startswith("I;16"):
+                # `convert` would cut off every value above 255.
+                grey = np.round(np.asarray(image) / 257)
+                face = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+            elif image.mode in ("I", "F"):
+                raise ValueError("32-bit grey values; expected 8 or 16 bits a channel")
+            elif image.has_transparency_data:
+                black = Image.new("RGBA", image.size, "black")
+                face = Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
+            else:
+                face = image.convert("RGB")
+    except UnidentifiedImageError:  # its message is an address in memory
+        raise ValueError("cannot be read as an image") from None
+    # A damaged file makes Pillow raise errors of many kinds.
+    except Exception as error:
+        raise ValueError(f"{error}" or type(error).__name__) from error
+    # Only the orientation is taken over: `exif_transpose` fails where another entry is damaged.
+    face.info.clear()
+    face.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(face)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the EXIF block says the picture is turned; upright where the block is damaged."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    # A damaged block makes Pillow raise errors of many kinds.
+    except Exception:
+        return 1
+
+
+def read_face(file: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Decodes an image file as (height, width, 3): its largest centre of that shape, resized."""
+    return np.asarray(ImageOps.fit(open_face(file), size[::-1], Image.Resampling.BILINEAR))
 
 
 def normalise(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with its image uint8 -> f32, (image - 127.5) / 128."""
+    """Returns the batch with its image as float32, (image - 127.5) / 128."""
     return batch | {"image": (batch["image"].astype(np.float32) - 127.5) / 128}
 
 
 class FaceImages:
     """Grain's source: element i is image i with its label and index, or None if it is broken.
 
-    Grain skips None. `broken` maps the names of the broken images met so far to the reason.
+    Grain skips None. `broken` maps the names of the broken images met so far to the reasons.
 
     Raises:
       ValueError: from an element, once every image has turned out to be broken.
@@ -120,7 +201,7 @@ class FaceImages:
         index = index.__index__()
         name = self.faces.names[index]
         try:
-            image = read_face(self.faces.root / name, self.size)
+            image = read_face(self.faces.read(name), self.size)
         except BROKEN as error:
             if name not in self.broken:
                 self.broken[name] = str(error)
@@ -137,7 +218,7 @@ class FaceImages:
 def training_batches(
     images: FaceImages, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.IterDataset[dict[str, Any]]:
-    """Endless shuffled, randomly mirrored batches of this process.
+    """Streams this process's batches without end, shuffled and mirrored at random.
 
     A batch is `{"image": (batch_size, height, width, 3) f32, "label", "index": (batch_size,) i32}`.
     """
@@ -147,7 +228,7 @@ def training_batches(
 
 
 def ordered_batches(images: FaceImages, batch_size: int) -> grain.IterDataset[dict[str, Any]]:
-    """Every image once, in order and unmirrored, in batches of which the last may be smaller."""
+    """Streams every image once, in order and not mirrored; the last batch may be smaller."""
     return grain.MapDataset.source(images).to_iter_dataset(_READ).batch(batch_size).map(normalise)
 
 
@@ -155,7 +236,44 @@ def _mirror(element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]
     return element | {"image": element["image"][:, ::-1]} if rng.random() < 0.5 else element
 
 
+def _images_of_people(root: Path) -> dict[str, list[str]]:
+    """The names `person/image.jpg` in a folder, by person."""
+    images, deeper = defaultdict[str, list[str]](list), list[str]()
+    for person in sorted(root.iterdir()):
+        if not person.is_dir() or person.name.startswith("."):
+            continue
+        entries = sorted(os.scandir(person), key=lambda entry: entry.name)
+        if names := [f"{person.name}/{entry.name}" for entry in entries if _is_image(entry)]:
+            images[normalize("NFC", person.name)] += names
+        deeper += [entry.path for entry in entries if entry.is_dir() and _has_images(entry.path)]
+    if not images:
+        flat = sum(map(_is_image, os.scandir(root)))
+        found = f"no images ({' '.join(sorted(IMAGE_SUFFIXES))})"
+        if flat:
+            found = f"{flat} images directly in it, of no person"
+        elif deeper:
+            found = f"images one folder deeper, in {deeper[0]}"
+        raise ValueError(f"faces: expected person/image.jpg in {root}; found {found}")
+    if deeper:
+        logger.warning(
+            "left out %d folders of images within people's folders, such as %s",
+            len(deeper),
+            deeper[0],
+        )
+    for names in images.values():
+        for name in names:
+            if _NOT_UTF8.search(name):
+                raise ValueError(
+                    f"faces: expected names in UTF-8 in {root}; rename {os.fsencode(name)!r}"
+                )
+    return images
+
+
+def _has_images(folder: str) -> bool:
+    return any([_is_image(entry) for entry in os.scandir(folder)])
+
+
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    """Whether a file is called as an image; a named pipe, which never ends, is no file."""
+    """Whether a regular file has an image's suffix; reading a named pipe would not end."""
     suffix = os.path.splitext(entry.name)[1].lower()
     return suffix in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()

@@ -1,11 +1,12 @@
 """Pairs of images drawn from a folder of faces, in the format of LFW's view 2.
 
-The people are dealt to the folds, so that no two folds share anybody: what learned from one fold's
-people may be tested on another's.
+Each person is in one fold only, so that a network that learned from some folds may be tested on the
+others.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -19,7 +20,7 @@ def pairs(faces: Path, out: Path, folds: int = 10, each: int = 300, seed: int = 
     """Draws pairs of one person and pairs of two from a folder of person/person_0001.jpg.
 
     Args:
-      faces: the folder of images.
+      faces: folder of person/person_0001.jpg, or of insightface's train.rec and train.idx.
       out: the file to write, in the format of LFW's pairs.txt.
       folds: number of folds; no two folds share a person.
       each: number of pairs of one person in a fold, which also has this many of two people.
@@ -39,28 +40,30 @@ def pairs(faces: Path, out: Path, folds: int = 10, each: int = 300, seed: int = 
 
 
 def numbered(faces: Faces) -> Images:
-    """The numbers of each person's images.
+    """Finds the numbers of each person's images.
 
     Raises:
-      ValueError: naming an image that is not called as LFW calls its own.
+      ValueError: naming an image that is not called as LFW would, or two of one number.
     """
-    images: Images = {person: [] for person in faces.people}
-    for name in faces.names:
-        person, _, file = name.partition("/")
-        number = Path(file).stem.removeprefix(f"{person}_")
-        if not number.isdigit() or number != f"{int(number):04d}":
+    images: dict[str, dict[int, str]] = {person: {} for person in faces.people}
+    for name, label in zip(faces.names, faces.labels, strict=True):
+        person = faces.people[label]
+        number = normalize("NFC", Path(name).stem).removeprefix(f"{person}_")
+        if not number.isdecimal() or number != f"{int(number):04d}":
             raise ValueError(
                 f"pairs names images as LFW does, {person}/{person}_0001.jpg; found {name}"
             )
-        images[person].append(int(number))
-    return images
+        if twice := images[person].get(int(number)):
+            raise ValueError(f"pairs names images by number; found {twice} and {name}")
+        images[person][int(number)] = name
+    return {person: list(numbers) for person, numbers in images.items()}
 
 
 def fold_lines(images: Images, each: int, rng: np.random.Generator) -> list[str]:
-    """``each`` lines `name i j`, then as many `name i other j`, no pair twice.
+    """Draws ``each`` lines `name i j`, then as many `name i other j`, no pair twice.
 
     Raises:
-      ValueError: if the fold's people have fewer pairs.
+      ValueError: the fold's people have fewer pairs.
     """
     counts = np.array([len(numbers) for numbers in images.values()])
     same = int((counts * (counts - 1) // 2).sum())
@@ -74,7 +77,7 @@ def fold_lines(images: Images, each: int, rng: np.random.Generator) -> list[str]
 
 
 def _drawn(lines: Iterator[str], count: int) -> list[str]:
-    """The first so many different lines of an endless stream."""
+    """Takes the first ``count`` different lines of an endless stream."""
     seen: dict[str, None] = {}
     while len(seen) < count:
         seen[next(lines)] = None

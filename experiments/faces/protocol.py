@@ -20,6 +20,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize as in_form
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -62,7 +63,7 @@ def read_pairs(*paths: str | Path) -> Pairs:
     The first line holds the number of folds and n, as in view 2's `pairs.txt`, or n alone for one
     fold, as in view 1's `pairsDevTrain.txt` and `pairsDevTest.txt`; each fold has n lines
     `name i j` (one person, images i and j), then n lines `name i other j`; image i of name is
-    `name/name_000i`.
+    `name/name_000i`. The names come back in Unicode's composed form (NFC).
 
     Raises:
       ValueError: naming the line that does not fit, or the number of pairs expected and got.
@@ -74,10 +75,11 @@ def read_pairs(*paths: str | Path) -> Pairs:
 
 
 def _pairs_of_file(path: str | Path) -> Pairs:
-    lines = read_text(Path(path)).splitlines()
+    # Some editors begin a file with a byte-order mark.
+    lines = in_form("NFC", read_text(Path(path)).removeprefix("\ufeff")).splitlines()
     rows = [line.split("\t" if "\t" in line else None) for line in lines if line.strip()]
     first_line = [field.strip() for field in rows[0]] if rows else []
-    if len(first_line) not in (1, 2) or not all(field.isdigit() for field in first_line):
+    if len(first_line) not in (1, 2) or not all(field.isdecimal() for field in first_line):
         raise ValueError(
             f"{path}: the first line must be `folds pairs` or `pairs`, numbers, as in LFW"
         )
@@ -107,12 +109,13 @@ def people_of_fold(pairs: Pairs, fold: int) -> frozenset[str]:
 
 def _names(row: list[str], one_person: bool, path: str | Path) -> tuple[str, str]:
     match one_person, [field.strip() for field in row]:
-        case True, [name, i, j] if i.isdigit() and j.isdigit():
+        case True, [name, i, j] if i.isdecimal() and j.isdecimal() and int(i) != int(j):
             return f"{name}/{name}_{i:0>4}", f"{name}/{name}_{j:0>4}"
-        case False, [name, i, other, j] if i.isdigit() and j.isdigit():
+        case False, [name, i, other, j] if i.isdecimal() and j.isdecimal() and name != other:
             return f"{name}/{name}_{i:0>4}", f"{other}/{other}_{j:0>4}"
     expected = "`name i j`" if one_person else "`name i other j`"
-    raise ValueError(f"{path}: expected {expected}; got {' '.join(row)!r}")
+    pair = "two images of one person" if one_person else "images of two people"
+    raise ValueError(f"{path}: expected {expected}; got {' '.join(row)!r}, not {pair}")
 
 
 def verify(

@@ -1,4 +1,4 @@
-"""What decides the numbers of a run on faces, besides the images."""
+"""The recipe of a run on faces: everything but the images that decides its numbers."""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,10 +13,10 @@ from lsoftmax_jax.schedule import LambdaPreset
 
 @dataclass(frozen=True, kw_only=True)
 class FaceRecipe(Recipe):
-    """One training run on faces; ``drops`` and ``lam`` are never stretched."""
+    """Recipe of one training run on faces; no other ``steps`` stretches ``drops`` or ``lam``."""
 
     network: Literal["lfw", "sphere20"] = "lfw"
-    """The paper's network of Table 1, or one after the authors' SphereFace-20."""
+    """The paper's network of Table 1, or a network after the authors' SphereFace-20."""
     size: tuple[int, int] = (112, 96)
     """Height and width of the images: 112 96, 112 112, or smaller for a trial."""
     margin: int = 4
@@ -26,15 +26,15 @@ class FaceRecipe(Recipe):
     steps: int = 28_000
     """How many updates to make."""
     schedule: Literal["steps", "plateau"] = "steps"
-    """Divide the learning rate by ten after the updates of drops, or once the loss stays."""
+    """Divide the learning rate by ten after the updates in drops, or once the loss stays."""
     drops: tuple[int, ...] = (16_000, 24_000)
     """Updates after which the schedule "steps" divides the learning rate."""
     patience: int = 2_000
-    """Updates without a lower loss after which the schedule "plateau" does, once λ is low."""
+    """With "plateau", divide after this many updates without a lower loss, once λ is low."""
     minimum_images: int = 1
     """Leave out people who have fewer images than this."""
     left_out_fold: int | None = None
-    """Leave out everybody in this fold of the pairs (0 is the first), for a test on it."""
+    """Leave out everybody in this fold of the pairs (0 is the first), so that it can be tested."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,7 +46,7 @@ class FaceRecipe(Recipe):
 
     @property
     def built_network(self) -> Network:
-        """The network at this run's size and width."""
+        """The network for this run's size and width."""
         return replace(NETWORKS[self.network], image=(*self.size, 3)).scaled(self.width)
 
     @property
@@ -55,21 +55,21 @@ class FaceRecipe(Recipe):
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        """With a plateau, the last part of its state is a factor for the loop to set."""
+        """With "plateau", the last part of the state is a factor that the loop sets."""
         if self.schedule == "steps":
             return super().optimizer
         return optax.chain(super().optimizer, optax.inject_hyperparams(optax.scale)(step_size=1.0))
 
 
 class Plateau(NamedTuple):
-    """The lowest loss so far, the update that reached it or made the last drop, and the drops."""
+    """The lowest loss so far, the update of that loss or of the last drop, the number of drops."""
 
     loss: float = math.inf
     step: int = 0
     drops: int = 0
 
     def after(self, step: int, loss: float, patience: int) -> "Plateau":
-        """With a loss seen at a step; one counts as lower by one percent."""
+        """Takes in the loss at a step. A loss counts as lower if it is so by one percent."""
         if loss < 0.99 * self.loss:
             return self._replace(loss=loss, step=step)
         if step - self.step >= patience:

@@ -1,7 +1,7 @@
 """Handwritten digits in the place of faces: a folder such as the face commands read.
 
-Real scans, scikit-learn's, of ten "people", zero to nine. What is measured on them says that the
-commands work, and nothing about faces.
+The images are scikit-learn's scans; the ten "people" are the digits. A measurement on them shows
+that the commands work, and nothing about faces.
 """
 
 from pathlib import Path
@@ -19,8 +19,8 @@ def write_digits(folder: Path, images: int = 60, size: int = 32) -> None:
     """Writes folder/zero/zero_0001.png and so on.
 
     Args:
-      folder: made if it is not there.
-      images: of each digit; there are 174 of every one.
+      folder: made if it is missing.
+      images: number of scans of each digit, at most 174.
       size: height and width of an image.
     """
     digits = load_digits()

@@ -106,7 +106,8 @@ def train_faces(
     as many processes as it began on.
 
     Args:
-      faces: the folder of images.
+      faces: folder of person/image.jpg, or of insightface's train.rec and train.idx, in which form
+        CASIA-WebFace circulates.
       out: folder of the run, which continues if it is there already. The result is OUT.json
         beside the folder.
       recipe: decides the run's numbers.
@@ -191,7 +192,7 @@ def fingerprint(faces: Faces) -> str:
     """Of the images' names and every byte of them."""
 
     def of_image(name: str) -> bytes:
-        return hashlib.sha256((faces.root / name).read_bytes()).digest()
+        return hashlib.sha256(faces.read(name)).digest()
 
     digest = hashlib.sha256()
     with ThreadPoolExecutor(os.cpu_count()) as threads:

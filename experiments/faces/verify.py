@@ -1,18 +1,17 @@
 """Verifies faces: embeddings of a folder scored on a file of pairs, as table and JSON."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from experiments.faces import embed
-from experiments.faces.images import FaceImages, Faces, list_faces
+from experiments.faces.bins import read_bin
+from experiments.faces.images import FaceImages, Faces, list_faces, rows_of
 from experiments.faces.protocol import Pairs, Verification, people_of_fold, read_pairs, verify
 from experiments.faces.train import load_run
 from experiments.store.claims import command_line
@@ -33,8 +32,9 @@ class Source(NamedTuple):
 
 
 def verify_faces(
-    pairs: tuple[Path, ...],
     out: Path,
+    pairs: tuple[Path, ...] = (),
+    bin: Path | None = None,
     faces: Path | None = None,
     embeddings: Path | None = None,
     checkpoint: Path | None = None,
@@ -45,11 +45,16 @@ def verify_faces(
 ) -> None:
     """Verifies pairs of faces by one of --embeddings, --checkpoint or --pixels.
 
+    The pairs are those of --pairs or of --bin.
+
     Args:
+      out: the .json of the result. `figures --out` with its folder draws the ROC.
       pairs: files of pairs in LFW's formats, `pairs.txt` of view 2 or both files of view 1; the
         folds are counted through all of them.
-      out: the .json of the result. `figures --out` with its folder draws the ROC.
-      faces: folder of person/image.jpg, for --checkpoint and --pixels.
+      bin: a test set of insightface, such as lfw.bin, cfp_fp.bin or agedb_30.bin, for --checkpoint
+        and --pixels. It holds the images too, and names nobody: that the checkpoint was not trained
+        on its people is yours to know.
+      faces: folder of person/image.jpg, for --checkpoint and --pixels with --pairs.
       embeddings: an .npz of names and embeddings, from embed or elsewhere.
       checkpoint: folder of a run of train-faces. Folds with people it was trained on are skipped.
       pixels: take small grey images as embeddings, the least that any network should beat.
@@ -57,19 +62,29 @@ def verify_faces(
       protocol: name of the protocol, for the result, such as "unrestricted, no outside data".
       batch: images at a time, on all devices together.
     """
-    listed = read_pairs(*pairs)
+    if (bin is None) == (not pairs):
+        raise ValueError("expected exactly one of --pairs and --bin")
     if (embeddings is not None) + (checkpoint is not None) + pixels != 1:
         raise ValueError("expected exactly one of --embeddings, --checkpoint and --pixels")
-    if embeddings is not None:
-        seen = embed.load_embeddings(embeddings)
-        source = Source(seen, frozenset(), {"embeddings": embeddings.name})
-    elif faces is None:
-        raise ValueError("--checkpoint and --pixels need --faces, the folder of person/image.jpg")
+    if bin is not None:
+        if embeddings is not None or faces is not None:
+            raise ValueError("--bin holds the images: give neither --embeddings nor --faces")
+        named, listed = read_bin(bin)
+        source = embedded(named, checkpoint, batch)
     else:
-        source = embedded(listed, faces, checkpoint, batch)
+        listed = read_pairs(*pairs)
+        if embeddings is not None:
+            seen = embed.load_embeddings(embeddings)
+            source = Source(seen, frozenset(), {"embeddings": embeddings.name})
+        elif faces is None:
+            raise ValueError(
+                "--checkpoint and --pixels need --faces, the folder of person/image.jpg"
+            )
+        else:
+            source = embedded(_only(listed, list_faces(faces)), checkpoint, batch)
     tested = untrained_folds(listed, source.trained_on)
     names, vectors = source.embeddings
-    first, second = (vectors[rows] for rows in rows_of(listed, names))
+    first, second = np.split(vectors[rows_of([*listed.first, *listed.second], names)], 2)
     result = verify(first, second, listed.same, listed.fold, components=components, tested=tested)
     outcome = {
         "kind": "verification",
@@ -88,21 +103,6 @@ def verify_faces(
     save(out, outcome)
     print_table(result, tested)
     print(f"{out} written; figures --out {out.parent} draws its ROC")
-
-
-def rows_of(pairs: Pairs, names: Iterable[str]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Where the first and the second images of pairs stand among names, extensions aside.
-
-    Raises:
-      ValueError: naming the images that are missing.
-    """
-    row = {name.rpartition(".")[0]: number for number, name in enumerate(names)}
-    wanted = dict.fromkeys([*pairs.first.tolist(), *pairs.second.tolist()])
-    if missing := [name for name in wanted if name not in row]:
-        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(f"pairs name images that are missing or broken ({len(missing)}): {some}")
-    first, second = (np.array([row[n] for n in side.tolist()]) for side in pairs[:2])
-    return first, second
 
 
 def untrained_folds(pairs: Pairs, trained_on: frozenset[str]) -> list[int]:
@@ -158,9 +158,8 @@ def print_table(result: Verification, tested: list[int]) -> None:
     Console().print(table)
 
 
-def embedded(pairs: Pairs, folder: Path, checkpoint: Path | None, batch: int) -> Source:
-    """The images that pairs name, embedded by a run's network or, without one, as pixels."""
-    named = _only(pairs, list_faces(folder))
+def embedded(named: Faces, checkpoint: Path | None, batch: int) -> Source:
+    """Embeds images by a run's network or, without a run, as pixels."""
     if checkpoint is None:
         seen = embed.embed_faces(FaceImages(named, PIXELS), embed.grey_pixels, batch)
         return Source(seen, frozenset(), {"pixels": list(PIXELS)})
@@ -172,6 +171,6 @@ def embedded(pairs: Pairs, folder: Path, checkpoint: Path | None, batch: int) ->
 
 def _only(pairs: Pairs, faces: Faces) -> Faces:
     """The faces that pairs name; all of those must be there before the long work begins."""
-    rows = np.unique(np.concatenate(rows_of(pairs, faces.names)))
+    rows = np.unique(rows_of([*pairs.first, *pairs.second], faces.names))
     names = tuple(faces.names[row] for row in rows)
     return faces._replace(names=names, labels=faces.labels[rows])

@@ -118,8 +118,8 @@ finished = train_faces(FACES, RUN, recipe, (PAIRS,)) == 0
 # that a learned feature should clear, and a minute of training may not.
 
 # %%
-verify_faces((PAIRS,), OUT / "network.json", faces=FACES, checkpoint=RUN)
-verify_faces((PAIRS,), OUT / "pixels.json", faces=FACES, pixels=True)
+verify_faces(OUT / "network.json", (PAIRS,), faces=FACES, checkpoint=RUN)
+verify_faces(OUT / "pixels.json", (PAIRS,), faces=FACES, pixels=True)
 
 # %% [markdown]
 # The pixels learned nothing, so all folds test them. True accepts at a rate of false accepts, TAR

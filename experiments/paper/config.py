@@ -75,6 +75,7 @@ class Recipe:
         if self.family.endswith("-softmax"):
             self.must("margin", ">= 1", lambda value: value >= 1)
             self.must("margin", "an integer", lambda value: value % 1 == 0)
+            self.must("margin", "at most 1000", lambda value: value <= 1000)
         if self.family in ("cosface", "arcface") and self.scale is None:
             raise ValueError(f"scale must be given with {self.family}, such as 8.0 for ten classes")
         check_margin(self.head_margin)

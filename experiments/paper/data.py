@@ -8,6 +8,7 @@ resumed run sees the batches that an unbroken one would have seen.
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +22,9 @@ from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tqdm import tqdm
 
-from experiments.store.files import read_npz, replacing
+from experiments.store.files import read_npz, regular, replacing
+from experiments.store.progress import tracked
 
 CLASSES = {"mnist": 10, "cifar10": 10, "cifar100": 100, "digits": 10}
 VALIDATION = 5000
@@ -101,9 +102,14 @@ def load(name: str, folder: Path | None = None) -> Dataset:
     whole = folder / f"{name}.npz"
     if files := [whole] if whole.exists() else _pieces(folder, name):
         return _dataset(name, _from_npz(files))
-    if prepared := sorted(folder.glob(f"{name}/*/dataset_info.json")):
-        return _dataset(name, _from_tfds(prepared[-1].parent))
+    if prepared := [info.parent for info in folder.glob(f"{name}/*/dataset_info.json")]:
+        return _dataset(name, _from_tfds(max(prepared, key=_version)))
     raise FileNotFoundError(MISSING.format(name=name, folder=folder.absolute()))
+
+
+def _version(folder: Path) -> tuple[list[int], str]:
+    """The numbers of a folder that TFDS names after a version: 10.0.0 comes after 3.0.1."""
+    return [int(number) for number in re.findall(r"\d+", folder.name)], folder.name
 
 
 def _pieces(folder: Path, name: str) -> list[Path]:
@@ -171,6 +177,8 @@ def _from_tfds(folder: Path) -> Arrays:
     """A prepared TFDS folder, decoded once and kept as arrays in the user's cache folder."""
     identity = hashlib.sha256(str(folder.resolve()).encode())
     for file in sorted(folder.iterdir()):
+        if not file.is_dir():
+            regular(file)
         identity.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lsoftmax_jax"
     kept = cache / f"{folder.parent.name}-{identity.hexdigest()[:16]}.npz"
@@ -201,7 +209,7 @@ def _decoded(folder: Path) -> Arrays:
     arrays: Arrays = {}
     for split in _SPLITS:
         source, work = builder.as_data_source(split=split), f"decode {folder.parent.name} {split}"
-        examples = tqdm(source, work, unit=" images", leave=False)
+        examples = tracked(source, len(source), work, "images")
         images, labels = zip(*((e["image"], e["label"]) for e in examples), strict=True)
         arrays |= {f"{split}_images": np.stack(images), f"{split}_labels": np.asarray(labels)}
     return arrays

@@ -30,7 +30,7 @@ def neighbours(faces: Faces, embeddings: Embeddings, queries: int = 5, nearest: 
     ):
         closest = [image for image in np.argsort(-line) if image != row][:nearest]
         for panel, shown in zip(panels, [row, *closest], strict=True):
-            panel.imshow(open_face(faces.root / embeddings.names[shown]))
+            panel.imshow(open_face(faces.read(embeddings.names[shown])))
             panel.set(xticks=(), yticks=())
             panel.spines[:].set_visible(True)
             right = people[shown] == people[row]

@@ -1,14 +1,15 @@
 """The one training loop: every run, whatever its batches come from, advances through `train`.
 
 Files of a run: ``RUN.json`` is its result, ``RUN/`` holds its checkpoints, ``metrics.jsonl``,
-TensorBoard events and, where the step does not say it, where its source stood. A run stopped at any
-point, even by SIGKILL, continues from its checkpoint and ends, on the same devices, in the bits of
-an unbroken one: batches, λ and learning rate go by the step, and a checkpoint falls between the
-same dispatches. (Seen on CPUs; a GPU's sums may come in another order unless XLA_FLAGS has
---xla_gpu_deterministic_ops=true.) Seeds that train together differ from seeds alone by rounding
+TensorBoard events and, where the step does not say it, the position of its source. A run stopped
+at any point, even by SIGKILL, continues from its checkpoint. On the same devices it ends in the
+bits of an unbroken run: batches, λ and learning rate go by the step, and a checkpoint falls
+between the same dispatches. (Seen on CPUs; a GPU's sums may come in another order unless XLA_FLAGS
+has --xla_gpu_deterministic_ops=true.) Seeds that train together differ from seeds alone by rounding
 only.
 """
 
+import math
 import signal
 import sys
 import time
@@ -48,6 +49,13 @@ CURE = """\
 The margin shrinks the features to nothing, all classes alike. A higher λ is the cure: --pace
 self-paced, which finds it, or a floor under it (--lam.minimum 5)."""
 
+# The margin takes no part in an update in which its share is below this one.
+NO_PART = 0.01
+
+IDLE = """\
+So far this run trains the ordinary softmax. What to try: --pace schedule, which lets the margin in
+by the number of the update; more updates (--steps); a smaller --margin."""
+
 
 class Pace(NamedTuple):
     """How often something happens.
@@ -80,10 +88,10 @@ def train(tasks: Sequence[Task], shared: Shared, pace: Pace, stop: Stop) -> list
         raise ValueError(f"checkpoint-seconds must be >= 0, got {pace.checkpoint_seconds}")
     processes.check_same(str([task.settings for task in tasks]), "settings")
     # With two checkpoints each, a kill amid the runs' saves leaves a step that all have.
-    alone = len(tasks) == 1
+    alone, seeds = len(tasks) == 1, [task.facts["seed"] for task in tasks]
     kept, step = (1, None) if alone else (2, common_step([task.folder for task in tasks]))
     with ExitStack() as running:
-        sessions = [Session(task, shared, running, kept, step) for task in tasks]
+        sessions = [Session(task, shared, running, kept, step, seeds) for task in tasks]
         ended = Group(sessions, shared, pace).train(stop)
         return [session.outcome for session in sessions] if ended else None
 
@@ -106,10 +114,6 @@ class Group:
     def step(self) -> int:
         return self.sessions[0].step
 
-    @property
-    def seeds(self) -> list[int]:
-        return [session.task.facts["seed"] for session in self.sessions]
-
     def train(self, stop: Stop) -> bool:
         """Whether every session came to its outcome; false if they were stopped."""
         steps, pace, saved = self._shared.steps, self._pace, time.monotonic()
@@ -119,29 +123,40 @@ class Group:
         if pace.starts_tested and self.step == 0:
             # A start that ended before its first checkpoint has left this point in the log.
             self._each(lambda session: None if session.log.lines else session.test())
+        if others and self.step == 0:
+            # A kill amid the first round of saves must leave a step that all have.
+            self._each(Session.save)
         with Progress(title, steps, "updates", self.step, processes.is_first()) as progress:
+            if self.step:
+                progress.say(f"{title} continues at update {self.step}")
             while self.sessions and self.step < steps:
                 if processes.agreed(stop()):
                     self._each(Session.save)
-                    progress.say(f"stopped at step {self.step}; the same command continues there")
+                    progress.say(f"stopped at update {self.step}; the same command continues there")
                     return False
-                self._advance(progress)
+                ended = self._advance(progress)
                 last = not self.sessions or self.step == steps
                 if pace.evaluations and (last or self.step % every == 0):
                     self._each(Session.test)
-                due = time.monotonic() - saved > pace.checkpoint_seconds
+                # A kill before the results of those that ended must find the others without them.
+                due = bool(ended) or time.monotonic() - saved > pace.checkpoint_seconds
                 if (last and pace.keeps_last) or (not last and processes.agreed(due)):
                     self._each(Session.save)
                     saved = time.monotonic()
-        self._each(lambda session: session.finish(None, self.seeds))
+                for session, diverged in ended:
+                    session.finish(diverged)
+        for session in self.sessions:
+            session.finish()
+            if diverged := session.outcome["diverged"]:
+                say_diverged(session.task.name, diverged, progress)
         return True
 
     def _each(self, does: Callable[[Session], None]) -> None:
         for session in self.sessions:
             does(session)
 
-    def _advance(self, progress: Progress) -> None:
-        """One dispatch."""
+    def _advance(self, progress: Progress) -> list[tuple[Session, dict[str, float]]]:
+        """One dispatch; the sessions that diverged, which leave the group, with what was seen."""
         shared, dispatch = self._shared, self._pace.dispatch
         length = min(dispatch - self.step % dispatch, shared.steps - self.step)
         states = [session.state for session in self.sessions]
@@ -152,29 +167,51 @@ class Group:
                 self._compiled[shape] = shared.compile(states, feeds, length)
         with shared.clock.spent("training"):
             states, metrics = jax.block_until_ready(self._compiled[shape](states, feeds))
-        seen = [shared.values(of_one) for of_one in jax.device_get(metrics)]
+        seen = [with_share(shared.values(of_one)) for of_one in jax.device_get(metrics)]
         progress.advance(length, shown(seen[0], len(seen) * shared.batch * progress.rate))
-        for session, state, values in zip(self.sessions, states, seen, strict=True):
-            self._look(session, state, values, progress)
-        self.sessions = [session for session in self.sessions if not session.outcome]
+        ended = [
+            (session, diverged)
+            for session, state, values in zip(self.sessions, states, seen, strict=True)
+            if (diverged := self._look(session, state, values, progress))
+        ]
+        left = [session for session, _ in ended]
+        self.sessions = [session for session in self.sessions if session not in left]
+        return ended
 
-    def _look(self, session: Session, state: State, values: Values, progress: Progress) -> None:
-        """The one place that judges what updates saw: a run that diverged ends with that result."""
+    def _look(
+        self, session: Session, state: State, values: Values, progress: Progress
+    ) -> dict[str, float] | None:
+        """The one place that judges what updates saw; the update at which the run diverged."""
         name, first = session.task.name, session.step
         diverged = divergence(values, first, session.skipped)
         session.advanced(state, values)
+
+        def seen(i: int) -> str:
+            return numbers(of_update(values, first, i))
+
         for i in np.flatnonzero(values.get("skipped", 0)).tolist():
-            seen = numbers(of_update(values, first, i))
-            progress.say(f"{name} skipped update {first + i}, which was not finite: {seen}")
-        for i in np.flatnonzero(values.get("collapsing", 0)).tolist():
-            if not session.collapsed:
-                seen = numbers(of_update(values, first, i))
-                progress.say(f"warning: {name} is collapsing at step {first + i}: {seen}\n{CURE}")
-            session.collapsed = True
+            progress.say(f"{name} skipped update {first + i}, which was not finite: {seen(i)}")
+        collapsing = np.flatnonzero(values.get("collapsing", 0)).tolist()
+        if collapsing and not session.collapsed:
+            i, session.collapsed = collapsing[0], True
+            progress.say(f"warning: {name} is collapsing at update {first + i}: {seen(i)}\n{CURE}")
+        due = session.task.margin_from
+        takes_part = values.get("share", np.ones(1)).mean() >= NO_PART
+        if due is not None and due <= first and not takes_part and not session.idle:
+            session.idle = True
+            progress.say(f"warning: {name}: the margin takes no part: {seen(-1)}\n{IDLE}")
         if diverged:
-            seen = numbers(diverged)
-            progress.say(f"{name} diverged at step {diverged['step']}: {seen}\n{ADVICE}")
-            session.finish(diverged, self.seeds)
+            say_diverged(name, diverged, progress)
+        return diverged
+
+
+def say_diverged(name: str, diverged: dict[str, Any], progress: Progress) -> None:
+    progress.say(f"{name} diverged at update {diverged['step']}: {numbers(diverged)}\n{ADVICE}")
+
+
+def with_share(values: Values) -> Values:
+    """The same with 1 / (1 + λ) under "share"."""
+    return values | {"share": np.float32(1) / (1 + values["lam"])} if "lam" in values else values
 
 
 def divergence(values: Values, first: int, skipped: int = 0) -> dict[str, float] | None:
@@ -193,23 +230,32 @@ def divergence(values: Values, first: int, skipped: int = 0) -> dict[str, float]
 
 def of_update(values: Values, first: int, i: int) -> dict[str, float]:
     """What update number i after ``first`` saw."""
-    return {"step": first + i} | {name: float(value[i]) for name, value in values.items()}
+    seen = {name: float(value[i]) for name, value in values.items() if name != "lam"}
+    return {"step": first + i} | seen
 
 
-def numbers(seen: dict[str, float]) -> str:
-    """What an update saw, for people."""
-    titles = {"loss": "loss", "lam": "λ", "feature_norm": "|features|", "kernel_norm": "|kernel|"}
-    return ", ".join(f"{title} {seen[name]:.4g}" for name, title in titles.items() if name in seen)
+TITLES = {
+    "loss": "loss {:.4g}",
+    "share": "margin {:.3%}",
+    "feature_norm": "|features| {:.4g}",
+    "kernel_norm": "|kernel| {:.4g}",
+}
+
+
+def numbers(seen: dict[str, Any]) -> str:
+    """What an update saw, for people; null stands for a number that is not finite."""
+    known = {name: math.nan if value is None else value for name, value in seen.items()}
+    return ", ".join(title.format(known[name]) for name, title in TITLES.items() if name in known)
 
 
 def shown(values: Values, speed: float) -> str:
     """What updates saw, for the progress."""
     words = [f"loss {values['loss'].mean():.3g}"]
     if "error" in values:
-        words.append(f"accuracy {100 - values['error'].mean():.1f} %")
-    if "lam" in values:
-        words.append(f"λ {values['lam'][-1]:.3g}")
-    return ", ".join([*words, f"{speed:.0f} examples/s"])
+        words.append(f"{100 - values['error'].mean():.1f} % right")
+    if "share" in values:
+        words.append(f"margin {values['share'].mean():.0%}")
+    return ", ".join([*words, f"{speed:.0f}/s"])
 
 
 def finished(folder: Path, name: str) -> Outcome | None:
@@ -217,25 +263,29 @@ def finished(folder: Path, name: str) -> Outcome | None:
     file = result_file(folder)
     if not file.exists():
         return None
+    outcome = results.load_run(file, ("seconds", "curves"))
     print(f"{name} is finished; delete {file} to train it again")
-    outcome = results.load(file, ("status", "seconds", "curves"))
-    if outcome["status"] not in ("finished", "diverged"):
-        raise ValueError(f"{file} must hold a result, its status is {outcome['status']!r}")
     return outcome
 
 
-def checkpointed_steps(folder: Path) -> set[int]:
-    """The steps the run in a folder can continue at; 0 if it has no checkpoint."""
-    return steps_in(folder / "checkpoints") or {0}
+def common_steps(folders: Sequence[Path]) -> set[int]:
+    """The steps that runs can continue at together.
+
+    Runs without a checkpoint start at 0, together with others that have none or that of step 0.
+    """
+    found = [steps_in(folder / "checkpoints") for folder in folders]
+    if all(found):
+        return set.intersection(*found)
+    return {0} if set.union(*found) <= {0} else set()
 
 
 def common_step(folders: Sequence[Path]) -> int:
-    """The latest step that runs can continue at together.
+    """The latest of `common_steps`.
 
     Raises:
       ValueError: if there is none.
     """
-    steps = set.intersection(*map(checkpointed_steps, folders))
+    steps = common_steps(folders)
     if not steps:
         raise ValueError(
             f"{folders[0].name}: these seeds stopped at different steps, so they cannot go on "
@@ -251,19 +301,23 @@ def exit_code(outcome: Outcome | None) -> int:
 
 @contextmanager
 def interruptible() -> Iterator[Stop]:
-    """Makes the first Ctrl-C or SIGTERM a request to stop; a second one ends at once."""
-    asked = False
+    """Makes the first Ctrl-C or SIGTERM a request to stop; the second ends at once.
+
+    Later ones are ignored, so that what is being closed is closed.
+    """
+    asked = 0
 
     def ask(number: int, _: object) -> None:
         nonlocal asked
-        if asked:
+        asked += 1
+        if asked == 1:
+            print("\nstopping after this dispatch", file=sys.stderr)
+        if asked == 2:
             raise KeyboardInterrupt
-        asked = True
-        print("\nstopping after this dispatch", file=sys.stderr)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield lambda: asked > 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,6 +17,7 @@ from experiments.paper.cells import CONFIGS, run_name
 from experiments.paper.config import Config
 from experiments.run import loop, train
 from experiments.store import results as result
+from experiments.store.progress import hours
 
 
 def reproduce(
@@ -163,12 +163,12 @@ class Queue:
         longest = max(map(startup, self._measured), default=0.0)
         if not self._missing or not self._budget.allows(longest):
             return []
-        group, steps = [self._missing[0]], self._steps(self._missing[0])
+        group = [self._missing[0]]
         for config in self._missing[1:]:
             if len(group) == together or replace(config, seed=group[0].seed) != group[0]:
                 break
-            if shared := steps & self._steps(config):
-                group, steps = [*group, config], shared
+            if loop.common_steps([self._out / run_name(c) for c in (*group, config)]):
+                group.append(config)
         return group
 
     def train(self, group: list[Config], **options: Unpack[train.Options]) -> None:
@@ -190,9 +190,6 @@ class Queue:
                 else:
                     self._measured.append(outcome)
         self._missing = [config for config in self._missing if config not in group]
-
-    def _steps(self, config: Config) -> set[int]:
-        return loop.checkpointed_steps(self._out / run_name(config))
 
     def print_summary(self) -> None:
         for name in self.diverged:
@@ -218,10 +215,15 @@ class Queue:
 
 
 def finished_here(out: Path) -> list[dict[str, Any]]:
-    """Results of finished runs on a device as this process has."""
-    device = result.provenance(1)["device"]
-    outcomes = result.load_all(out)
-    return [o for o in outcomes if o.get("status") == "finished" and o.get("device") == device]
+    """Results of finished runs on a device as this process has, if they say what they took."""
+    device, needed = result.provenance(1)["device"], {"wall", "setup", "compilation"}
+    return [
+        outcome
+        for outcome in result.load_all(out)
+        if outcome.get("status") == "finished"
+        and outcome.get("device") == device
+        and needed <= outcome.get("seconds", {}).keys()
+    ]
 
 
 def startup(outcome: dict[str, Any]) -> float:
@@ -244,4 +246,4 @@ def expected(missing: Sequence[Config], measured: Sequence[dict[str, Any]]) -> f
 
 
 def _shown(seconds: float | None) -> str:
-    return "an unknown time" if seconds is None else str(timedelta(seconds=round(seconds)))
+    return "an unknown time" if seconds is None else hours(seconds)

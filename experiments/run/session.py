@@ -1,6 +1,7 @@
 """One run in this process: what it is made of, its folder, its state, log and checkpoints."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
@@ -22,7 +24,6 @@ Values = dict[str, NDArray[np.float32]]
 
 # What a line of the log says of several updates, where that is not their mean.
 OF_A_LINE: dict[str, Callable[[NDArray[np.float32]], Any]] = {
-    "lam": lambda lam: lam[-1],
     "skipped": np.sum,
     "collapsing": np.max,
 }
@@ -101,6 +102,8 @@ class Task(NamedTuple):
       test: state -> a point of its test curve.
       measure: (state, log) -> what its result says of the last iterate.
       watch: is told every `Values`, for a source that goes by them.
+      margin_from: the update from which on the margin is expected to take part; None: nobody
+        expects it, or its schedule was judged before.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Task(NamedTuple):
     test: Callable[[State], dict[str, float]]
     measure: Callable[[State, logs.Log], dict[str, Any]]
     watch: Callable[[int, Values], None] = lambda step, values: None
+    margin_from: int | None = None
 
 
 class Session:
@@ -124,17 +128,27 @@ class Session:
       running: closes, at its end, what the session opens.
       kept: how many checkpoints to keep.
       step: that of the checkpoint to continue at, by default the newest; later ones are deleted.
+      together: the seeds that train in one program.
     """
 
     def __init__(
-        self, task: Task, shared: Shared, running: ExitStack, kept: int, step: int | None
+        self,
+        task: Task,
+        shared: Shared,
+        running: ExitStack,
+        kept: int,
+        step: int | None,
+        together: Sequence[int],
     ) -> None:
         self.task, self._shared, first = task, shared, processes.is_first()
         self.outcome: dict[str, Any] = {}
         if first:
             running.callback(files.locked(task.folder).release)
         with shared.clock.spent("setup"):
-            claims.claim(task.folder, task.settings, shared.mesh.size, writes=first)
+            settings, devices = task.settings, shared.mesh.size
+            begun = claims.claim(task.folder, settings, devices, writes=first, together=together)
+            # As the run began: a kill between the results of a group leaves one run to be finished.
+            self._together = begun["together"]
             saved = checkpoints.Checkpoints(task.folder / "checkpoints", kept)
             self._checkpoints = running.enter_context(saved)
             lines = logs.read(task.folder)
@@ -152,15 +166,20 @@ class Session:
             running.callback(self.log.close)
         self.skipped = int(sum(line.get("skipped") or 0 for line in self.log.lines))
         self.collapsed = any(line.get("collapsing") for line in self.log.lines)
+        self.idle = False
 
     def advanced(self, state: State, values: Values) -> None:
-        """Takes in the updates of one dispatch: a line of their means, λ of the last one.
+        """Takes in the updates of one dispatch: a line of their means.
 
         Of updates that were skipped the line has the number, of a collapse whether it was seen.
         """
         self.state, self.step = state, self.step + len(values["loss"])
         self.task.watch(self.step, values)
-        line = {name: float(OF_A_LINE.get(name, np.mean)(seen)) for name, seen in values.items()}
+        line = {
+            name: float(OF_A_LINE.get(name, np.mean)(seen))
+            for name, seen in values.items()
+            if name != "lam"  # the share says it
+        }
         self._write("train", **line)
         self.skipped += int(line.get("skipped", 0))
 
@@ -178,7 +197,7 @@ class Session:
                 file.write(json.dumps(position).encode())
         self._checkpoints.add(self.state)
         if processes.is_first():
-            ledger.note(self.task.folder, self.step, len(self.log.lines))
+            ledger.note(self.task.folder, self.step, len(self.log.lines), self.log.digest)
         if position is not None:
             kept = {
                 self._position(step)
@@ -187,17 +206,22 @@ class Session:
             for old in set(self._position(0).parent.glob(self._position("*").name)) - kept:
                 old.unlink()
 
-    def finish(self, diverged: dict[str, Any] | None, together: Sequence[int]) -> None:
+    def finish(self, diverged: dict[str, Any] | None = None) -> None:
         """Measures the last iterate; writes the result, the session's ``outcome`` from now on.
+
+        Without finite parameters, or without finite measures, the run has diverged too.
 
         Args:
           diverged: what is known about a divergence.
-          together: the seeds that trained in one program.
         """
         measured: dict[str, Any] = {}
         if diverged is None:
-            with self._shared.clock.spent("evaluation"):
-                measured = self.task.measure(self.state, self.log)
+            with self._shared.clock.spent("evaluation"), np.errstate(all="ignore"):
+                finite = bool(are_finite((self.state.params, self.state.other)))
+                if finite:
+                    measured = self.task.measure(self.state, self.log)
+                if not finite or not is_json(measured):
+                    diverged, measured = {"step": self.step, **self._last_line()}, {}
         seconds, examples = self._shared.clock.read(), self.step * self._shared.batch
         self.outcome = {
             **self.task.facts,
@@ -205,9 +229,9 @@ class Session:
             "diverged": diverged and logs.finite(diverged),
             "skipped": self.skipped,
             **results.provenance(self._shared.mesh.size),
-            "together": list(together),
+            "together": self._together,
             "seconds": asdict(seconds),
-            "images_per_second": len(together) * examples / seconds.training,
+            "images_per_second": len(self._together) * examples / seconds.training,
             "outside_step": seconds.outside,
             **measured,
             "curves": {kind: self.log.curve(kind) for kind in ("train", "test")},
@@ -215,6 +239,12 @@ class Session:
         if processes.is_first():
             results.save(result_file(self.task.folder), self.outcome)
         processes.wait("result")
+
+    def _last_line(self) -> dict[str, float]:
+        """What the last line of training says, without its kind, step and time."""
+        line = [line for line in self.log.lines if line["kind"] == "train"][-1]
+        kept = {n: v for n, v in line.items() if n not in ("kind", "step", "seconds")}
+        return {name: math.nan if value is None else value for name, value in kept.items()}
 
     def _write(self, kind: str, **values: float) -> None:
         self.log.write(kind, self.step, self._shared.clock.read(), **values)
@@ -227,10 +257,26 @@ class Session:
         if file.exists():
             try:
                 self.task.source.restore(json.loads(files.read_text(file)))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{file} must say where the batches stood: {error}") from error
         elif self.task.source.position() is not None:
             raise ValueError(f"{file} is missing: continue on as many processes as before")
+
+
+@jax.jit
+def are_finite(tree: Any) -> jax.Array:
+    """Whether all floating-point numbers of a tree of arrays are finite."""
+    floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floating]).all()
+
+
+def is_json(values: dict[str, Any]) -> bool:
+    """Whether no number in values is infinite or NaN."""
+    try:
+        json.dumps(values, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def result_file(folder: Path) -> Path:

@@ -8,18 +8,22 @@ from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from experiments.paper import data
+from experiments.paper import measures as measure
 from experiments.paper import networks as models
 from experiments.paper.cells import changes_of, command_of, run_name
 from experiments.paper.config import Config
+from experiments.paper.measures import TITLES
 from experiments.run import loop
 from experiments.run.program import Program, averages, per_update
 from experiments.run.session import Clock, Shared, Task
-from experiments.store import processes
+from experiments.store import processes, results
 from experiments.store.checkpoints import last_state
-from experiments.store.claims import claimed
+from experiments.store.claims import claimed, differing
+from experiments.store.progress import Progress
 from lsoftmax_jax import SelfPaced, training
 from lsoftmax_jax.devices import data_mesh, put
 
@@ -81,7 +85,7 @@ def run_seeds(
     Returns:
       What the results' files hold, in the order of configs; None if the runs were stopped.
     """
-    outcomes = {c: loop.finished(out / run_name(c), run_name(c)) for c in configs}
+    outcomes = {config: finished(config, out) for config in configs}
     missing = [config for config, outcome in outcomes.items() if outcome is None]
     if missing:
         if processes.is_first():
@@ -135,7 +139,8 @@ def prepare(
             like=like,
             create=partial(first_state, config, program, out),
             test=lambda state: averages(program.evaluate(state, dataset.test)[0]),
-            measure=lambda state, log: program.measures(state),
+            measure=lambda state, log: measures(program, state),
+            margin_from=config.steps // 10 if margin_is_paced(config) else None,
         )
 
     def compile(states: Any, feeds: Any, length: int) -> Any:
@@ -145,6 +150,53 @@ def prepare(
 
     shared = Shared(config.steps, config.batch, mesh, clock, compile, per_update)
     return [task(config) for config in configs], shared
+
+
+def finished(config: Config, out: Path) -> loop.Outcome | None:
+    """The result of a configuration that needs no more training; says so.
+
+    Raises:
+      ValueError: naming the file, if it holds the result of another run, or not all of one.
+    """
+    name = run_name(config)
+    if (file := out / f"{name}.json").exists():
+        check_result(config, file)
+    return loop.finished(out / name, name)
+
+
+def check_result(config: Config, file: Path) -> None:
+    """Raises ValueError if a file is not the whole result of a configuration."""
+    outcome = results.load_run(file, ("config", "reduced", "device"))
+    splits: tuple[str, ...] = ()
+    if outcome["status"] == "finished":
+        splits = "train", "test"
+        results.load_run(file, (*splits, "images_per_second", "outside_step"))
+    try:
+        there = Config.from_json(outcome["config"]).to_json()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} must hold the configuration of its run: {error}") from error
+    wrong = differing(there, config.to_json())
+    wrong += [f"no {s} {t}" for s in splits for t in TITLES.values() if t not in outcome[s]]
+    if wrong:
+        raise ValueError(f"{file} must hold the result of this run, not {', '.join(wrong)}")
+
+
+def measures(program: Program, state: training.State) -> dict[str, Any]:
+    """Everything `measure` knows about both splits, their margin-free loss; predicted labels."""
+    kernel, found = np.asarray(state.params["head"]["kernel"]), dict[str, Any]()
+    splits = {"train": program.dataset.train, "test": program.dataset.test}
+    total = sum(len(split.labels) for split in splits.values())
+    with Progress("measuring", total, "images", shown=processes.is_first()) as progress:
+        for name, split in splits.items():
+            sums, features, logits = program.evaluate(state, split, progress)
+            loss = {"loss": float(averages(sums)["loss"])}
+            found[name] = loss | measure.measures(features, logits, split.labels, kernel)
+    return found | {"predictions": results.packed_labels(np.argmax(logits, axis=-1))}
+
+
+def margin_is_paced(config: Config) -> bool:
+    """Whether the batch decides how much of the margin takes part, and no schedule."""
+    return config.has_margin and isinstance(config.lam_policy, SelfPaced)
 
 
 def first_state(config: Config, program: Program, out: Path) -> training.State:
@@ -157,7 +209,7 @@ def first_state(config: Config, program: Program, out: Path) -> training.State:
 
 
 def evaluate_run(run: Path, folder: Path | None, devices: int | None) -> tuple[int, dict[str, Any]]:
-    """The step of a run's last checkpoint, and its `measures`.
+    """The step of a run's last checkpoint, and its `measures` of both splits.
 
     Args:
       run: the folder of its files.
@@ -167,14 +219,15 @@ def evaluate_run(run: Path, folder: Path | None, devices: int | None) -> tuple[i
     config = Config.from_json(claimed(run)["settings"]["config"])
     program = Program(config, folder, data_mesh(devices))
     state = last_state(run, program.like)
-    return int(state.step), program.measures(state)
+    found = measures(program, state)
+    return int(state.step), {split: found[split] for split in ("train", "test")}
 
 
 def warn_if_lam_stays(config: Config) -> None:
     """Says so when the margin hardly acts even at the last update."""
     policy = config.lam_policy
     if isinstance(policy, SelfPaced):
-        return
+        return  # the run itself says so, once a tenth of it is over
     lam = float(policy(jnp.int32(config.steps - 1)))
     if config.has_margin and lam > max(9.0, config.lam.minimum):
         print(

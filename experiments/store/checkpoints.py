@@ -1,5 +1,8 @@
 """A run's latest states on disk, by Orbax: whole or not there, restorable on other devices."""
 
+import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,16 +10,17 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from experiments.store.files import regular
 from lsoftmax_jax.training import State
 
 
 class Checkpoints(ocp.CheckpointManager):
-    """Orbax's manager of the states in a folder; a context manager, so that none is half written.
+    """Orbax's manager of the states in a folder, as a context manager.
 
     Args:
-      folder: made if it is not there.
+      folder: made if this process writes.
       kept: how many of the latest to keep.
-      writes: whether the folder is this process's own; if not, it is left as it is.
+      writes: whether the folder is this process's own; if not, the folder is left as it is.
     """
 
     def __init__(self, folder: Path, kept: int = 1, writes: bool = True) -> None:
@@ -25,15 +29,20 @@ class Checkpoints(ocp.CheckpointManager):
             max_to_keep=kept if writes else None,
             # The next dispatch reuses the memory that is being written.
             enable_async_checkpointing=False,
-            read_only=not writes,
+            # Orbax's read_only says the same, and logs three warnings.
+            create=writes,
         )
+        if writes and jax.process_index() == 0:
+            # What a kill left. Orbax's own option removes it from a thread, maybe too late.
+            for left in folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left)
         super().__init__(folder.absolute(), options=options)
 
     def add(self, state: State) -> None:
-        """Saves a state, unless it is there."""
+        """Saves a state, unless it is there. Ctrl-C and SIGTERM wait until it is saved."""
         step = int(state.step)
         if step != self.latest_step():
-            with _named(self.folder, "no checkpoint could be written"):
+            with uninterrupted(), _named(self.folder, "no checkpoint could be written"):
                 self.save(step, args=ocp.args.StandardSave(state._asdict()))
 
     def rewind(self, step: int) -> None:
@@ -53,12 +62,31 @@ class Checkpoints(ocp.CheckpointManager):
         if step is None:
             return None
         with _named(self.folder, f"the checkpoint of step {step} cannot be read"):
+            for file in (self.folder / str(step)).rglob("*"):
+                if not file.is_dir():
+                    regular(file)
             return State(**self.restore(step, args=ocp.args.StandardRestore(like._asdict())))
 
 
 @contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts off Ctrl-C and SIGTERM until the block has ended; from the main thread alone."""
+    came: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for asked, handler in before.items():
+            signal.signal(asked, handler)
+    for number in came:
+        signal.raise_signal(number)
+
+
+@contextmanager
 def _named(folder: Path, what: str) -> Iterator[None]:
-    """Makes an error of Orbax's, of whatever kind, one that names the folder in a line."""
+    """Makes an error of Orbax's, of whatever kind, a line that names the folder."""
     try:
         yield
     except jax.errors.JaxRuntimeError:
@@ -72,7 +100,7 @@ def last_state(run: Path, like: State, flag: str = "") -> State:
     """The newest state of a run's folder, as `Checkpoints.latest`; writes nothing.
 
     Raises:
-      FileNotFoundError: if there is none; the flag that named the run stands before the message.
+      FileNotFoundError: there is no checkpoint; the message begins with the flag that named it.
     """
     with Checkpoints(run / "checkpoints", writes=False) as checkpoints:
         state = checkpoints.latest(like)
@@ -82,7 +110,7 @@ def last_state(run: Path, like: State, flag: str = "") -> State:
 
 
 def steps_in(folder: Path) -> set[int]:
-    """The steps of the checkpoints in a folder, which need not be there."""
+    """The steps of the checkpoints in a folder; none if there is no folder."""
     if not folder.exists():
         return set()
     return {entry.step for entry in ocp.path.step.standard_name_format().find_all(folder)}

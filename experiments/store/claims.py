@@ -1,29 +1,40 @@
-"""What is trained in a folder: noted once, and compared when somebody comes back; numbers alone."""
+"""What is trained in a folder: noted once, and compared with what a later session would train."""
 
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.store import results
 from experiments.store.checkpoints import steps_in
 
-NAME = "claim"  # no .json: it is no result
+NAME = "claim"  # without .json, because it is no result
 
 
-def claim(folder: Path, settings: dict[str, Any], devices: int, writes: bool) -> None:
+def claim(
+    folder: Path,
+    settings: dict[str, Any],
+    devices: int,
+    writes: bool,
+    together: Sequence[int] = (),
+) -> dict[str, Any]:
     """Notes the settings in a folder, or compares them with those that are there.
 
     Args:
       folder: of a run.
       settings: all that decides the run's numbers, and nothing else; as JSON.
-      devices: that train it, for the record of how it began.
+      devices: how many train it, for the record of how it began.
       writes: whether this process may write.
+      together: the seeds that begin in one program with it.
+
+    Returns:
+      how the run was begun, now or earlier.
 
     Raises:
       ValueError: naming the folder and what differs, if something else is trained there; or if
-        it holds checkpoints of nobody knows what.
+        it holds checkpoints of unknown origin.
     """
     wanted = json.loads(json.dumps(settings))
     if not (folder / NAME).exists():
@@ -32,16 +43,21 @@ def claim(folder: Path, settings: dict[str, Any], devices: int, writes: bool) ->
                 f"{folder} holds checkpoints, and its {NAME}, which says of what, is lost; put it "
                 "back, or remove the folder"
             )
+        begun = {
+            "command": command_line(),
+            **results.provenance(devices),
+            "together": list(together),
+        }
         if writes:
-            begun = {"command": command_line(), **results.provenance(devices)}
             results.save(folder / NAME, {"settings": wanted, "begun": begun})
-        return
-    there = claimed(folder)["settings"]
-    if differences := differing(there, wanted):
+        return begun
+    there = claimed(folder)
+    if differences := differing(there["settings"], wanted):
         raise ValueError(
             f"{folder} holds another run ({', '.join(differences)}); choose another folder, or "
             "remove this one"
         )
+    return dict(there["begun"])
 
 
 def claimed(folder: Path) -> dict[str, Any]:
@@ -52,7 +68,10 @@ def claimed(folder: Path) -> dict[str, Any]:
     """
     if not (folder / NAME).exists():
         raise FileNotFoundError(f"no run in {folder}")
-    return results.load(folder / NAME, ("settings", "begun"))
+    there = results.load(folder / NAME, ("settings", "begun"))
+    if not all(isinstance(there[name], dict) for name in ("settings", "begun")):
+        raise ValueError(f"{folder / NAME} must hold the settings of a run and how it was begun")
+    return there
 
 
 def differing(there: Any, wanted: Any, name: str = "") -> list[str]:

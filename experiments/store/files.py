@@ -1,6 +1,7 @@
 """Files that are whole or not there, and errors that name the file."""
 
 import os
+import stat
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -11,27 +12,74 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes path's place once the block has ended without an error.
 
+    A link stays: its target is replaced. The new file has the mode and the owner of the old one.
+
     Raises:
-      OSError: naming path, also where the system names no file, as when the disk is full.
+      ValueError: path is a folder, a named pipe, a socket or a device.
+      OSError: naming path, also where the system names no file, as when the disk is full; or path
+        may not be written, or its owner cannot be kept.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    target = Path(os.path.realpath(path))
+    old = regular(path)
+    if old and not os.access(target, os.W_OK):
+        raise PermissionError(f"{path} may not be written")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        # Not through whatever lies under this name, which others can foresee.
+        # A link that somebody put under this predictable name is removed, not followed.
         unfinished.unlink(missing_ok=True)
-        with naming(path), unfinished.open("xb") as file:
+        with naming(path), open(unfinished, "xb", opener=_private if old else None) as file:
+            if old:
+                _keep_owner_and_mode(file.fileno(), old)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
+
+
+def _keep_owner_and_mode(file: int, old: os.stat_result) -> None:
+    """Only what differs is set: some file systems allow no change at all."""
+    new = os.fstat(file)
+    if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+        os.fchown(file, old.st_uid, old.st_gid)
+    if stat.S_IMODE(os.fstat(file).st_mode) != stat.S_IMODE(old.st_mode):
+        os.fchmod(file, stat.S_IMODE(old.st_mode))
+
+
+def regular(path: Path) -> os.stat_result | None:
+    """What the system says of a regular file, through links; None if there is no file.
+
+    Raises:
+      ValueError: naming path, if something else is there. Opening a named pipe would wait for ever.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise ValueError(f"{path} must be a regular file, it is {kind}")
+    return found
 
 
 @contextmanager
@@ -46,7 +94,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """What processes that were killed amid `replacing` have left."""
+    """Removes what processes that were killed amid `replacing` have left."""
     for left in path.parent.glob(f".{path.name}.*"):
         process = left.name.rpartition(".")[2]
         if process.isdecimal() and not _lives(int(process)):
@@ -64,10 +112,10 @@ def _lives(process: int) -> bool:
 
 
 def locked(folder: Path) -> FileLock:
-    """A folder as this process's own until `release`, or its end, even by SIGKILL.
+    """Locks a folder for this process until `release`, or the process's end, even by SIGKILL.
 
     Raises:
-      ValueError: naming the folder, if it is another's.
+      ValueError: naming the folder, if another process holds its lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
@@ -81,7 +129,13 @@ def locked(folder: Path) -> FileLock:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, in UTF-8 whatever the locale; ValueError that names it if it is none."""
+    """A file's text, in UTF-8 whatever the locale.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: naming the file, if it is no regular file or no text in UTF-8.
+    """
+    regular(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -95,8 +149,9 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, NDArray]:
       FileNotFoundError: there is no such file.
       ValueError: naming the file and what is wrong with it: no .npz, damaged, an array is missing.
     """
+    regular(path)
     wanted = f"an .npz of {', '.join(names)}"
-    with path.open("rb") as file:  # here, because NumPy leaves a damaged one open
+    with path.open("rb") as file:  # opened here, because NumPy leaves a damaged file open
         # NumPy would take any other file for a pickle, and advise to load it unsafely.
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path} must be {wanted}; it is no .npz, or cut off")
@@ -106,7 +161,7 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, NDArray]:
                 if missing := [name for name in names if name not in arrays]:
                     raise ValueError(f"{path} lacks {', '.join(missing)}; it must be {wanted}")
                 return {name: arrays[name] for name in names}
-        # What a damaged archive makes of zipfile, zlib and NumPy is no one kind of error.
+        # A damaged archive makes zipfile, zlib and NumPy raise errors of many kinds.
         except Exception as error:
             if str(error).startswith(str(path)):
                 raise

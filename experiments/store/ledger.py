@@ -1,21 +1,21 @@
-"""What a run has saved, noted after each checkpoint, so that what gets lost later is noticed.
+"""What a run has saved, noted after each checkpoint, so that a later loss or change is noticed.
 
-A run without a checkpoint starts from zero: right after a kill before the first one, wrong where
-somebody removed it. The note tells these apart.
+A run without a checkpoint starts from zero. That is right after a kill before the first checkpoint,
+and wrong where somebody removed the checkpoint. The note tells these apart.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.store import results
+from experiments.store import logs, results
 
-NAME = "saved"  # no .json: it is no result
+NAME = "saved"  # without .json, because it is no result
 
 
-def note(folder: Path, step: int, lines: int) -> None:
-    """A checkpoint of a step is whole, and so many lines of the log go with it."""
-    results.save(folder / NAME, {"step": step, "lines": lines})
+def note(folder: Path, step: int, lines: int, digest: str) -> None:
+    """Notes that the checkpoint of a step is whole, and which lines of the log belong to it."""
+    results.save(folder / NAME, {"step": step, "lines": lines, "digest": digest})
 
 
 def check(folder: Path, latest: int | None, lines: Sequence[dict[str, Any]]) -> None:
@@ -27,23 +27,35 @@ def check(folder: Path, latest: int | None, lines: Sequence[dict[str, Any]]) -> 
       lines: of its log.
 
     Raises:
-      ValueError: naming the folder or the log, if what was saved is there no more.
+      ValueError: naming the folder or the log, if what was saved is lost or changed.
     """
-    if not (folder / NAME).exists():
+    if (noted := _noted(folder)) is None:
         return
-    noted = results.load(folder / NAME, ("step", "lines"))
     step, cure = noted["step"], f"put it back, or remove {folder} to train from the start"
     if latest is None or latest < step:
         raise ValueError(f"{folder} has lost its checkpoint of step {step}; {cure}")
-    there = sum(line["step"] <= step for line in lines)
-    if there < noted["lines"]:
-        raise ValueError(
-            f"{folder / 'metrics.jsonl'} has lost {noted['lines'] - there} of its "
-            f"{noted['lines']} lines up to step {step}; {cure}"
-        )
+    there = [line for line in lines if line["step"] <= step]
+    log, count = folder / "metrics.jsonl", noted["lines"]
+    if len(there) < count:
+        lost = count - len(there)
+        raise ValueError(f"{log} has lost {lost} of its {count} lines up to step {step}; {cure}")
+    if logs.digest(there) != noted["digest"]:
+        raise ValueError(f"{log} is not as the run wrote it up to step {step}; {cure}")
 
 
 def rewound(folder: Path, step: int, lines: Sequence[dict[str, Any]]) -> None:
     """Notes that the run goes back to a step, before later checkpoints are deleted."""
-    if (folder / NAME).exists() and results.load(folder / NAME, ("step",))["step"] > step:
-        note(folder, step, sum(line["step"] <= step for line in lines))
+    noted = _noted(folder)
+    if noted is not None and noted["step"] > step:
+        kept = [line for line in lines if line["step"] <= step]
+        note(folder, step, len(kept), logs.digest(kept))
+
+
+def _noted(folder: Path) -> dict[str, Any] | None:
+    """The note of a run's folder; None if nothing was saved yet."""
+    if not (file := folder / NAME).exists():
+        return None
+    noted = results.load(file, ("step", "lines", "digest"))
+    if not all(type(noted[name]) is int for name in ("step", "lines")):
+        raise ValueError(f"{file} must hold numbers as step and lines, got {noted}")
+    return noted

@@ -1,15 +1,19 @@
 """A run's log: JSON lines and TensorBoard events, cut back to the checkpoint on a resume."""
 
+import hashlib
 import json
 import math
-from contextlib import suppress
+import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from experiments.store.files import naming, replacing
+from experiments.store.files import naming, regular, replacing
 
 
 @dataclass
@@ -34,22 +38,24 @@ class Log:
 
     Args:
       folder: of the run.
-      step: the step the run continues at; lines of a later one are dropped.
-      writes: whether files are written at all; of several processes only one may.
+      step: the step the run continues at; lines of later steps are dropped.
+      writes: whether files are written at all; of several processes only one may write.
     """
 
     def __init__(self, folder: Path, step: int, writes: bool = True) -> None:
         self.lines = [line for line in read(folder) if line["step"] <= step]
+        self._digest = hashlib.sha256(b"".join(map(_encode, self.lines)))
         self._writes, self._path = writes, folder / "metrics.jsonl"
         if writes:
             with replacing(self._path) as file:
                 file.writelines(map(_encode, self.lines))
             self._file = self._path.open("ab")
-            self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1)
+            self._events = Events(folder / "events", step + 1)
 
     def close(self) -> None:
         if self._writes:
-            self._file.close()
+            with naming(self._path):
+                self._file.close()
             self._events.close()
 
     @property
@@ -57,19 +63,22 @@ class Log:
         """The time spent until the last line."""
         return Seconds(**self.lines[-1]["seconds"]) if self.lines else Seconds()
 
+    @property
+    def digest(self) -> str:
+        """`digest` of all lines."""
+        return self._digest.hexdigest()
+
     def write(self, kind: str, step: int, seconds: Seconds, **values: float) -> None:
         """One line of a kind, "train" or "test"; a value that is not finite becomes null."""
         rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
         line = {"kind": kind, "step": step, **finite(rounded), "seconds": asdict(seconds)}
         self.lines.append(line)
+        self._digest.update(_encode(line))
         if self._writes:
             with naming(self._path):
                 self._file.write(_encode(line))
                 self._file.flush()
-            with naming(Path(self._events.logdir)):
-                for name, value in values.items():
-                    if math.isfinite(value):  # λ is infinite while a head paces itself as softmax
-                        self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._events.add({f"{kind}/{name}": value for name, value in values.items()}, step)
 
     def curve(self, kind: str, points: int = 200) -> dict[str, list[Any]]:
         """Lists by name of every value of a kind, thinned to about so many points."""
@@ -82,9 +91,47 @@ class Log:
         return {name: [line[name] for line in kept] for name in names}
 
 
+class Events:
+    """TensorBoard's events of one session.
+
+    tensorboardX's own SummaryWriter writes from a thread. On a full disk that thread ends, and the
+    next scalars wait for it for ever (test_a_log_that_finds_no_room).
+
+    Args:
+      folder: of the events; every session adds a file.
+      step: TensorBoard hides what earlier sessions wrote from this step on.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        with naming(folder):
+            self._writer = EventsWriter(str(folder / "events"))
+            self._writer.write_event(Event(step=step, session_log=SessionLog(status="START")))
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Scalars by name; those that are not finite are left out."""
+        now = time.time()
+        with naming(self._folder):
+            for name, value in values.items():
+                if math.isfinite(value):
+                    summary = scalar(name, value)
+                    self._writer.write_event(Event(wall_time=now, step=step, summary=summary))
+            self._writer.flush()
+
+    def close(self) -> None:
+        with naming(self._folder):
+            self._writer.close()
+
+
 def finite(values: dict[str, float]) -> dict[str, float | None]:
     """JSON knows no infinity and no NaN: they become null."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def digest(lines: Iterable[dict[str, Any]]) -> str:
+    """A fingerprint of lines and their order."""
+    return hashlib.sha256(b"".join(map(_encode, lines))).hexdigest()
 
 
 def _encode(line: dict[str, Any]) -> bytes:
@@ -95,18 +142,39 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's log; none if there is no log.
 
     Raises:
-      ValueError: naming the line that is none of a log.
+      ValueError: naming the first line that no run writes there.
     """
     file = folder / "metrics.jsonl"
-    if not file.exists():
+    if regular(file) is None:
         return []
     *lines, _ = file.read_bytes().split(b"\n")  # after the last newline, at most a torn line
-    return [_decode(file, number, line) for number, line in enumerate(lines, 1)]
+    found, last = [], {"train": 0, "test": -1}  # the start has a test point, and no update
+    for number, line in enumerate(lines, 1):
+        decoded = _decode(line)
+        if decoded is None or not max(last.values()) <= decoded["step"] > last[decoded["kind"]]:
+            raise ValueError(
+                f"{file}, line {number}: expected a line of a run's log, of a step after those "
+                f"before it, got {line[:40]!r}"
+            )
+        last[decoded["kind"]] = decoded["step"]
+        found.append(decoded)
+    return found
 
 
-def _decode(file: Path, number: int, line: bytes) -> dict[str, Any]:
-    with suppress(ValueError, AttributeError):
+def _decode(line: bytes) -> dict[str, Any] | None:
+    """A line of a log; None if it is something else."""
+    try:
         decoded = json.loads(line)
-        if {"kind", "step", "seconds"} <= decoded.keys():
-            return dict(decoded)
-    raise ValueError(f"{file}, line {number}: expected a line of a run's log, got {line[:40]!r}")
+        match decoded:
+            case {"kind": "train" | "test", "step": int(), "seconds": dict(seconds), **values}:
+                numbers = [*seconds.values(), *(v for v in values.values() if v is not None)]
+                if asdict(Seconds()).keys() == seconds.keys() and all(map(is_number, numbers)):
+                    return dict(decoded)
+    except (ValueError, RecursionError):
+        pass
+    return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)

@@ -7,6 +7,7 @@ first process alone writes logs and results and speaks.
 """
 
 import os
+import socket
 import sys
 import threading
 import zlib
@@ -54,6 +55,8 @@ def joined(meeting: Meeting) -> Iterator[None]:
     if not _wanted(meeting):
         yield
         return
+    if meeting.process == 0:
+        _check_port_is_free(meeting)
     where = meeting.coordinator or "the cluster's own place"
     seconds = f"{meeting.heartbeat_seconds} seconds (--heartbeat-seconds)"
     _say(f"waiting for {meeting.processes or 'all'} processes at {where}, at most {seconds}")
@@ -129,6 +132,20 @@ def _wanted(meeting: Meeting) -> bool:
     if not 0 <= process < processes:
         raise ValueError(f"process must be in 0..{processes - 1}, got {process}")
     return True
+
+
+def _check_port_is_free(meeting: Meeting) -> None:
+    """Binds the coordinator's port and lets it go: XLA shares a port in use, and may crash."""
+    port = int(str(meeting.coordinator).rpartition(":")[2])
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise ValueError(
+            f"coordinator must have a free port, {meeting.coordinator} cannot be bound: "
+            f"{error.strerror}"
+        ) from error
 
 
 def is_first() -> bool:

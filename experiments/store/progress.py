@@ -1,12 +1,19 @@
 """Progress of long work: a bar in a terminal, a line now and then anywhere else."""
 
+import shutil
 import sys
 import time
-from datetime import timedelta
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import TypeVar
 
 from tqdm import tqdm
 
+T = TypeVar("T")
+
 LINE_SECONDS = 30.0
+# A terminal of 80 columns leaves the name 16 beside a short bar, the counts, the time and the text.
+BESIDE_NAME = 64
 
 
 class Progress:
@@ -14,17 +21,31 @@ class Progress:
 
     Args:
       name: of the work.
-      total: how much there is.
-      unit: of it, in the plural.
+      total: how much there is to do.
+      unit: of the work, in the plural.
       done: by earlier sessions.
       shown: whether this process speaks at all.
+      leave: whether the bar stays in the terminal at the end.
     """
 
-    def __init__(self, name: str, total: int, unit: str, done: int = 0, shown: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        unit: str,
+        done: int = 0,
+        shown: bool = True,
+        leave: bool = True,
+    ) -> None:
         self._name, self._total, self._unit, self._done = name, total, unit, done
-        only_in_a_terminal = None if shown else True
         self._bar = tqdm(
-            desc=name, total=total, initial=done, unit=f" {unit}", disable=only_in_a_terminal
+            desc=shortened(name, max(shutil.get_terminal_size().columns - BESIDE_NAME, 8)),
+            total=total,
+            initial=done,
+            leave=leave,
+            dynamic_ncols=True,
+            bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining}{postfix}",
+            disable=None if shown else True,  # None: shown in a terminal alone
         )
         self._lines = shown and self._bar.disable
         self._begun = self._said = done, time.monotonic()
@@ -33,7 +54,8 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        with suppress(OSError):
+            self._bar.close()
 
     @property
     def rate(self) -> float:
@@ -44,17 +66,40 @@ class Progress:
         return (self._done - base) / max(time.monotonic() - since, 1e-9)
 
     def advance(self, count: int, text: str = "") -> None:
-        """So much more is done; the text stands beside it."""
+        """Advances by `count` and shows `text`. A terminal that is gone does not end the work."""
         self._done += count
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(count)
-        if self._lines and time.monotonic() - self._said[1] >= LINE_SECONDS:
-            left = timedelta(seconds=round((self._total - self._done) / max(self.rate, 1e-9)))
-            described = f"{self._done:,} of {self._total:,} {self._unit}, {text}, {left} to go"
-            print(f"{self._name}: {described.replace(', , ', ', ')}", file=sys.stderr, flush=True)
-            self._said = self._done, time.monotonic()
+        with suppress(OSError):
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(count)
+            if self._lines and time.monotonic() - self._said[1] >= LINE_SECONDS:
+                left = hours((self._total - self._done) / max(self.rate, 1e-9))
+                counts = f"{self._done:,} of {self._total:,} {self._unit}"
+                said = ", ".join(filter(None, (counts, text, f"{left} to go")))
+                print(f"{self._name}: {said}", file=sys.stderr, flush=True)
+                self._said = self._done, time.monotonic()
 
     def say(self, text: str) -> None:
         """A line of its own, on the standard output."""
         tqdm.write(text)
         sys.stdout.flush()
+
+
+def tracked(items: Iterable[T], total: int, name: str, unit: str) -> Iterator[T]:
+    """The items, with their progress; a bar goes when the last item is done."""
+    with Progress(name, total, unit, leave=False) as progress:
+        for item in items:
+            yield item
+            progress.advance(1)
+
+
+def hours(seconds: float) -> str:
+    """Hours, minutes and seconds, as 49:03:07."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def shortened(name: str, width: int) -> str:
+    """A name of at most so many characters, without its middle if need be."""
+    if len(name) <= width:
+        return name
+    return f"{name[: width // 2]}…{name[width // 2 + 1 - width :]}"

@@ -1,18 +1,24 @@
 """A finished run's JSON file, and where its numbers came from."""
 
+import base64
 import json
 import os
 import platform
+import re
 import subprocess
+import zlib
 from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 import lsoftmax_jax
 from experiments.store.files import read_text, replacing
+from experiments.store.logs import is_number
 
 
 def save(file: Path, result: dict[str, Any]) -> None:
@@ -32,11 +38,14 @@ def load(file: Path, keys: Collection[str] = ()) -> dict[str, Any]:
       keys: that it must have, not null.
 
     Raises:
+      FileNotFoundError: there is no such file.
       ValueError: naming the file, if it holds no JSON object, or one without the keys.
     """
     try:
-        saved = json.loads(read_text(file))
-    except ValueError as error:
+        saved = json.loads(read_text(file), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        if str(error).startswith(str(file)):
+            raise
         raise ValueError(f"{file} must hold a result as JSON: {error}") from error
     if not isinstance(saved, dict):
         raise ValueError(f"{file} must hold a result, a JSON object, got {saved!r:.40}")
@@ -45,10 +54,101 @@ def load(file: Path, keys: Collection[str] = ()) -> dict[str, Any]:
     return saved
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"JSON has no {constant}")
+
+
+def load_run(file: Path, keys: Collection[str] = ()) -> dict[str, Any]:
+    """The result of a run, as `load`.
+
+    Raises:
+      ValueError: naming the file, also if what it says of the run cannot be: another status or
+        seed, an error that is no percentage, a time that is no number.
+    """
+    return _checked(file, load(file, ("status", "seed", *keys)))
+
+
+def _checked(file: Path, run: dict[str, Any]) -> dict[str, Any]:
+    named, splits = re.search(r"seed(\d+)$", file.stem), ("train", "test")
+    wrong = {
+        "status": run["status"] not in ("finished", "diverged"),
+        "seed": type(run.get("seed")) is not int or bool(named and int(named[1]) != run["seed"]),
+        "seconds": not _are_numbers(run.get("seconds", {})),
+        "curves": not isinstance(run.get("curves", {}), dict),
+        **{split: split in run and not _is_measured(run[split]) for split in splits},
+    }
+    for name in (name for name, is_wrong in wrong.items() if is_wrong):
+        raise ValueError(f"{file} must hold a result of a run, its {name} is {run.get(name)!r:.60}")
+    return run
+
+
+def _are_numbers(found: Any) -> bool:
+    return isinstance(found, dict) and all(map(is_number, found.values()))
+
+
+def _is_measured(split: Any) -> bool:
+    """Whether a split's measures have an error in percent, and nothing that is not finite."""
+    if not isinstance(split, dict) or not is_number(split.get("error")):
+        return False
+    numbers = {n: v for n, v in split.items() if not isinstance(v, list)}
+    return _are_numbers(numbers) and 0 <= split["error"] <= 100
+
+
 def load_all(out: Path) -> list[dict[str, Any]]:
     """Every result in a folder and in the folders of its cells, with its ``file`` under it."""
     files = sorted([*out.glob("*.json"), *out.glob("*/*.json")])
-    return [load(file) | {"file": file.relative_to(out).as_posix()} for file in files]
+    found = []
+    for file in files:
+        saved = load(file)
+        if "status" in saved:  # only results of runs have it
+            _checked(file, saved)
+        found.append(saved | {"file": file.relative_to(out).as_posix()})
+    return found
+
+
+def packed_labels(labels: ArrayLike) -> dict[str, Any]:
+    """Predicted labels for a result's ``predictions``: base64 of zlib of little-endian uint16."""
+    array = np.asarray(labels)
+    packed = base64.b64encode(zlib.compress(array.astype("<u2").tobytes(), 9)).decode()
+    return {"labels": packed, "count": len(array)}
+
+
+def predicted_labels(result: dict[str, Any]) -> NDArray[np.uint16] | None:
+    """The predicted labels of the test images, in the images' order; None in older results.
+
+    Raises:
+      ValueError: the result's ``predictions`` are damaged.
+    """
+    if (packed := result.get("predictions")) is None:
+        return None
+    try:
+        size = 2 * packed["count"]
+        # A limit, because a few bytes can unpack to gigabytes.
+        found = zlib.decompressobj().decompress(base64.b64decode(packed["labels"]), size + 1)
+    except (ValueError, TypeError, KeyError, OverflowError, zlib.error) as error:
+        raise ValueError(f"predictions must be packed labels: {error}") from error
+    if len(found) != size:
+        raise ValueError(f"predictions must be {packed['count']} labels, got {len(found) / 2:g}")
+    return np.frombuffer(found, "<u2")
+
+
+def shares(seen: dict[str, Any]) -> list[float | None]:
+    """The share of the margin in what updates saw; of older results, which say λ, 1 / (1 + λ).
+
+    Args:
+      seen: a curve, or what one update saw.
+
+    Returns:
+      a number an update, None where the update was not finite; empty if nothing is said.
+    """
+    if "share" in seen:
+        return _listed(seen["share"])
+    # λ was infinite, and is null, where the margin took no part.
+    return [0.0 if lam is None else 1 / (1 + lam) for lam in _listed(seen.get("lam", []))]
+
+
+def _listed(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [values]
 
 
 def provenance(devices: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 import types
 import zipfile
@@ -90,6 +91,7 @@ def good(tmp_path_factory):
     (folder / "embeddings.npz").write_text("names\n")
     (folder / "file").write_text("a file\n")
     foreign = {"empty": "{}", "list": "[]", "null": "null", "number": "3", "cut": '{"status": "fin'}
+    foreign |= {"deep": 100_000 * "["}
     foreign |= {"nulls": '{"status": null, "seconds": null, "curves": null}'}
     foreign |= {"strange": '{"status": "lost", "seconds": {}, "curves": {}}'}
     for name, content in foreign.items():
@@ -99,6 +101,15 @@ def good(tmp_path_factory):
         claim = folder / f"claims_{name}" / "digits-m4" / "seed0" / "claim"
         claim.parent.mkdir(parents=True)
         claim.write_text(content)
+    for name, place in {
+        "log": "digits-m4/seed0/metrics.jsonl",
+        "claim": "digits-m4/seed0/claim",
+        "result": "digits-m4/seed0.json",
+        "data": "mnist.npz",
+    }.items():
+        pipe = folder / f"pipe_{name}" / place
+        pipe.parent.mkdir(parents=True)
+        os.mkfifo(pipe)
     log = folder / "log" / "digits-m4" / "seed0" / "metrics.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text("{}\n")
@@ -107,21 +118,29 @@ def good(tmp_path_factory):
 
 MISTAKES = [
     # names and numbers of a configuration
-    (["train", "mnist-m5"], "no configuration 'mnist-m5'; did you mean mnist-m4"),
-    (["train", "digits"], "no configuration 'digits'; did you mean digits-m4"),
+    (["train", "mnist-m5", "--steps", "3"],
+     "no configuration 'mnist-m5'; did you mean python -m experiments train mnist-m4 --steps 3 or"),
+    (["train", "digits"], "no configuration 'digits'; did you mean .*train digits-m4.*; python -m"),
     (["tune", "cifar-m4"], "no configuration 'cifar-m4'; did you mean"),
     (["train", "zzz"], "no configuration 'zzz'"),
-    (["train"], "train: name a configuration, such as mnist-m4"),
-    (["trian"], "trian"),
+    (["train"], "train: name a configuration, such as mnist-m4; python -m experiments list"),
+    (["trian", "mnist-m4"], "no command 'trian'; did you mean python -m experiments train mnist"),
+    (["zzz"], "no command 'zzz'; python -m experiments --help prints all"),
+    (["bench", "hed", "--margin", "2"],
+     r"no benchmark 'hed'; did you mean python -m experiments bench head --margin 2\?"),
     ([*DIGITS, "--stepz", "3"], "--stepz"),
     ([*DIGITS, "--steps", "many"], "--steps"),
     ([*DIGITS, "--steps", "0"], "steps must be >= 1, got 0"),
+    ([*DIGITS, "--steps", "1" + 29 * "0"], "--steps.* at most 2147483647, got 1000"),
+    ([*DIGITS, "--margin", "1" + 29 * "0"], "--margin"),
+    ([*DIGITS, "--margin", "1000000000"], "margin must be at most 1000, got 1000000000"),
+    ([*DIGITS, "--batch", "2147483648"], "--batch.* at most 2147483647, got 2147483648"),
     ([*DIGITS, "--batch", "-1"], "batch must be >= 1, got -1"),
     ([*DIGITS, "--batch", "100000"], "batch must be at most the 1297 training images"),
     ([*DIGITS, "--margin", "0"], "margin must be >= 1, got 0"),
     ([*DIGITS, "--margin", "2.5"], "margin must be an integer, got 2.5"),
     ([*DIGITS, "--seed", "-1"], "seed must be in 0..2147483647, got -1"),
-    ([*DIGITS, "--seed", "1" + 19 * "0"], "seed must be in 0..2147483647"),
+    ([*DIGITS, "--seed", "1" + 19 * "0"], "--seed.* at most 2147483647, got 10000"),
     ([*DIGITS, "--width", "inf"], "width must be > 0 and finite, got inf"),
     ([*DIGITS, "--width", "0"], "width must be > 0 and finite, got 0"),
     ([*DIGITS, "--width", "nan"], "width must be > 0 and finite, got nan"),
@@ -174,10 +193,18 @@ MISTAKES = [
     ([*MNIST, "{good}/whole"], "batch must be at most the 12 training images"),
     # what is in the folder already
     *[(["train", "digits-m4", "--out", f"{{good}}/foreign_{name}"], "seed0.json must hold")
-      for name in ("empty", "list", "null", "number", "cut", "nulls", "strange")],
+      for name in ("empty", "list", "null", "number", "cut", "nulls", "strange", "deep")],
     *[(["train", "digits-m4", "--out", f"{{good}}/claims_{name}"], "claim must hold")
-      for name in ("empty", "list", "null", "number", "cut", "nulls", "strange")],
+      for name in ("empty", "list", "null", "number", "cut", "nulls", "strange", "deep")],
     (["train", "digits-m4", "--out", "{good}/log"], "metrics.jsonl, line 1: expected a line"),
+    *[(["train", "digits-m4", "--out", f"{{good}}/pipe_{name}"],
+       "must be a regular file, it is a named pipe")
+      for name in ("log", "claim", "result")],
+    ([*MNIST, "{good}/pipe_data"], "mnist.npz must be a regular file, it is a named pipe"),
+    ([*VERIFY, "--pairs", "{good}/pipe_data/mnist.npz", "--pixels", "--faces", "{good}/faces"],
+     "mnist.npz must be a regular file, it is a named pipe"),
+    (["pairs", "--faces", "{good}/faces", "--out", "{good}/pipe_data/mnist.npz", "--folds", "1",
+      "--each", "1"], "mnist.npz must be a regular file, it is a named pipe"),
     (["evaluate", "digits-m4/seed9", "--out", "{out}"], "no run in"),
     # queues
     (["reproduce", "--only", "zzz*", "--out", "{out}"], "'zzz.*' names no configuration"),
@@ -230,6 +257,7 @@ MISTAKES = [
     (["pairs", "--faces", "{good}/faces", "--out", "{out}/p.txt"], "each must be at most"),
     # scale
     ([*SCALE, "--classes", "0"], "classes must be >= 1, got 0"),
+    ([*SCALE, "--classes", "2147483648"], "--classes.* at most 2147483647, got 2147483648"),
     ([*SCALE, "--steps", "0"], "data and steps must be >= 1"),
     ([*SCALE, "--identities", "101"], "identities must be from 1 to the 100 classes"),
     ([*SCALE, "--data", "3"], "batch must divide over the"),
@@ -310,3 +338,48 @@ def test_help_names_folders_of_the_clone_as_seen_from_it(command, capsys):
         main([*command.split(), "--help"])
     said = capsys.readouterr().out
     assert "(default:" in said and str(CLONE) not in said
+
+
+def test_help_in_the_narrowest_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    assert "cifar10-m4" in capsys.readouterr().out
+
+
+CLOSED = """
+import os, sys
+for number in map(int, sys.argv[1]):
+    os.close(number)
+os.execv(sys.executable, [sys.executable, "-m", "experiments", *sys.argv[2:]])
+"""
+
+
+def run_without(streams, *words, **pipes):
+    """The command in a process to which some streams are closed."""
+    command = [sys.executable, "-c", CLOSED, streams, *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
+    return subprocess.run(
+        command, cwd=CLONE, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=240, **pipes
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_closed_streams_make_no_traceback(tmp_path):
+    assert run_without("1", "list", "--out", str(tmp_path)).returncode == 0
+    assert run_without("12", "trian").returncode == 2
+    done = run_without("0", "trian")
+    assert done.returncode == 2 and done.stderr.startswith(b"error: no command 'trian'")
+
+
+def test_only_folders_above_out_are_announced(tmp_path, capsys, monkeypatch):
+    words = ["evaluate", "digits-m4/seed0", "--out"]
+    assert main([*words, str(tmp_path / "a" / "b" / "runs")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"{tmp_path / 'a'} is not there: it is made")
+    for out in (tmp_path / "runs", "a/b/runs"):
+        monkeypatch.chdir(tmp_path)
+        assert main([*words, str(out)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

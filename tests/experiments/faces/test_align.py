@@ -1,5 +1,7 @@
 """Five-point alignment against a transform written down by hand."""
 
+import unicodedata
+
 import chex
 import numpy as np
 import pytest
@@ -66,6 +68,25 @@ def test_a_line_that_does_not_fit_is_named(tmp_path, line):
         align.read_landmarks(path)
 
 
+def test_landmarks_given_twice_are_refused(tmp_path):
+    path = tmp_path / "landmarks.txt"
+    path.write_text("a/b.jpg " + "1 " * 10 + "\na/b.jpg " + "2 " * 10)
+    with pytest.raises(ValueError, match=r"line 2: expected each image once; got a/b.jpg again"):
+        align.read_landmarks(path)
+
+
+def test_names_match_in_any_form_of_unicode_and_after_a_byte_order_mark(tmp_path, capsys):
+    composed, parts = (unicodedata.normalize(form, "José") for form in ("NFC", "NFD"))
+    (tmp_path / "in" / parts).mkdir(parents=True)
+    Image.fromarray(picture()).save(tmp_path / "in" / parts / "1.png")
+    points = " ".join(str(value) for value in elsewhere(align.TEMPLATE).ravel())
+    landmarks = tmp_path / "landmarks.txt"
+    landmarks.write_text(f"{composed}/1.png {points}\n", encoding="utf-8-sig")
+    align.align(tmp_path / "in", landmarks, tmp_path / "out")
+    assert "1 images aligned" in capsys.readouterr().out
+    assert (tmp_path / "out" / parts / "1.png").exists()
+
+
 def test_a_folder_is_aligned_and_resumed(tmp_path, caplog, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
     for name in ("Ada/a.png", "Ada/b c.jpg", "Bob/broken.jpg", "Bob/unknown.jpg"):
@@ -82,12 +103,14 @@ def test_a_folder_is_aligned_and_resumed(tmp_path, caplog, capsys):
     for skipped in ("Bob/broken.jpg: cannot", "Bob/unknown.jpg: no landmarks", "no.jpg: no such"):
         assert skipped in caplog.text
     expected = align.align_face(picture(), elsewhere(align.TEMPLATE), "112x96")
-    chex.assert_trees_all_equal(faces.read_face(out / "Ada/a.png", (112, 96)), expected)
+    chex.assert_trees_all_equal(
+        faces.read_face((out / "Ada/a.png").read_bytes(), (112, 96)), expected
+    )
     with Image.open(out / "Ada/b c.jpg") as image:
         assert image.size == (96, 112)
     assert sorted(path.name for path in out.rglob("*.*")) == ["a.png", "b c.jpg"]
 
     Image.fromarray(np.zeros_like(expected)).save(out / "Ada/a.png")
     align.align(*arguments)
-    assert not faces.read_face(out / "Ada/a.png", (112, 96)).any()
+    assert not faces.read_face((out / "Ada/a.png").read_bytes(), (112, 96)).any()
     assert "0 images aligned" in capsys.readouterr().out.splitlines()[-1]

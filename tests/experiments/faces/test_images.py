@@ -1,14 +1,17 @@
 """Folders of faces through Grain: what is listed, what is skipped, and the order of the stream."""
 
 import itertools
+import os
 import subprocess
 import sys
+import unicodedata
+import warnings
 from pathlib import Path
 
 import chex
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from experiments.faces import images as faces
 
@@ -66,9 +69,9 @@ def test_a_face_is_the_centre_at_the_size_asked_for(tmp_path):
     wide = np.zeros((40, 80, 3), np.uint8)
     wide[:, 20:60] = 200  # the square at the centre
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    square = faces.read_face(tmp_path / "wide.png", (20, 20))
+    square = faces.read_face((tmp_path / "wide.png").read_bytes(), (20, 20))
     assert (square[:, 1:-1] == 200).all()
-    face = faces.read_face(tmp_path / "wide.png", (20, 40))
+    face = faces.read_face((tmp_path / "wide.png").read_bytes(), (20, 40))
     assert face.shape == (20, 40, 3) and face[:, 0].max() == 0
 
 
@@ -78,7 +81,7 @@ def test_batches_are_normalised_mirrored_at_random_and_shuffled(folder):
     plain = next(iter(faces.ordered_batches(images, 9)))
     chex.assert_shape(plain["image"], (9, *SIZE, 3))
     chex.assert_type(plain["image"], np.float32)
-    first = np.asarray(faces.read_face(folder / listed.names[0], SIZE), np.float64)
+    first = np.asarray(faces.read_face((folder / listed.names[0]).read_bytes(), SIZE), np.float64)
     chex.assert_trees_all_close(plain["image"][0], (first - 127.5) / 128, atol=1e-6)
     assert plain["index"].tolist() == list(range(9))
 
@@ -178,3 +181,161 @@ def test_an_image_of_144_million_pixels_is_skipped(tmp_path):
     )
     assert done.stdout.split("\n")[0] == "[False, True] Ada/Ada_0002.png"
     assert "skipped broken image Ada/Ada_0002.png" in done.stderr
+
+
+def grey16():
+    """Values that 8 bits hold exactly: 257 k, for k = 0, 1, ..., 255, 0, 1, ..."""
+    return Image.fromarray((257 * (np.arange(28 * 24).reshape(28, 24) % 256)).astype(np.uint16))
+
+
+def half_transparent(mode):
+    """Left opaque red, right transparent green."""
+    pixels = np.zeros((28, 24, 4), np.uint8)
+    pixels[:, :12], pixels[:, 12:] = (255, 0, 0, 255), (0, 255, 0, 0)
+    return Image.fromarray(pixels).quantize() if mode == "P" else Image.fromarray(pixels)
+
+
+COLOUR = (200, 50, 100)
+ONE_COLOUR = Image.new("RGB", (24, 28), COLOUR)
+RAMP = np.arange(28 * 24).reshape(28, 24, 1) % 256 * np.ones(3, int)
+HALF_RED = np.zeros((28, 24, 3), int) + np.where(np.arange(24)[:, None] < 12, (255, 0, 0), 0)
+
+
+@pytest.mark.parametrize(
+    "picture, kept, expected, tolerance",
+    [
+        pytest.param(grey16(), {"format": "PNG"}, RAMP, 0, id="16-bit grey"),
+        pytest.param(half_transparent("P"), {"format": "PNG"}, HALF_RED, 0, id="palette, alpha"),
+        pytest.param(half_transparent("RGBA"), {"format": "PNG"}, HALF_RED, 0, id="alpha"),
+        pytest.param(ONE_COLOUR.convert("CMYK"), {"format": "JPEG"}, COLOUR, 4, id="CMYK"),
+        pytest.param(ONE_COLOUR.convert("RGBA"), {"format": "BMP"}, COLOUR, 0, id="32-bit BMP"),
+        pytest.param(
+            ONE_COLOUR,
+            {"format": "WEBP", "save_all": True, "lossless": True}
+            | {"append_images": [Image.new("RGB", (24, 28))]},
+            COLOUR,
+            0,
+            id="animated",
+        ),
+    ],
+)
+def test_every_kind_of_picture_keeps_its_colours(tmp_path, picture, kept, expected, tolerance):
+    (tmp_path / "Ada").mkdir()
+    picture.save(tmp_path / "Ada" / "1.png", **kept)
+    read = faces.FaceImages(faces.list_faces(tmp_path), SIZE)[0]["image"].astype(int)
+    assert np.abs(read - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pictures_whose_white_is_unknown_are_named(tmp_path, caplog, dtype):
+    write_face(tmp_path / "Ada" / "1.png", 0)
+    Image.fromarray(np.full((28, 24), 0.5, dtype)).save(tmp_path / "Ada" / "2.png", format="TIFF")
+    images = faces.FaceImages(faces.list_faces(tmp_path), SIZE)
+    assert images[0] is not None and images[1] is None
+    assert "Ada/2.png" in caplog.text and "32-bit grey values" in caplog.text
+
+
+def exif(orientation):
+    block = Image.Exif()
+    block[ExifTags.Base.Orientation] = orientation
+    block[ExifTags.Base.XResolution] = 72.0
+    block[ExifTags.Base.Make] = "the maker of the camera"
+    return block.tobytes()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_picture_is_turned_upright_whatever_else_its_exif_block_holds(tmp_path, suffix):
+    """Bytes of the block are overwritten at random: no error, and each of two ways up is tried."""
+    pixels = np.zeros((24, 28, 3), np.uint8)
+    pixels[:, :14] = 250  # bright on the left, which orientation 6 turns to the top
+    turned, file = exif(6), tmp_path / "face"
+    options = {"quality": 95} if suffix == "jpg" else {"lossless": True}
+    rng, ups = np.random.default_rng(0), set()
+    for attempt in range(200):
+        block = bytearray(turned)
+        if attempt:
+            for at in rng.integers(6, len(block), rng.integers(1, 8)):
+                block[at] = rng.integers(256)
+        kind = {"jpg": "JPEG"}.get(suffix, suffix.upper())
+        Image.fromarray(pixels).save(file, kind, exif=bytes(block), **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Pillow's, once for each kind of damage
+            face = np.asarray(faces.open_face(file.read_bytes()))
+        if attempt == 0:
+            assert face.shape == (28, 24, 3)
+            assert face[:12].min() > 240 and face[16:].max() < 10
+        ups.add(face.shape)
+    assert ups == {(28, 24, 3), (24, 28, 3)}
+
+
+def test_the_orientation_counts_also_where_another_entry_is_damaged(tmp_path):
+    """The resolution, entry 282, is text: Pillow cannot write such a block again."""
+    damaged = exif(6).replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")
+    assert damaged != exif(6)
+    pixels = np.zeros((24, 28, 3), np.uint8)
+    pixels[:, :14] = 250
+    (tmp_path / "Ada").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "Ada" / "1.jpg", exif=damaged)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        face = faces.FaceImages(faces.list_faces(tmp_path), SIZE)[0]["image"]
+    assert face[:12].min() > 240 and face[16:].max() < 10
+
+
+def test_folders_of_hidden_and_deeper_images_and_names_in_two_forms(tmp_path, caplog):
+    composed, parts = (unicodedata.normalize(form, "José") for form in ("NFC", "NFD"))
+    write_face(tmp_path / parts / "1.png", 0)
+    write_face(tmp_path / composed / "2.png", 1)
+    write_face(tmp_path / ".cache" / "3.png", 2)
+    write_face(tmp_path / "Ada" / "4.png", 3)
+    write_face(tmp_path / "Ada" / "holiday" / "5.png", 4)
+    listed = faces.list_faces(tmp_path)
+    assert listed.people == ("Ada", composed)
+    assert sorted(listed.names) == sorted(["Ada/4.png", f"{parts}/1.png", f"{composed}/2.png"])
+    assert listed.labels.tolist() == [0, 1, 1]
+    assert all(listed.read(name) == (tmp_path / name).read_bytes() for name in listed.names)
+    assert (
+        f"left out 1 folders of images within people's folders, such as {tmp_path}" in caplog.text
+    )
+    assert faces.list_faces(tmp_path, without={composed}).people == ("Ada",)
+
+
+def test_a_folder_too_far_up_is_told_from_an_empty_one(tmp_path):
+    write_face(tmp_path / "lfw" / "Ada" / "1.png", 0)
+    with pytest.raises(ValueError, match=r"found images one folder deeper, in .*lfw/Ada$"):
+        faces.list_faces(tmp_path)
+    (tmp_path / "other" / "Ada").mkdir(parents=True)
+    (tmp_path / "other" / "Ada" / "0001").write_bytes(b"no suffix")
+    with pytest.raises(ValueError, match=r"found no images \(.bmp .jpeg .jpg .png .webp\)"):
+        faces.list_faces(tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", [b"Jos\xe9/1.png", b"Ada/Jos\xe9.png"])
+def test_a_name_that_is_not_utf8_is_named(tmp_path, name):
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    try:
+        file.parent.mkdir()
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    write_face(tmp_path / "plain.png", 0)
+    (tmp_path / "plain.png").rename(file)
+    with pytest.raises(ValueError, match=r"expected names in UTF-8 in .*; rename b'.*Jos\\xe9"):
+        faces.list_faces(tmp_path)
+
+
+def test_leaving_out_people_of_another_folder_is_a_mistake(folder):
+    with pytest.raises(ValueError, match=r"none of the people to leave out is in .*: Eve"):
+        faces.list_faces(folder, without={"Eve"})
+
+
+def test_images_are_found_without_extension_and_in_any_form_of_unicode():
+    composed, parts = (unicodedata.normalize(form, "José") for form in ("NFC", "NFD"))
+    names = ["A/A_0001.jpg", "Mr. X/Mr. X_0001", f"{parts}/{parts}_0001.png", "A/A_0001"]
+    wanted = [f"{composed}/{composed}_0001", "Mr. X/Mr. X_0001"]
+    assert faces.rows_of(wanted, names).tolist() == [2, 1]
+    assert faces.rows_of([f"{parts}/{parts}_0001"], names).tolist() == [2]
+    with pytest.raises(ValueError, match=r"missing or broken \(2\): B/B_0001, A/A_0002"):
+        faces.rows_of(["B/B_0001", "A/A_0001", "A/A_0002", "B/B_0001"], names)
+    for twice in (["A/A_0001.png"], ["A/A_0001"]):
+        with pytest.raises(ValueError, match=f"A/A_0001, which is there twice: .* and {twice[0]}"):
+            faces.rows_of(["A/A_0001"], ["A/A_0001.jpg", *twice])

@@ -1,5 +1,8 @@
 """Pairs drawn from a folder: LFW's format, no person in two folds, no pair twice."""
 
+import shutil
+import unicodedata
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -54,3 +57,58 @@ def test_too_few_pairs_and_other_names_are_said(digits, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "Ada" / "holiday.png")
     assert main(["pairs", "--faces", str(tmp_path), "--out", str(tmp_path / "p.txt")]) == 2
     assert "Ada/Ada_0001.jpg; found Ada/holiday.png" in capsys.readouterr().err
+
+
+def test_two_images_of_one_number_are_no_pair(digits, tmp_path, capsys):
+    shutil.copytree(digits, tmp_path / "faces")
+    shutil.copy(tmp_path / "faces/one/one_0001.png", tmp_path / "faces/one/one_0001.jpg")
+    command = ["pairs", "--faces", str(tmp_path / "faces"), "--folds", "2", "--each", "2"]
+    assert main([*command, "--out", str(tmp_path / "pairs.txt")]) == 2
+    assert "found one/one_0001.jpg and one/one_0001.png" in capsys.readouterr().err
+    assert not (tmp_path / "pairs.txt").exists()
+    (tmp_path / "faces/one/one_0001.jpg").rename(tmp_path / "faces/one/one_²²²².jpg")
+    assert main([*command, "--out", str(tmp_path / "pairs.txt")]) == 2
+    assert "found one/one_²²²².jpg" in capsys.readouterr().err
+
+
+def test_a_folder_and_pairs_may_write_a_name_in_two_forms(digits, tmp_path):
+    """macOS hands out folder names decomposed; editors, and this command, write them composed."""
+    composed, parts = (unicodedata.normalize(form, "José") for form in ("NFC", "NFD"))
+    for person, other in ((parts, "one"), ("Ada", "two")):
+        (tmp_path / "faces" / person).mkdir(parents=True)
+        for file in (digits / other).iterdir():
+            name = file.name.replace(other, person)
+            shutil.copy(file, tmp_path / "faces" / person / name)
+    listed = list_faces(tmp_path / "faces")
+    assert len(listed.names) == 8 and listed.people == ("Ada", composed)
+    for form in (composed, parts):
+        text = f"1\n{form}\t1\t2\n{form}\t1\tAda\t1\n"
+        (tmp_path / "pairs.txt").write_text(text, encoding="utf-8-sig")
+        read = read_pairs(tmp_path / "pairs.txt")
+        assert people_of_fold(read, 0) == {"Ada", composed}
+        left = list_faces(tmp_path / "faces", without=people_of_fold(read, 0) - {"Ada"})
+        assert left.people == ("Ada",)
+        verify = ["verify", "--pixels", "--faces", str(tmp_path / "faces")]
+        verify += ["--pairs", *[str(tmp_path / "pairs.txt")] * 2]
+        assert main([*verify, "--out", str(tmp_path / "result.json")]) == 0
+    command = ["pairs", "--faces", str(tmp_path / "faces"), "--folds", "1", "--each", "3"]
+    assert main([*command, "--out", str(tmp_path / "drawn.txt")]) == 0
+    assert people_of_fold(read_pairs(tmp_path / "drawn.txt"), 0) == {"Ada", composed}
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("Ada\t1\t1\nAda\t1\tBob\t2\n", "expected `name i j`; got 'Ada 1 1', not two images of"),
+        ("Ada\t1\t01\nAda\t1\tBob\t2\n", "expected `name i j`; got 'Ada 1 01', not two images of"),
+        ("Ada\t1\t2\nAda\t1\tAda\t2\n", "`name i other j`; got 'Ada 1 Ada 2', not images of two"),
+        ("Ada\t1\t²\nAda\t1\tBob\t2\n", "expected `name i j`; got 'Ada 1 ²'"),
+    ],
+)
+def test_a_pair_of_one_image_or_of_one_person_for_two_is_named(tmp_path, lines, message):
+    (tmp_path / "pairs.txt").write_text(f"1\n{lines}", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"pairs.txt: .*{message}"):
+        read_pairs(tmp_path / "pairs.txt")
+    (tmp_path / "pairs.txt").write_text("²\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="the first line must be"):
+        read_pairs(tmp_path / "pairs.txt")

@@ -185,7 +185,8 @@ def test_the_plateaus_factor_is_the_learning_rates():
     params = {"layer": {"kernel": np.ones(2, np.float32)}}
     sgd = recipe.optimizer
     state = training.State(np.int32(0), params, {}, sgd.init(params))
-    images = FaceImages(Faces(Path(), ("A/a.png",), np.zeros(1, np.int32), ("A",)), (32, 32))
+    listed = Faces(Path(), ("A/a.png",), np.zeros(1, np.int32), ("A",), str.encode)
+    images = FaceImages(listed, (32, 32))
     batches = train_faces.FaceBatches(recipe, images, data_mesh())
     for drops, rate in ((0, 0.5), (2, 0.005)):
         batches.plateau = Plateau(drops=drops)
@@ -220,7 +221,12 @@ def test_embeddings_are_the_features_beside_the_mirrored_ones(folder, finished, 
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no zip", b"PK\x03\x04", "names only", "lengths", "pickled"]
+    "content",
+    [
+        *(b"", b"no zip", b"PK\x03\x04"),
+        *("names only", "lengths", "pickled", "empty"),
+        *("integers", "bytes", "text", "complex", "numbers as names", "bytes as names"),
+    ],
 )
 def test_a_file_of_something_else_is_no_embeddings(tmp_path, content):
     path = tmp_path / "e.npz"
@@ -228,6 +234,13 @@ def test_a_file_of_something_else_is_no_embeddings(tmp_path, content):
         "names only": {"names": np.array(["a"])},
         "lengths": {"names": np.array(["a"]), "embeddings": np.ones((2, 3))},
         "pickled": {"names": np.array([{}], object), "embeddings": np.ones((1, 3))},
+        "empty": {"names": np.array(["a"]), "embeddings": np.ones((1, 0))},
+        "integers": {"names": np.array(["a"]), "embeddings": np.ones((1, 3), np.int8)},
+        "bytes": {"names": np.array(["a"]), "embeddings": np.full((1, 3), b"1")},
+        "text": {"names": np.array(["a"]), "embeddings": np.full((1, 3), "1")},
+        "complex": {"names": np.array(["a"]), "embeddings": np.ones((1, 3), complex)},
+        "numbers as names": {"names": np.array([1]), "embeddings": np.ones((1, 3))},
+        "bytes as names": {"names": np.array([b"a"]), "embeddings": np.ones((1, 3))},
     }
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -237,9 +250,16 @@ def test_a_file_of_something_else_is_no_embeddings(tmp_path, content):
         embed.load_embeddings(path)
 
 
+def test_embeddings_of_one_name_are_refused(tmp_path):
+    names = np.array(["A/A_0001.jpg", "B/B_0001.jpg", "A/A_0001.jpg"])
+    np.savez(tmp_path / "e.npz", names=names, embeddings=np.eye(3, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"e.npz: expected each name once; got A/A_0001.jpg twice"):
+        embed.load_embeddings(tmp_path / "e.npz")
+
+
 def test_verify_tests_only_folds_that_were_not_trained_on(folder, finished, tmp_path):
     out = tmp_path / "result.json"
-    verify_faces.verify_faces((folder / "pairs.txt",), out, faces=folder, checkpoint=finished)
+    verify_faces.verify_faces(out, (folder / "pairs.txt",), faces=folder, checkpoint=finished)
     result = json.loads(out.read_text())
     assert result["tested_folds"] == [1]
     assert result["pairs"] == 4
@@ -253,12 +273,12 @@ def test_verify_tests_only_folds_that_were_not_trained_on(folder, finished, tmp_
     of_both = tmp_path / "of both folds"
     run_for(folder, of_both, 1, without="BD")
     with pytest.raises(ValueError, match="trained on people of every fold"):
-        verify_faces.verify_faces((folder / "pairs.txt",), out, faces=folder, checkpoint=of_both)
+        verify_faces.verify_faces(out, (folder / "pairs.txt",), faces=folder, checkpoint=of_both)
 
 
 def test_verify_takes_embeddings_or_pixels(folder, tmp_path, capsys):
     pairs, pixels = (folder / "pairs.txt",), tmp_path / "pixels.json"
-    verify_faces.verify_faces(pairs, pixels, faces=folder, pixels=True)
+    verify_faces.verify_faces(pixels, pairs, faces=folder, pixels=True)
     by_pixels = json.loads(pixels.read_text())
     assert by_pixels["tested_folds"] == [0, 1]
     assert by_pixels["curve"]["false_accepts"][-1] == by_pixels["curve"]["true_accepts"][-1] == 1
@@ -266,12 +286,12 @@ def test_verify_takes_embeddings_or_pixels(folder, tmp_path, capsys):
     images = FaceImages(list_faces(folder), verify_faces.PIXELS)
     saved = embed.embed_faces(images, embed.grey_pixels, 4)
     embed.save_embeddings(tmp_path / "e.npz", saved)
-    verify_faces.verify_faces(pairs, tmp_path / "e.json", embeddings=tmp_path / "e.npz")
+    verify_faces.verify_faces(tmp_path / "e.json", pairs, embeddings=tmp_path / "e.npz")
     by_embeddings = json.loads((tmp_path / "e.json").read_text())
     assert by_embeddings["metrics"] == by_pixels["metrics"]
     for sources in ({}, {"pixels": True, "checkpoint": tmp_path}):
         with pytest.raises(ValueError, match="exactly one of"):
-            verify_faces.verify_faces(pairs, tmp_path / "e.json", faces=folder, **sources)
+            verify_faces.verify_faces(tmp_path / "e.json", pairs, faces=folder, **sources)
 
 
 def test_a_pair_of_a_missing_image_is_named(folder, tmp_path, capsys):

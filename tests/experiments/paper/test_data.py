@@ -1,5 +1,7 @@
 """Sources agree, batches go by the step alone, augmentation moves images and nothing else."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,26 @@ def test_absent_array_is_named(tmp_path):
     del rest["test_labels"]
     np.savez(tmp_path / "mnist.npz", **rest)
     with pytest.raises(ValueError, match="lacks test_labels"):
+        data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("versions", [("3.0.1", "10.0.0"), ("9.2.0", "9.10.0"), ("old", "1.0.0")])
+def test_the_newest_tfds_version_is_read(versions, tmp_path, monkeypatch):
+    for version in versions:
+        (tmp_path / "mnist" / version).mkdir(parents=True)
+        (tmp_path / "mnist" / version / "dataset_info.json").write_text("{}")
+    monkeypatch.setattr(data, "_from_tfds", lambda folder: arrays() | {"read": folder.name})
+    read = []
+    monkeypatch.setattr(data, "_dataset", lambda name, found: read.append(found["read"]))
+    data.load("mnist", tmp_path)
+    assert read == [versions[1]]
+
+
+def test_a_tfds_folder_of_pipes_is_refused(tmp_path):
+    folder = tmp_path / "mnist" / "3.0.1"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "dataset_info.json")
+    with pytest.raises(ValueError, match=r"dataset_info.json must be a regular file"):
         data.load("mnist", tmp_path)
 
 

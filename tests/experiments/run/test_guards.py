@@ -1,10 +1,12 @@
 """Other data, lost files and updates that are not finite are noticed, never trained over."""
 
+import hashlib
 import itertools
 import json
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,9 @@ import pytest
 from experiments.__main__ import main
 from experiments.paper.cells import CONFIGS, run_name
 from experiments.run import loop, train
-from experiments.store import ledger
+from experiments.store import ledger, logs
 from experiments.store.files import locked
+from lsoftmax_jax import devices
 
 CONFIG = replace(CONFIGS["mnist-m4"], steps=8, batch=8, width=1 / 16, examples=16)
 FLAGS = ["--steps", "8", "--batch", "8", "--width", "0.0625", "--examples", "16", "--devices", "1"]
@@ -54,6 +57,12 @@ def stopped(stopped_once, tmp_path):
     return tmp_path / "out"
 
 
+def test_a_run_says_where_it_continues(stopped, capsys):
+    words = ["train", "mnist-m4", *FLAGS, "--data", str(stopped), "--out", str(stopped)]
+    assert main(words) == 0
+    assert f"{run_name(CONFIG)} continues at update 4\n" in capsys.readouterr().out
+
+
 def go_on(out, capsys):
     code = main(["train", "mnist-m4", *FLAGS, "--data", str(out), "--out", str(out)])
     return code, capsys.readouterr().err
@@ -85,6 +94,30 @@ def test_a_cut_log_is_noticed(stopped, capsys, kept):
     refused(stopped, capsys, "metrics.jsonl has lost")
 
 
+def doubled(lines):
+    return [*lines[:3], *lines[2:]]
+
+
+def reordered(lines):
+    return [lines[0], lines[2], lines[1], *lines[3:]]
+
+
+def changed(lines):
+    return [lines[0].replace(b'"loss": ', b'"loss": 1'), *lines[1:]]
+
+
+def of_another_time(lines):
+    return [lines[0].replace(b'"wall": ', b'"wall": "'), *lines[1:]]
+
+
+@pytest.mark.parametrize("change", [doubled, reordered, changed, of_another_time])
+def test_a_changed_log_is_noticed(stopped, capsys, change):
+    log = stopped / run_name(CONFIG) / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(change(lines)))
+    refused(stopped, capsys, "metrics.jsonl")
+
+
 def test_a_lost_claim_is_noticed(stopped, capsys):
     (stopped / run_name(CONFIG) / "claim").unlink()
     refused(stopped, capsys, "its claim, which says of what, is lost")
@@ -101,7 +134,12 @@ def test_a_run_has_one_process(stopped, capsys):
 def test_the_note_follows_the_checkpoint(stopped):
     noted = json.loads((stopped / run_name(CONFIG) / ledger.NAME).read_text())
     log = stopped / run_name(CONFIG) / "metrics.jsonl"
-    assert noted == {"step": 4, "lines": log.read_bytes().count(b"\n")}
+    lines = log.read_bytes()
+    assert noted == {
+        "step": 4,
+        "lines": lines.count(b"\n"),
+        "digest": hashlib.sha256(lines).hexdigest(),
+    }
 
 
 class Spoiled:
@@ -181,7 +219,7 @@ def test_updates_that_are_not_finite_are_skipped_and_named(tmp_path, monkeypatch
     assert outcome["curves"]["train"]["loss"][2] is None
     assert np.isfinite(outcome["test"]["loss"])
     said = capsys.readouterr().out
-    for part in ("skipped update 2,", "skipped update 5,", "loss nan", "λ ", "|kernel| "):
+    for part in ("skipped update 2,", "skipped update 5,", "loss nan", "margin ", "|kernel| "):
         assert part in said
 
 
@@ -191,7 +229,7 @@ def test_the_last_of_so_many_ends_the_run(tmp_path, monkeypatch, capsys):
     outcome = run(tmp_path)
     assert outcome["status"] == "diverged" and outcome["diverged"]["step"] == 6
     assert outcome["skipped"] == loop.SKIPPED_LIMIT == 3
-    assert "diverged at step 6" in capsys.readouterr().out
+    assert "diverged at update 6" in capsys.readouterr().out
 
 
 def test_skipped_updates_of_earlier_sessions_count(stopped, monkeypatch):
@@ -200,9 +238,59 @@ def test_skipped_updates_of_earlier_sessions_count(stopped, monkeypatch):
     for line in lines[:2]:
         line["skipped"] = 1.0
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ledger.note(log.parent, 4, len(lines), logs.digest(lines))
     spoil(monkeypatch, {5})
     outcome = run(stopped)
     assert outcome["status"] == "diverged" and outcome["diverged"]["step"] == 5
+
+
+def test_a_margin_that_takes_no_part_is_said_once(tmp_path, monkeypatch, capsys):
+    write(tmp_path)
+    prepare = train.prepare
+
+    def idle(*arguments):
+        (task,), shared = prepare(*arguments)
+        task = task._replace(margin_from=3)
+
+        def values(metrics):
+            return shared.values(metrics) | {"lam": np.float32([200.0])}
+
+        return [task], shared._replace(values=values)
+
+    monkeypatch.setattr(train, "prepare", idle)
+    outcome = run(tmp_path)
+    assert outcome["curves"]["train"]["share"] == [0.00497512] * 8
+    assert "lam" not in outcome["curves"]["train"]
+    said = capsys.readouterr().out
+    assert said.count("the margin takes no part") == 1
+    assert "margin 0.498%" in said and "--pace schedule" in said
+
+
+def test_the_margin_is_expected_after_a_tenth_of_a_paced_run():
+    folder, mesh, steps = None, devices.data_mesh(1), 200
+    for name, pace, wanted in (
+        ("digits-m4", "self-paced", 20),
+        ("digits-m4", "schedule", None),
+        ("digits-softmax", "self-paced", None),
+    ):
+        config = replace(CONFIGS[name], pace=pace, steps=steps, batch=16, width=1 / 8)
+        (task,), _ = train.prepare([config], folder, Path("runs"), mesh, 1)
+        assert task.margin_from == wanted
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_whose_last_iterate_is_not_finite_has_diverged(tmp_path, capsys):
+    """The last update's loss is finite, and what it makes of the parameters is not."""
+    write(tmp_path)
+    config = replace(CONFIG, steps=1, learning_rate=1e38, drops=())
+    words = ["train", "mnist-m4", *FLAGS, "--steps", "1", "--learning-rate", "1e38", "--drops"]
+    assert main([*words, "--data", str(tmp_path), "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "diverged at update 1: loss" in said.out and "error" not in said.err
+    outcome = json.loads((tmp_path / f"{run_name(config)}.json").read_text())
+    assert outcome["status"] == "diverged" and outcome["diverged"]["step"] == 1
+    assert "test" not in outcome
+    json.dumps(outcome, allow_nan=False)
 
 
 def test_a_collapse_is_said_once(tmp_path, monkeypatch, capsys):
@@ -223,6 +311,6 @@ def test_a_collapse_is_said_once(tmp_path, monkeypatch, capsys):
     outcome = run(tmp_path)
     assert outcome["curves"]["train"]["collapsing"] == [0, 0, 0, 1, 1, 1, 1, 1]
     said = capsys.readouterr().out
-    assert said.count("is collapsing at step") == 1
-    for part in ("is collapsing at step 3: loss", "A higher λ is the cure", "--lam.minimum"):
+    assert said.count("is collapsing at update") == 1
+    for part in ("is collapsing at update 3: loss", "A higher λ is the cure", "--lam.minimum"):
         assert part in said

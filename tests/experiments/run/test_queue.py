@@ -72,8 +72,94 @@ def test_together_continues_to_the_same_bits(pair, tmp_path):
     assert list(map(numbers, outcomes)) == list(map(numbers, pair[1]))
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL: nobody handles it."""
+
+
+def killed_at(monkeypatch, owner, name, call):
+    """Ends the process at such a call of a method."""
+    method, calls = getattr(owner, name), itertools.count()
+
+    def killed(*arguments):
+        if next(calls) == call:
+            raise Killed
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, killed)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [(loop.Session, "save", call) for call in range(4)]
+    + [(loop.Session, "finish", call) for call in range(2)],
+)
+def test_a_kill_amid_saves_or_results_keeps_the_group(
+    pair, tmp_path, monkeypatch, owner, name, call
+):
+    """Of three seeds, two train together; a kill must not make it other two."""
+
+    def train_all():
+        waiting = Queue(SEEDS[:2] + SEEDS[2:], tmp_path, Budget(math.inf))
+        while group := waiting.next_group(2):
+            if SEEDS[2] in group:
+                assert group == [SEEDS[2]]
+                return
+            waiting.train(group, checkpoint_seconds=0.0, **OPTIONS)
+
+    with monkeypatch.context() as patch:
+        killed_at(patch, owner, name, call)
+        with pytest.raises(Killed):
+            train_all()
+    train_all()
+    for config, whole in zip(SEEDS, pair[1], strict=False):
+        outcome = result.load(tmp_path / f"{run_name(config)}.json")
+        assert numbers(outcome) == numbers(whole)
+        assert outcome["together"] == [0, 1]
+
+
+def test_a_kill_after_a_seed_diverged_keeps_the_group(tmp_path, monkeypatch):
+    """Seed 1 diverges in the third update; a kill before its result, or right after."""
+    whole = tmp_path / "whole"
+
+    def diverging(patch):
+        look, seeds = loop.Group._look, []
+
+        def remembering(group, session, *rest):
+            seeds.append(session.task.facts["seed"])
+            return look(group, session, *rest)
+
+        def divergence(values, first, skipped=0):
+            return {"step": 2, "loss": math.nan} if (seeds[-1], first) == (1, 2) else None
+
+        patch.setattr(loop.Group, "_look", remembering)
+        patch.setattr(loop, "divergence", divergence)
+
+    def train_all(out):
+        waiting = Queue(SEEDS, out, Budget(math.inf))
+        while group := waiting.next_group(2):
+            waiting.train(group, checkpoint_seconds=0.0, **OPTIONS)
+
+    with monkeypatch.context() as patch:
+        diverging(patch)
+        train_all(whole)
+    for call in range(2):
+        out = tmp_path / str(call)
+        with monkeypatch.context() as patch:
+            diverging(patch)
+            killed_at(patch, loop.Session, "finish", call)
+            with pytest.raises(Killed):
+                train_all(out)
+        with monkeypatch.context() as patch:
+            diverging(patch)
+            train_all(out)
+        for config in SEEDS:
+            one, other = (result.load(o / f"{run_name(config)}.json") for o in (whole, out))
+            assert one["status"] == other["status"] and one["curves"] == other["curves"]
+            assert one["together"] == other["together"] and one.get("test") == other.get("test")
+
+
 def test_diverged_seed_leaves_the_others_alone(pair, tmp_path, monkeypatch):
-    diverged = {"step": 2, "loss": math.nan, "lam": 1.0}
+    diverged = {"step": 2, "loss": math.nan, "share": 0.5}
     asked = itertools.count()
     monkeypatch.setattr(loop, "divergence", lambda *_: diverged if next(asked) == 5 else None)
     first, second = train.run_seeds(SEEDS[:2], out=tmp_path, **OPTIONS)
@@ -89,14 +175,19 @@ def test_groups_are_seeds_of_one_configuration_that_can_go_on_together(tmp_path,
     steps = {run_name(SEEDS[0]): {4, 6}, run_name(SEEDS[1]): {8}, run_name(SEEDS[2]): {2, 4}}
     monkeypatch.setattr(
         loop,
-        "checkpointed_steps",
-        lambda folder: steps.get(str(folder.relative_to(tmp_path)), {0}),
+        "steps_in",
+        lambda folder: steps.get(str(folder.parent.relative_to(tmp_path)), set()),
     )
     waiting = Queue([*SEEDS, other], tmp_path, Budget(math.inf))
     assert waiting.next_group(1) == SEEDS[:1]
     assert waiting.next_group(2) == waiting.next_group(5) == [SEEDS[0], SEEDS[2]]
     with pytest.raises(ValueError, match="stopped at different steps"):
         loop.common_step([tmp_path / run_name(config) for config in SEEDS[:2]])
+    # A run that has begun does not go back to wait for one that has not, but from step 0.
+    for begun, together in (({0}, 3), ({0, 4}, 1), ({4}, 1), (set(), 3)):
+        steps.clear()
+        steps[run_name(SEEDS[0])] = begun
+        assert waiting.next_group(3) == SEEDS[:together]
 
 
 def test_reproduce_runs_what_is_missing(pair, tmp_path, capsys, monkeypatch):
@@ -182,7 +273,7 @@ def test_request_to_stop_ends_the_queue(tmp_path):
     asked.append("stop")
     waiting.train(group, **OPTIONS)
     assert waiting.next_group(1) == [] and not list(tmp_path.rglob("*seed*.json"))
-    assert loop.checkpointed_steps(tmp_path / run_name(SEEDS[0])) == {0}
+    assert steps_in(tmp_path / run_name(SEEDS[0]) / "checkpoints") == {0}
 
 
 @pytest.mark.slow

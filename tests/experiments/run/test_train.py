@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import confusion_matrix
 
 from experiments.__main__ import main
+from experiments.paper import data
 from experiments.paper.cells import CELLS, CONFIGS, command_of, run_name, toy
 from experiments.paper.networks import NETWORKS
 from experiments.run import loop, train
@@ -65,8 +67,14 @@ def test_result_says_everything(unbroken):
     assert outcome["images_per_second"] > 0 and 0 < outcome["outside_step"] < 1
     assert outcome["curves"]["train"]["step"] == list(range(1, 13))
     assert outcome["curves"]["test"]["step"] == [4, 8, 12]
-    lam = outcome["curves"]["train"]["lam"]
-    assert lam == sorted(lam, reverse=True) and lam[0] > 100 > 1 > lam[-1]
+    share = outcome["curves"]["train"]["share"]
+    assert share == sorted(share) and share[0] < 0.01 < 0.5 < share[-1]
+    assert "lam" not in outcome["curves"]["train"]
+    predicted = result.predicted_labels(outcome)
+    digits = data.load("digits").first(100).test
+    assert 100 * np.mean(predicted != digits.labels) == pytest.approx(outcome["test"]["error"])
+    found = confusion_matrix(digits.labels, predicted, labels=np.arange(10))
+    assert found.tolist() == outcome["test"]["confusion"]
     for split in ("train", "test"):
         confusion = np.array(outcome[split]["confusion"])
         assert confusion.sum() == outcome[split]["count"] == 100
@@ -91,7 +99,7 @@ def test_broken_run_continues_from_its_checkpoint_to_the_same_bits(unbroken, tmp
         def broken(group, progress):
             if next(steps) == 7:
                 raise KeyboardInterrupt
-            advance(group, progress)
+            return advance(group, progress)
 
         # Saves after step 1 and then no more, so that the log is ahead of the checkpoint.
         clock = itertools.chain([0.0], itertools.repeat(100.0))
@@ -110,6 +118,27 @@ def test_finished_run_is_not_trained_again(unbroken, monkeypatch, capsys):
     monkeypatch.setattr(loop, "Session", None)
     assert run(out) == outcome
     assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "its seed is 1"),
+        ({"test": None}, "a result of a run, its test is None"),
+        ({"test": {"error": -5.0}}, "its test is"),
+        ({"test": {"error": 5.0}}, "no test loss, no test target_angle"),
+        ({"config": CONFIG.to_json() | {"seed": 1}}, "the result of this run, not seed 1 -> 0"),
+        ({"config": CONFIG.to_json() | {"steps": 13}}, "not steps 13 -> 12"),
+        ({"config": {"name": 3}}, "the configuration of its run"),
+        ({"images_per_second": None}, "a result with images_per_second"),
+    ],
+)
+def test_the_result_of_another_run_is_refused(changes, message, unbroken, tmp_path, capsys):
+    file = tmp_path / f"{run_name(CONFIG)}.json"
+    result.save(file, unbroken[1] | changes)
+    with pytest.raises(ValueError, match=rf"seed0.json must hold .*{message}"):
+        run(tmp_path)
+    assert "is finished" not in capsys.readouterr().out
 
 
 def test_devices_and_dispatches_change_rounding_only(unbroken, tmp_path):
@@ -147,10 +176,17 @@ def test_diverged_run_is_recorded(tmp_path, capsys):
     config = replace(CONFIG, learning_rate=1e9, lam=LambdaPreset(0, 0, 0))
     outcome = run(tmp_path, config)
     assert outcome["status"] == "diverged" and "test" not in outcome
-    assert 0 < outcome["diverged"]["step"] < 12 and outcome["diverged"]["lam"] == 0
+    assert 0 < outcome["diverged"]["step"] < 12 and outcome["diverged"]["share"] == 1
     assert result.load(tmp_path / f"{run_name(config)}.json") == outcome
     said = capsys.readouterr()
-    for part in ("diverged at step", "λ 0", "|features|", "|kernel|", "--lam.base", "--init"):
+    for part in (
+        "diverged at update",
+        "margin 100.000%",
+        "|features|",
+        "|kernel|",
+        "--lam.base",
+        "--init",
+    ):
         assert part in said.out + said.err
 
 
@@ -232,6 +268,7 @@ def test_first_interrupt_asks_and_the_second_ends():
         assert stop()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # amid what is being closed
     assert signal.getsignal(signal.SIGINT) is before
 
 

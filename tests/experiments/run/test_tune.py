@@ -58,9 +58,14 @@ def outcomes(monkeypatch, error_of):
         for config in group:
             error = error_of(config)
             status = "diverged" if error is None else "finished"
-            outcome = {"status": status, "config": config.to_json(), "together": [0]}
+            outcome = {
+                "status": status,
+                "seed": config.seed,
+                "config": config.to_json(),
+                "together": [0],
+            }
             outcome |= {"seconds": {"wall": 3.0, "setup": 1.0, "compilation": 1.0}}
-            outcome |= {"device": "none", "test": {"error": error}}
+            outcome |= {"device": "none"} | ({} if error is None else {"test": {"error": error}})
             result.save(out / f"{run_name(config)}.json", outcome)
             made.append(outcome)
         return made

@@ -1,8 +1,11 @@
 """Files are whole or not there, folders have one owner, and what was saved is missed."""
 
 import errno
+import logging
 import os
 import signal
+import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +32,125 @@ def test_nothing_is_written_through_a_link(tmp_path):
         unfinished.write(b"new")
     assert victim.read_text() == "keep me" and file.read_bytes() == b"new"
     assert not file.is_symlink()
+
+
+@pytest.fixture
+def deadline():
+    """Ends a test that waits for ever, on a named pipe say."""
+
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def write(file, content=b"new"):
+    with replacing(file) as unfinished:
+        unfinished.write(content)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_its_target_is_written(tmp_path, there):
+    target, link = tmp_path / "real" / "README.md", tmp_path / "link.md"
+    target.parent.mkdir()
+    (tmp_path / "middle.md").symlink_to("real/README.md")
+    link.symlink_to("middle.md")
+    if there:
+        target.write_text("old")
+    write(link)
+    assert link.is_symlink() and (tmp_path / "middle.md").is_symlink()
+    assert target.read_bytes() == b"new" and not target.is_symlink()
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o755])
+def test_the_mode_stays(tmp_path, mode):
+    file = tmp_path / "result.json"
+    file.write_text("old")
+    file.chmod(mode)
+    write(file)
+    assert file.read_bytes() == b"new" and stat.S_IMODE(file.stat().st_mode) == mode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_the_owner_stays(tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text("old")
+    os.chown(file, 12345, 23456)
+    file.chmod(0o640)
+    write(file)
+    found = file.stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12345, 23456, 0o640)
+
+
+def test_an_owner_that_cannot_be_kept_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    file.write_text("old")
+
+    def forbidden(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    stays = os.stat_result([*file.stat()[:4], 12345, 23456, *file.stat()[6:]])
+    monkeypatch.setattr(files, "regular", lambda path: stays)
+    monkeypatch.setattr(os, "fchown", forbidden)
+    with pytest.raises(PermissionError, match=r"result.json"):
+        write(file)
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    file.write_text("old")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anything
+    with pytest.raises(PermissionError, match=r"result.json may not be written"):
+        write(file)
+    assert file.read_text() == "old"
+
+
+def something_else(kind, file):
+    match kind:
+        case "a named pipe":
+            os.mkfifo(file)
+        case "a folder":
+            file.mkdir()
+        case "a socket":
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(str(file))
+
+
+@pytest.mark.usefixtures("deadline")
+@pytest.mark.parametrize("through", ["itself", "a link"])
+@pytest.mark.parametrize("kind", ["a named pipe", "a folder", "a socket"])
+def test_what_is_no_regular_file_is_neither_replaced_nor_read(kind, through, tmp_path):
+    file = link = tmp_path / "it"
+    something_else(kind, file)
+    if through == "a link":
+        link = tmp_path / "link"
+        link.symlink_to(file)
+    before = file.lstat().st_mode
+    message = f"{link} must be a regular file, it is {kind}"
+    for use in (write, files.read_text, lambda path: files.read_npz(path, ["x"])):
+        with pytest.raises(ValueError, match=message):
+            use(link)
+    assert file.lstat().st_mode == before
+
+
+@pytest.mark.usefixtures("deadline")
+def test_a_log_or_a_checkpoint_of_pipes_is_refused(run):
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"metrics.jsonl must be a regular file"):
+        logs.read(run)
+    os.mkfifo(run / "checkpoints" / "4" / "more")
+    with (
+        Checkpoints(run / "checkpoints", writes=False) as checkpoints,
+        pytest.raises(ValueError, match=r"step 4 cannot be read: .*more must be a regular file"),
+    ):
+        checkpoints.latest(state(0))
 
 
 def test_leftovers_of_killed_processes_go(tmp_path):
@@ -106,7 +228,7 @@ def run(tmp_path):
         if step == 4:
             with Checkpoints(tmp_path / "checkpoints") as checkpoints:
                 checkpoints.add(state(4))
-            ledger.note(tmp_path, 4, len(log.lines))
+            ledger.note(tmp_path, 4, len(log.lines), log.digest)
     log.close()
     return tmp_path
 
@@ -120,6 +242,36 @@ def test_all_there_is_right(run):
 def test_a_lost_checkpoint_is_refused(run, latest):
     with pytest.raises(ValueError, match="has lost its checkpoint of step 4; put it back"):
         ledger.check(run, latest, logs.read(run))
+
+
+def reordered(lines):
+    return [lines[1], lines[0], *lines[2:]]
+
+
+def other_step(lines):
+    return [lines[0].replace(b'"step": 1', b'"step": "one"'), *lines[1:]]
+
+
+CHANGES = {
+    "doubled": lambda lines: [lines[0], *lines],
+    "reordered": reordered,
+    "changed": lambda lines: [lines[0].replace(b"1.0", b"2.0", 1), *lines[1:]],
+    "a step that is text": other_step,
+    "a loss that is text": lambda lines: [lines[0].replace(b"1.0", b'"1"', 1), *lines[1:]],
+    "no time": lambda lines: [b'{"kind": "train", "step": 1, "seconds": {}}\n', *lines[1:]],
+    "deep": lambda lines: [b"[" * 100_000 + b"\n", *lines],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_log_is_refused(run, change):
+    file = run / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(CHANGES[change](lines)))
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl(, line \d+: expected|.* is not as the run)"
+    ):
+        ledger.check(run, 4, logs.read(run))
 
 
 @pytest.mark.parametrize("kept", [0, 3])
@@ -150,6 +302,71 @@ def test_a_damaged_checkpoint_is_named(run):
         pytest.raises(ValueError, match="the checkpoint of step 4 cannot be read"),
     ):
         checkpoints.latest(state(0))
+
+
+def test_interrupts_wait_for_the_checkpoint(tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def interrupted(*arguments, **keywords):
+        for _ in range(10):
+            signal.raise_signal(signal.SIGINT)
+        return save(*arguments, **keywords)
+
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(KeyboardInterrupt):
+            checkpoints.add(state(4))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["4"]
+
+
+def test_what_a_kill_left_of_a_checkpoint_goes(run):
+    left = run / "checkpoints" / "5.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "half").write_text("")
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 4
+    assert not left.exists()
+
+
+def test_reading_a_checkpoint_warns_of_nothing(run, caplog):
+    with Checkpoints(run / "checkpoints", writes=False) as checkpoints:
+        assert int(checkpoints.latest(state(0)).step) == 4
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+NO_ROOM = """
+import resource, sys
+from pathlib import Path
+from experiments.store.logs import Events
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+events = Events(Path(sys.argv[1]) / "events", 1)
+try:
+    for step in range(1000):
+        events.add({"train/loss": 1.0}, step)
+except OSError as error:
+    print(error)
+try:
+    events.close()
+except OSError as error:
+    print(error)
+"""
+
+
+def test_events_that_find_no_room_are_named(tmp_path):
+    """Neither a thread's traceback nor a wait for ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ROOM, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = f"[Errno 27] File too large: '{tmp_path / 'events'}'"
+    assert set(done.stdout.splitlines()) == {said}, done.stdout + done.stderr
+    assert done.stderr == "" and done.returncode == 0
 
 
 def test_who_reads_checkpoints_writes_nothing(tmp_path):

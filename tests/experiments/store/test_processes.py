@@ -63,6 +63,16 @@ def test_no_cluster_is_refused(monkeypatch):
         pass
 
 
+def test_a_port_in_use_is_refused_before_anybody_waits(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as used:
+        where = f"127.0.0.1:{used.getsockname()[1]}"
+        words = ["--coordinator", where, "--processes", "2", "--process", "0"]
+        assert main(["train", "digits-m4", "--out", str(tmp_path), *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: coordinator must have a free port, {where} cannot be bound")
+    assert "waiting" not in said
+
+
 def test_devices_must_reach_into_every_process(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="devices must reach into all 2 processes, got 1 of"):
@@ -146,7 +156,7 @@ def test_two_processes_stop_together_and_end_with_the_numbers_of_one(one, kept_p
     assert [process.returncode for process in both] == [130, 130], said
     assert "stopping after this dispatch" in said[1][1]
     (stopped,) = steps_in(tmp_path / run_name(CONFIG) / "checkpoints")
-    assert f"stopped at step {stopped};" in said[0][0]
+    assert f"stopped at update {stopped};" in said[0][0]
     assert "stopped" not in said[1][0]
 
     with pair(tmp_path, kept_programs) as both:

@@ -1,8 +1,12 @@
 """Progress in a pipe is a line now and then, and not a flood."""
 
+import errno
+import io
+import re
 import sys
 
 import pytest
+import tqdm.utils as tqdm_utils
 
 from experiments.store import progress
 from experiments.store.progress import Progress
@@ -39,11 +43,50 @@ def test_the_rate_is_that_of_this_session(clock, capsys):
     assert said.out == "stopped\n" and said.err == ""
 
 
-def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_a_bar_fits_its_terminal(columns, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with Progress("run", 10, "updates") as shown:
-        shown.advance(10, "loss 0.5")
-    assert "10/10" in capsys.readouterr().err
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(tqdm_utils, "_screen_shape_wrapper", lambda: lambda file: (columns, 25))
+    name, text = "mnist-m4/steps3000-batch128-width0.25-seed0 and 2 more", "loss 0.531"
+    text += ", 93.1 % right, margin 35%, 1012/s"
+    with Progress(name, 18_000, "updates") as shown:
+        shown.advance(12_345, text)
+    bars = re.split(r"[\r\n]+", capsys.readouterr().err)
+    assert max(map(len, bars)) <= columns
+    if columns >= 80:
+        assert (
+            bars[-2].endswith(text) and "12345/18000" in bars[-2] and bars[-2].startswith("mnist")
+        )
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_work(clock, capsys, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with Progress("run", 1000, "updates") as shown:
+        for second in range(1, 91):
+            clock[0] = float(second)
+            shown.advance(2)
+
+
+def test_days_are_hours():
+    assert progress.hours(100 * 3600 + 5 * 60 + 7) == "100:05:07"
+    assert progress.hours(59.6) == "0:01:00"
+
+
+def test_tracked_items_are_the_items(clock, capsys):
+    seen = []
+    for item in progress.tracked("abcd", 4, "work", "letters"):
+        clock[0] += 20.0
+        seen.append(item)
+    assert seen == list("abcd")
+    assert capsys.readouterr().err.splitlines() == [
+        "work: 2 of 4 letters, 0:00:40 to go",
+        "work: 4 of 4 letters, 0:00:00 to go",
+    ]
 
 
 def test_a_process_that_does_not_speak_is_silent(clock, capsys):
