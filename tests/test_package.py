@@ -99,9 +99,7 @@ def test_imports_make_no_circle():
 
 
 def test_the_library_is_imported_in_its_order():
-    level = {
-        f"lsoftmax_jax.{name}": number for number, line in enumerate(ORDER) for name in line
-    }
+    level = {f"lsoftmax_jax.{name}": number for number, line in enumerate(ORDER) for name in line}
     files = {name for name in MODULES if name.startswith("lsoftmax_jax.")}
     assert files == level.keys()
     for name in files:
