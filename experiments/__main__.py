@@ -18,9 +18,8 @@ from rich.console import Console
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from experiments import quickstart
-from experiments.benchmarks import convergence, head, step
+from experiments.benchmarks import budget, convergence, head, step
 from experiments.benchmarks.compiled import compile_
-from experiments.benchmarks.scale import scale
 from experiments.faces.align import align
 from experiments.faces.embed import embed
 from experiments.faces.pairs import pairs
@@ -139,15 +138,16 @@ def postponed(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
 
 
 Benchmark = (
-    Annotated[Any, tyro.conf.subcommand("head", constructor=postponed(head.bench))]
+    Annotated[Any, tyro.conf.subcommand("all", constructor=postponed(budget.bench))]
+    | Annotated[Any, tyro.conf.subcommand("head", constructor=postponed(head.bench))]
     | Annotated[Any, tyro.conf.subcommand("step", constructor=postponed(step.bench))]
     | Annotated[Any, tyro.conf.subcommand("convergence", constructor=postponed(convergence.bench))]
 )
 
 
-def bench(benchmark: Benchmark) -> None:
+def bench(benchmark: Benchmark) -> int:
     """Measures what a margin costs and which λ trains; writes a table and a JSON."""
-    benchmark()
+    return int(benchmark() or 0)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -166,12 +166,11 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "align": align,
     "pairs": pairs,
     "bench": bench,
-    "scale": scale,
     "compile": compile_,
 }
 
 
-BENCHMARKS = ("head", "step", "convergence")
+BENCHMARKS = ("all", "head", "step", "convergence")
 NAMES = {(): COMMANDS, ("bench",): BENCHMARKS, ("train",): CONFIGS, ("tune",): CONFIGS}
 KINDS = {(): "command", ("bench",): "benchmark"}
 

@@ -32,7 +32,6 @@ COMMON = ["--steps", "12", "--checkpoint-seconds", "0"]
 SOURCES = {
     "images in memory": ["train", "digits-m4", "--batch", "16", "--width", "0.125"],
     "streamed faces": ["train-faces", "--batch", "16", "--width", "0.02", "--size", "32", "32"],
-    "synthetic classes": ["scale", "--classes", "1003", "--dim", "32", "--batch", "64"],
 }
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 KILLS_A_RUN = 5

@@ -3,28 +3,26 @@
 Nothing runs and no accelerator is needed. A table for people, a JSON with everything.
 """
 
-import itertools
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 from rich.table import Table
-from tqdm import tqdm
 
-import lsoftmax_jax as lsm
 from experiments.benchmarks import arms as every
-from experiments.benchmarks import hlo, notebooks, scale, tables
-from experiments.benchmarks.arms import Shape
+from experiments.benchmarks import hlo, notebooks, tables
+from experiments.benchmarks.arms import Arm, Shape
+from experiments.benchmarks.largest import largest
 from experiments.benchmarks.records import earlier, heading
 from experiments.benchmarks.tables import amount
 from experiments.benchmarks.targets import Target, compilers, placed, target
@@ -33,6 +31,7 @@ from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
 from experiments.run.program import network_state
 from experiments.store.claims import command_line
+from experiments.store.progress import tracked
 from experiments.store.results import save
 from lsoftmax_jax import devices, training
 
@@ -46,17 +45,19 @@ SIZES = (
 )
 ARMS = (
     every.PLAIN,
+    every.DEFAULT,
     every.ONE_SHOT,
     "loss_sum, row blocks",
     every.RECOMPUTED,
     every.STORED,
-    every.ARCFACE,
-    every.ARCFACE_BLOCKS,
+    *every.FAMILY,
+    "ArcFace, class blocks",
     every.PLAIN_SGD,
     every.FUSED_SGD,
+    every.SAMPLED,
 )
-MARGIN, BLOCK, NEGATIVES = 4, 4096, 16_384
-SHARDED_CLASSES, SHARDED_BATCH = (1_000_000, 10_000_000, 100_000_000), 8192
+# Over all chips of a slice.
+SHARDED = tuple(Shape(8192, 512, classes) for classes in (10**6, 10**7, 10**8))
 NETWORKS = ("mnist", "cifar10plus", "cifar100")
 UPDATES = 100
 PEOPLE = 10_575  # of CASIA-WebFace
@@ -70,6 +71,7 @@ class Case(NamedTuple):
     lower: Callable[[], Lowered]
     devices: int = 1
     elements: int = 0  # of the kernel on a device: moves of so many are listed
+    flops: int = 0  # of a head's products, on a device
 
     @property
     def title(self) -> str:
@@ -78,9 +80,12 @@ class Case(NamedTuple):
 
 def compile_(
     targets: tuple[str, ...] = ("v5e:2x4", "v6e:2x4"),
+    shapes: tuple[tuple[int, int, int], ...] = (),
+    dtype: Literal["f32", "bf16"] = "bf16",
     heads: bool = True,
     steps: bool = True,
     only: str = "",
+    largest_head: bool = False,
     out: Path = OUT,
 ) -> None:
     """Compiles heads and training steps for TPUs and GPUs that are not here, and reports.
@@ -90,13 +95,26 @@ def compile_(
 
     Args:
       targets: such as v5e:2x4, v5e:16x16, v6e:16x16, v5p:2x2x1, h100, h200, a100, b200.
+      shapes: heads of your own, three numbers each: batch, feature length and classes. They take
+        the place of the usual heads, and steps are left out.
+      dtype: of features and kernel of your own heads.
       heads: compile the heads.
       steps: compile whole steps of the paper's networks; for a TPU one to six minutes each.
       only: a part of a name; only such cases are compiled.
+      largest_head: only find the largest head of 512 features that one chip trains, and all of
+        them; half an hour a target.
       out: folder of the results, two files a chip and two a slice.
     """
-    wanted = {"heads": heads, "steps": steps}
-    parts = [part for name in targets for part in parts_of(target(name)) if wanted[part.kind]]
+    if shapes and min(map(min, shapes)) < 1:
+        raise ValueError(f"shapes must be at least 1, got {shapes}")
+    named = [target(name) for name in targets]
+    if largest_head:
+        for on in named:
+            largest(on, out)
+        return
+    own = tuple((Shape(*shape), dtype) for shape in shapes)
+    wanted = {"heads": heads, "steps": steps and not own}
+    parts = [part for on in named for part in parts_of(on, own) if wanted[part.kind]]
     if not any(only in case.title for part in parts for case in part.cases):
         raise ValueError(f"only: no program has {only!r} in its name or size")
     for part in parts:
@@ -112,12 +130,13 @@ class Part(NamedTuple):
     cases: list[Case]
 
 
-def parts_of(on: Target) -> Iterator[Part]:
+def parts_of(on: Target, own: tuple[tuple[Shape, str], ...] = ()) -> Iterator[Part]:
     chip = on.name.partition(":")[0]
-    yield Part(on, chip, "heads", [*head_cases(on)])
+    yield Part(on, chip, "heads", [*head_cases(on, own or SIZES)])
     yield Part(on, chip, "steps", [*step_cases(on)])
     if len(on.devices) > 1:
-        yield Part(on, on.name, "heads", [*slice_head_cases(on)])
+        sharded = own or tuple((shape, "bf16") for shape in SHARDED)
+        yield Part(on, on.name, "heads", [*slice_head_cases(on, sharded)])
         yield Part(on, on.name, "steps", [*slice_step_cases(on)])
 
 
@@ -137,10 +156,11 @@ def compile_part(part: Part, only: str, out: Path) -> None:
     clean = commit is not None and not commit.endswith("-changed")
     done = {title for title, row in rows.items() if clean and row["commit"] == commit}
     chosen = [case for case in asked if case.title not in done]
-    for case in tqdm(chosen, f"{part.name} {part.kind}", unit=" programs", leave=False):
+    for case in tracked(chosen, len(chosen), f"{part.name} {part.kind}", "programs"):
         rows[case.title] = compiled_row(on, case) | {"commit": commit}
         # Written one by one: an interrupted run goes on where it was.
-        programs = [rows[case.title] for case in part.cases if case.title in rows]
+        first = [case.title for case in part.cases if case.title in rows]
+        programs = [rows[title] for title in dict.fromkeys([*first, *rows])]
         save(file, result | {"programs": programs})
     if asked:
         tables.show(table(part.name, [rows[case.title] for case in asked]), 132)
@@ -161,6 +181,9 @@ def compiled_row(on: Target, case: Case) -> dict[str, Any]:
     text = compiled.as_text() or ""
     found = hlo.collectives(compiled, case.devices)
     counted: Any = compiled.cost_analysis() or {}  # a loop's body once; a GPU's compiler does not
+    sent = sum(c.sent for c in found)
+    # At its maker's rates, products and communication after each other.
+    least = case.flops / on.chip.tflops / 1e12 + sent / on.chip.link / 1e9
     return row | {
         # A TPU's compiler has refused what does not fit; a GPU's only counts.
         "fits": facts.needed_bytes <= on.chip.memory,
@@ -168,7 +191,8 @@ def compiled_row(on: Target, case: Case) -> dict[str, Any]:
         "kernels": hlo.kernels(text),
         "float64": "f64[" in text,
         "collectives": [c._asdict() for c in found],
-        "sent_bytes": sum(c.sent for c in found),
+        "sent_bytes": sent,
+        "least_milliseconds": round(1e3 * least, 4) if case.flops else None,
         "flops": counted.get("flops"),
         "compile_seconds": round(time.perf_counter() - begun, 1),
     }
@@ -177,79 +201,42 @@ def compiled_row(on: Target, case: Case) -> dict[str, Any]:
 # Heads.
 
 
-def head_cases(on: Target) -> Iterator[Case]:
-    for shape, dtype in SIZES:
-        for arm in every.arms(shape, MARGIN, BLOCK):
+def head_cases(on: Target, sizes: Iterable[tuple[Shape, str]] = SIZES) -> Iterator[Case]:
+    for shape, dtype in sizes:
+        for arm in every.arms(shape):
             if arm.name in ARMS:
                 lower = partial(lower_arm, on, arm, shape, dtype)
-                yield Case(arm.name, f"{shape} {dtype}", lower, 1, shape.dim * shape.classes)
-    shape, name = Shape(4096, 512, 1_000_000), f"sampled, {NEGATIVES:,} others"
-    lower = partial(lower_sampled, on, shape)
-    yield Case(name, f"{shape} bf16", lower, 1, shape.dim * shape.classes)
+                elements = shape.dim * shape.classes
+                flops = 2 * shape.batch * elements * arm.products * (arm.name != every.SAMPLED)
+                yield Case(arm.name, f"{shape} {dtype}", lower, 1, elements, flops)
 
 
-def slice_head_cases(on: Target) -> Iterator[Case]:
+def slice_head_cases(on: Target, sizes: Iterable[tuple[Shape, str]]) -> Iterator[Case]:
     """Heads over all chips of a slice: the classes over all of them, or with a data axis."""
     chips = len(on.devices)
-    for classes, data in itertools.product(SHARDED_CLASSES, (1, 2) if chips < 64 else (1, 4, 16)):
-        job = scale.Job(classes, 512, SHARDED_BATCH, data, chips // data, "bf16")
-        size = f"{Shape(job.batch, job.dim, classes)} bf16, {data} x {job.model}"
-        held = job.devices, job.dim * job.columns
-        yield Case("class-parallel step", size, partial(lower_job, on, job), *held)
-        if data in (2, 16):
-            yield Case("class-parallel gradients", size, partial(lower_gradients, on, job), *held)
+    for shape, dtype in sizes:
+        for data in (1, 2) if chips < 64 else (1, 4, 16):
+            mesh = on.mesh((data, chips // data), ("data", "model"))
+            layout = every.on_mesh(mesh, shape.classes)
+            filled = shape._replace(classes=layout.columns(shape.classes))
+            elements = shape.dim * filled.classes // (chips // data)
+            for arm in every.arms(filled, layout=layout):
+                size = f"{shape} {dtype}, {data} x {chips // data}"
+                flops = 2 * shape.batch // data * elements * arm.products
+                lower = partial(lower_on_mesh, mesh, arm, filled, dtype)
+                yield Case(f"class-parallel {arm.name}", size, lower, chips, elements, flops)
 
 
-def lower_arm(on: Target, arm: every.Arm, shape: Shape, dtype: str) -> Lowered:
-    given = operands(shape, dtype)
-    state = jax.eval_shape(arm.start, given.kernel)
+def lower_arm(on: Target, arm: Arm, shape: Shape, dtype: str) -> Lowered:
+    """An arm's step for one chip."""
+    given = every.abstract(shape, dtype)
+    state = jax.eval_shape(arm.first_state, given.kernel)
     return arm.lower(*placed(given._replace(kernel=state), on.one))
 
 
-def operands(shape: Shape, dtype: str) -> every.Problem:
-    """Those of `arms.problem`, abstract."""
-    numbers = every.DTYPES[dtype]
-    abstract: Any = jax.ShapeDtypeStruct
-    return every.Problem(
-        abstract((shape.batch, shape.dim), numbers),
-        abstract((shape.dim, shape.classes), numbers),
-        abstract((shape.batch,), jnp.int32),
-        abstract((shape.batch,), jnp.float32),
-        abstract((), jnp.float32),
-    )
-
-
-def lower_sampled(on: Target, shape: Shape) -> Lowered:
-    """A step of the sampled loss: draw, take the columns, their gradient, put them back."""
-
-    def step(key: Any, features: Any, kernel: Any, labels: Any) -> Any:
-        sample = lsm.sample_classes(key, labels, shape.classes, NEGATIVES)
-
-        def mean(features: Any, columns: Any) -> jax.Array:
-            loss = lsm.lsoftmax_sampled_loss(features, columns, sample, margin=MARGIN, lam=5.0)
-            return jnp.mean(loss)
-
-        columns = lsm.sampled.take_columns(kernel, sample)
-        loss, (dfeatures, dcolumns) = jax.value_and_grad(mean, (0, 1))(features, columns)
-        changed = columns - jnp.asarray(0.1, columns.dtype) * dcolumns
-        return loss, dfeatures, lsm.sampled.put_columns(kernel, sample, changed)
-
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return on.lower(step, key, *operands(shape, "bf16")[:3], donate_argnums=2)
-
-
-def lower_gradients(on: Target, job: scale.Job) -> Lowered:
-    """The class-parallel loss and its gradients, without an update."""
-    mesh = scale.chips_mesh(on, job)
-    loss, (features, kernel, _, labels) = scale.class_parallel_loss(job, mesh), scale.abstract(job)
-    rows, columns = (NamedSharding(mesh, spec) for spec in (scale.ROWS, scale.COLUMNS))
-    gradients = jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=(rows, columns, rows))
-    return gradients.lower(features, kernel, labels)
-
-
-def lower_job(on: Target, job: scale.Job) -> Lowered:
-    """The step of `scale`, on one chip or on a slice."""
-    return scale.lower_step(job, scale.chips_mesh(on, job))
+def lower_on_mesh(mesh: Mesh, arm: Arm, shape: Shape, dtype: str) -> Lowered:
+    """An arm's step for the chips of a mesh."""
+    return arm.lower(*every.placed_on(mesh, every.abstract(shape, dtype), arm))
 
 
 # Whole steps.
@@ -371,9 +358,9 @@ def table(target: str, rows: list[dict[str, Any]]) -> Table:
     view = tables.table(
         f"{target}, each device; compiled, not run",
         ["program", "size"],
-        ["arguments", "temporary", "kernels", "sent"],
+        ["arguments", "temporary", "kernels", "sent", "least ms"],
         "collectives, large moves",
-        caption="kernels: a loop's count once",
+        caption="kernels: a loop's count once; least: products and sending, by the maker's rates",
     )
     for row in rows:
         if "refused" in row:
@@ -388,6 +375,7 @@ def table(target: str, rows: list[dict[str, Any]]) -> Table:
             amount(row["temporary_bytes"]) + ("" if row["fits"] else ", too large"),
             str(row["kernels"]),
             amount(row["sent_bytes"]) if row["devices"] > 1 else "",
+            f"{row['least_milliseconds']:.3g}" if row.get("least_milliseconds") else "",
             ", ".join(f"{count} {name}" for name, count in (kinds | moves).items()),
         )
     return view

@@ -1,4 +1,4 @@
-"""Times and measures the head against other libraries: `python -m experiments bench head`.
+"""Times and measures the head beside other libraries: `python -m experiments bench head`.
 
 One process; the arms are compiled ahead of time, their losses and gradients compared, then timed
 in turn.
@@ -11,24 +11,28 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
-from tqdm import tqdm
 
 from experiments.benchmarks import arms as every
-from experiments.benchmarks import hlo, peers, rounds, tables
+from experiments.benchmarks import hlo, rounds, tables
+from experiments.benchmarks import peers as torch
 from experiments.benchmarks.arms import Arm, Problem, Shape
-from experiments.benchmarks.records import OUT, heading, repeating, stamped
+from experiments.benchmarks.records import OUT, appended, heading, repeating, stamped
 from experiments.benchmarks.rounds import TOLERANCE, Run, check, quartiles, take_times
+from experiments.store.progress import tracked
 from experiments.store.results import save
 
 SHAPES = ((256, 256, 10), (256, 512, 100), (512, 512, 10575), (512, 256, 102400))
 WARM_UP = 3
+# Of more logits NumPy would need minutes: such arms are compared with each other alone.
+EXACT_LOGITS = 2**28
 
 
 def bench(
@@ -38,20 +42,28 @@ def bench(
     lam: float = 0.0,
     class_block: int = 1024,
     repetitions: int = 20,
+    only: tuple[str, ...] = (),
+    peers: bool = False,
     peers_python: Path = Path(sys.executable),
+    append: Path | None = None,
     out: Path = OUT,
 ) -> None:
-    """Times the head: every plan, Optax's softmax, the literal formula, and PyTorch if it is there.
+    """Times the head in every way that this library has, and what one would take instead.
+
+    Optax's softmax is the baseline. The four sizes take about twenty minutes on two CPU cores.
 
     Args:
       shapes: three numbers a shape: batch, feature length and classes.
       dtype: dtype of features and kernel.
-      margin: margin of the arms that have one.
-      lam: λ of the arms with a margin. PyTorch's arm has no λ and runs only if this is 0.
+      margin: m of the arms that have one.
+      lam: λ of the arms that are given one. PyTorch's large margin has no λ and runs only at 0.
       class_block: classes at a time, in the arms that compute in blocks.
       repetitions: timed rounds; fewer than 20 are for trying out.
-      peers_python: a Python; if it has torch and pytorch-metric-learning, they are timed too.
-      out: folder of the result.
+      only: names of arms, such as lsoftmax_sgd; all others but their baseline are left out.
+      peers: also time tokamax, PyTorch and pytorch-metric-learning where they are installed.
+      peers_python: the Python that may have torch and pytorch-metric-learning.
+      append: a result to add the shapes to, if it is of the same commit, versions and settings.
+      out: folder of the result, if it is a new one.
     """
     smallest = {"shapes": min(map(min, shapes), default=0), "class_block": class_block}
     smallest |= {"repetitions": repetitions, "margin": margin}
@@ -60,50 +72,71 @@ def bench(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= lam < math.inf:
         raise ValueError(f"lam must be finite and >= 0, got {lam}")
-    file = out / stamped(f"head-{jax.default_backend()}-{dtype}")
+    sizes = [Shape(*shape) for shape in shapes]
+    chosen = {shape: choose(shape, margin, class_block, only, peers) for shape in sizes}
     config = {"dtype": dtype, "margin": margin, "lam": lam}
     config |= {"class_block": class_block, "repetitions": repetitions}
-    command = repeating("head", shapes=tuple(itertools.chain(*shapes)), **config)
-    versions = {"peer_versions": peer_versions(peers_python)}
-    result = heading("bench head", command) | versions | {"config": config}
-    measured: list[dict[str, Any]] = []
+    flags: dict[str, Any] = {"only": only or None, "peers_python": peers_python if peers else None}
+    command = repeating("head", shapes=tuple(itertools.chain(*shapes)), **config, **flags)
+    result = heading("bench head", command + (" --peers" if peers else "")) | {"config": config}
+    if peers:
+        result |= {"peer_versions": torch_versions(peers_python)}
+    file = append or out / stamped(f"head-{jax.default_backend()}-{dtype}")
+    measured: list[dict[str, Any]] = appended(file, result, ("config",), "shapes")
     half = -(-repetitions // 2)
-    for shape in map(Shape._make, shapes):
-        given = every.problem(shape, every.DTYPES[dtype], lam)
+    for shape, listed in chosen.items():
+        given = every.problem(shape, dtype, lam)
         load = os.getloadavg()[0]
-        before = peer_times(peers_python, given, margin, half)
-        listed = every.arms(shape, margin, class_block)
-        runs = prepare(listed, given, shape, dtype, margin)
+        before = torch_times(peers_python, given, margin, half) if peers else {}
+        runs = prepare(listed, given, shape, dtype)
         take_times(runs.values(), repetitions, str(shape))
-        after = peer_times(peers_python, given, margin, half)
+        after = torch_times(peers_python, given, margin, half) if peers else {}
         rows = [summary(arm, runs) for arm in listed if arm.name in runs]
-        rows += peer_rows(before, after, runs)
-        judged = [judge(target, shape, rows) for target in targets(shape, dtype)]
-        loads = [load, os.getloadavg()[0]]
-        measured.append({"shape": shape, "load": loads, "arms": rows, "targets": judged})
+        rows += torch_rows(before, after, runs)
+        measured.append({"shape": shape, "load": [load, os.getloadavg()[0]], "arms": rows})
         # Appended shape by shape: an interrupted benchmark keeps what it has.
         save(file, result | {"shapes": measured})
         tables.show(arms_table(measured[-1], dtype), 132)
-        tables.show(targets_table(measured[-1]), 132)
     print(f"{file} written")
+
+
+def choose(
+    shape: Shape, margin: int, class_block: int, only: Sequence[str], peers: bool
+) -> list[Arm]:
+    """The arms of a shape.
+
+    Raises:
+      ValueError: if a name of `only` is of no arm.
+    """
+    listed = [*every.arms(shape, margin, class_block), *(every.peers() if peers else ())]
+    if not only:
+        return listed
+    if missing := sorted({*only} - {arm.name for arm in listed}):
+        names = ", ".join(arm.name for arm in listed)
+        raise ValueError(f"only: no arm {', '.join(missing)} at {shape}; there are {names}")
+    wanted = {*only} | {baseline(arm) for arm in listed if arm.name in only}
+    return [arm for arm in listed if arm.name in wanted]
+
+
+def baseline(arm: Arm) -> str:
+    """Plain softmax, with the update if the arm has one."""
+    return every.PLAIN if arm.start is None else every.PLAIN_SGD
 
 
 # Preparing.
 
 
-def prepare(
-    listed: list[Arm], given: Problem, shape: Shape, dtype: str, margin: int
-) -> dict[str, Run]:
+def prepare(listed: list[Arm], given: Problem, shape: Shape, dtype: str) -> dict[str, Run]:
     """Compiles, compares and warms up the arms; one that does not fit the memory is left out.
 
     Raises:
-      ValueError: naming an arm whose loss or gradients are not those of the arms before it.
+      ValueError: naming an arm whose loss is not exact, or whose gradients are not those of the
+        arms before it.
     """
     runs: dict[str, Run] = {}
-    lengths: dict[tuple[str, str], float] = {}
-    margins = {"plain": 1, "margin": margin, "arcface": None}
-    exact = {loss: every.literal_loss(given, m) for loss, m in margins.items()}
-    for arm in tqdm(listed, f"{shape} compile", unit=" arms", leave=False):
+    exact: dict[Any, Any] = {}
+    lengths: dict[Any, float] = {}
+    for arm in tracked(listed, len(listed), f"{shape} compile", "arms"):
         try:
             runs[arm.name], length = prepare_arm(arm, given, shape)
         except jax.errors.JaxRuntimeError as error:
@@ -111,11 +144,15 @@ def prepare(
                 raise
             print(f"{arm.name} at {shape} does not fit the memory", file=sys.stderr)
             continue
-        if arm.loss == "none":
+        if arm.margin is None:
             continue
-        check(arm.name, "loss", runs[arm.name].loss, exact[arm.loss], TOLERANCE[dtype])
+        computed = arm.margin, arm.paced
+        loss: Any = runs[arm.name].loss
+        if computed not in exact and shape.batch * shape.classes <= EXACT_LOGITS:
+            exact[computed] = every.exact_loss(given, *computed)
+        check(arm.name, "loss", loss, exact.setdefault(computed, loss), TOLERANCE[dtype])
         for part, value in length.items():
-            first = lengths.setdefault((arm.loss, part), value)
+            first = lengths.setdefault((computed, part), value)
             check(arm.name, f"length of {part}", value, first, TOLERANCE[dtype])
     return runs
 
@@ -123,20 +160,21 @@ def prepare(
 def prepare_arm(arm: Arm, given: Problem, shape: Shape) -> tuple[Run, dict[str, float]]:
     """An arm's run, and the lengths of its gradients."""
     features, kernel, *rest = given
-    state = arm.start(kernel)
+    # Donated, so its own.
+    state = kernel if arm.start is None else jax.tree.map(jnp.copy, arm.start(kernel))
     compiled = arm.lower(features, state, *rest).compile()
 
     def call() -> Any:
         nonlocal state
         outputs = compiled(features, state, *rest)
-        if arm.updates:
+        if arm.start is not None:
             state = outputs[2]
         return outputs
 
     loss, dfeatures, out = call()
-    length = {"dfeatures": norm(dfeatures)} | ({} if arm.updates else {"dkernel": norm(out)})
+    length = {"dfeatures": norm(dfeatures)} | ({} if arm.start else {"dkernel": norm(out)})
     facts = hlo.facts(compiled, shape.dim * shape.classes)
-    run = Run(call, facts, None if arm.loss == "none" else float(loss))
+    run = Run(call, facts, None if arm.margin is None else float(loss))
     run.warm_up(WARM_UP)
     return run, length
 
@@ -145,129 +183,47 @@ def norm(array: jax.Array) -> float:
     return float(jnp.linalg.norm(array.astype(jnp.float32)))
 
 
-# What was measured.
-
-
 def summary(arm: Arm, runs: dict[str, Run]) -> dict[str, Any]:
-    """An arm's row of the result; ratios are to plain softmax, with the update if it has one."""
-    baseline = every.PLAIN_SGD if arm.updates else every.PLAIN
-    if baseline not in runs:
-        baseline = arm.name
-    return {
-        "arm": arm.name,
-        "baseline": baseline,
-        "products": arm.products,
-        **runs[arm.name].row(runs[baseline]),
-    }
+    """An arm's row of the result."""
+    beside = baseline(arm) if baseline(arm) in runs else arm.name
+    names = {"arm": arm.name, "baseline": beside, "products": arm.products}
+    return names | runs[arm.name].row(runs[beside])
 
 
-# The targets, from the table of the design.
+# PyTorch.
 
 
-class Target(NamedTuple):
-    """A limit on an arm: the ratio of its time or memory to another's.
-
-    "extra" is its temporary memory beyond the other's, in float32 arrays of batch x classes; "MB"
-    is its own.
-    """
-
-    arm: str
-    measure: Literal["time", "memory", "extra", "MB"]
-    limit: float
-    against: str = every.PLAIN
+def torch_versions(python: Path) -> dict[str, str]:
+    return dict(json.loads(_run_torch(python, "versions")))
 
 
-def targets(shape: Shape, dtype: str) -> list[Target]:
-    """What is asked of a shape on this platform: of a CPU, which emulates bfloat16, in float32."""
-    many, torch = shape.classes > 30_000, peers.LARGE_MARGIN
-    if jax.default_backend() != "cpu":
-        listed = [
-            Target(every.STORED, "time", 1.25, every.THREE),
-            Target(every.RECOMPUTED, "time", 1.25, every.FOUR),
-            Target(every.RECOMPUTED, "MB", 300, every.FOUR),
-        ]
-        return listed if many else []
-    if dtype != "f32":
-        return []
-    if shape.classes <= 1000:
-        # By how much a torch process grows says nothing here.
-        return [
-            Target(every.ONE_SHOT, "time", 1.15 if shape.classes <= 32 else 1.03),
-            Target(every.ONE_SHOT, "time", 1 / 5, torch),
-            Target(every.ONE_SHOT, "extra", 0.99),
-        ]
-    listed = [
-        Target(every.ONE_SHOT, "time", 0.95 if many else 0.9),
-        Target(every.ONE_SHOT, "time", 1 / 4 if many else 1 / 2.5, torch),
-        Target(every.ONE_SHOT, "memory", 0.51),
-        Target(every.ONE_SHOT, "memory", 1 / 5, torch),
-    ]
-    if many:
-        listed += [Target(every.RECOMPUTED, "time", 1), Target(every.RECOMPUTED, "memory", 0.01)]
-    return listed
-
-
-def judge(target: Target, shape: Shape, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The target and what was reached; nothing where one of the two arms did not run."""
-    found = {row["arm"]: row for row in rows}
-    one, other = found.get(target.arm), found.get(target.against)
-    reached = met = None
-    if one and other:
-        reached = float(f"{reached_by(target.measure, shape, one, other):.4g}")
-        met = reached <= target.limit
-    return {**target._asdict(), "reached": reached, "met": met}
-
-
-def reached_by(measure: str, shape: Shape, one: dict[str, Any], other: dict[str, Any]) -> float:
-    if measure == "time":
-        # A ratio to the baseline is taken round by round.
-        if one["baseline"] == other["arm"]:
-            return one["ratio"][0]
-        return one["milliseconds"][0] / other["milliseconds"][0]
-    if measure == "extra":
-        more = one["temporary_bytes"] - other["temporary_bytes"]
-        return more / (4 * shape.batch * shape.classes)
-    if measure == "MB":
-        return one["temporary_bytes"] / 1e6
-    if "growth_bytes" in other:
-        return (one["temporary_bytes"] + one["output_bytes"]) / max(other["growth_bytes"], 1)
-    return one["temporary_bytes"] / other["temporary_bytes"]
-
-
-# Peers.
-
-
-def peer_versions(python: Path) -> dict[str, str]:
-    return json.loads(_peer(python, "versions"))
-
-
-def peer_times(
+def torch_times(
     python: Path, given: Problem, margin: int, repetitions: int
 ) -> dict[str, dict[str, Any]]:
-    """Loss, seconds and growth of each peer that is installed, in float32 and without annealing."""
-    versions = peer_versions(python)
+    """Loss, seconds and growth of each of its losses, in float32 and without annealing."""
+    versions = torch_versions(python)
     alike = given.kernel.dtype == jnp.float32 and not given.lam and jax.default_backend() == "cpu"
     if not versions or not alike:
         return {}
-    margins = {peers.SOFTMAX: 1}
-    if peers.LARGE_MARGIN in versions:
-        margins[peers.LARGE_MARGIN] = margin
+    computed: dict[str, every.Margin] = {torch.SOFTMAX: 1, torch.LARGE_MARGIN: margin}
+    computed |= {name: every.FAMILY[family] for name, family in torch.FAMILY.items()}
     timed = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "operands.npz"
         features, kernel, labels = (np.asarray(array) for array in given[:3])
         np.savez(file, features=features, kernel=kernel, labels=labels)
-        for name, of in margins.items():
-            timed[name] = json.loads(_peer(python, str(file), str(margin), str(repetitions), name))
-            wanted = every.literal_loss(given, of)
-            check(name, "loss", timed[name]["loss"], wanted, TOLERANCE["f32"])
+        for name in torch.arms(versions):
+            found = json.loads(_run_torch(python, str(file), str(margin), str(repetitions), name))
+            exact = every.exact_loss(given, computed[name])
+            check(name, "loss", found["loss"], exact, TOLERANCE["f32"])
+            timed[name] = found
     return timed
 
 
-def peer_rows(
+def torch_rows(
     before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]], runs: dict[str, Run]
 ) -> list[dict[str, Any]]:
-    """Rows of the peers, timed before and after; a ratio to the baseline's median."""
+    """Rows of what was timed before and after ours; a ratio to the baseline's median."""
     rows = []
     for name, first in before.items():
         early, late = (1e3 * np.array(times[name]["seconds"]) for times in (before, after))
@@ -287,11 +243,11 @@ def peer_rows(
     return rows
 
 
-def _peer(python: Path, *arguments: str) -> str:
-    """What the peers' program prints when that Python runs it."""
+def _run_torch(python: Path, *arguments: str) -> str:
+    """What the program `peers` prints when that Python runs it."""
     try:
         done = subprocess.run(
-            [python, peers.__file__, *arguments], capture_output=True, text=True, check=True
+            [python, torch.__file__, *arguments], capture_output=True, text=True, check=True
         )
     except OSError as error:
         raise ValueError(f"peers_python must be a Python, got {python}: {error}") from error
@@ -300,20 +256,7 @@ def _peer(python: Path, *arguments: str) -> str:
     return done.stdout
 
 
-# The tables.
-
-
 def arms_table(entry: dict[str, Any], dtype: str) -> Table:
     title = f"batch, features, classes {Shape(*entry['shape'])}, {dtype}; median (quartiles)"
     caption = "MB: temporary memory; * growth of the process, gradients included"
     return rounds.table(title, entry["arms"], caption)
-
-
-def targets_table(entry: dict[str, Any]) -> Table:
-    title = f"targets at {Shape(*entry['shape'])}"
-    view = tables.table(title, ["arm", "measure", "against"], ["target", "reached"], "")
-    for target in entry["targets"]:
-        reached = "" if target["reached"] is None else f"{target['reached']:.3g}"
-        words = (target[key] for key in ("arm", "measure", "against"))
-        view.add_row(*words, f"<= {target['limit']:.3g}", reached, tables.verdict(target["met"]))
-    return view

@@ -9,7 +9,9 @@ prints JSON: the versions of what is installed; an arm's loss, the seconds of ea
 by how many bytes the process grew at its first step, gradients included.
 """
 
+import functools
 import json
+import math
 import os
 import resource
 import sys
@@ -23,10 +25,19 @@ from typing import Any
 
 import numpy as np
 
-# Its LargeMarginSoftmaxLoss.
-LARGE_MARGIN = "pytorch-metric-learning"
+PACKAGES = ("torch", "pytorch-metric-learning")
 SOFTMAX = "torch softmax"
-PACKAGES = ("torch", LARGE_MARGIN)
+# pytorch-metric-learning's LargeMarginSoftmaxLoss, and its ArcFaceLoss and CosFaceLoss.
+LARGE_MARGIN = "pytorch-metric-learning"
+ARCFACE, COSFACE = f"{LARGE_MARGIN}, ArcFace", f"{LARGE_MARGIN}, CosFace"
+FAMILY = {ARCFACE: "ArcFace", COSFACE: "CosFace"}
+
+
+def arms(installed: Iterable[str]) -> tuple[str, ...]:
+    """Those that can be timed with what is installed."""
+    if LARGE_MARGIN in installed:
+        return SOFTMAX, LARGE_MARGIN, ARCFACE, COSFACE
+    return (SOFTMAX,)
 
 
 def main(operands: Path, margin: int, repetitions: int, arm: str) -> None:
@@ -37,7 +48,7 @@ def main(operands: Path, margin: int, repetitions: int, arm: str) -> None:
         features, kernel = (torch.from_numpy(file[name]) for name in ("features", "kernel"))
         labels = torch.from_numpy(file["labels"]).long()
     features.requires_grad_()
-    build = large_margin if arm == LARGE_MARGIN else softmax
+    build = softmax if arm == SOFTMAX else functools.partial(of_metric_learning, arm)
     kernel, loss = build(kernel, margin)
 
     def step() -> float:
@@ -66,11 +77,17 @@ def softmax(kernel: Any, margin: int) -> tuple[Any, Callable[..., Any]]:
     return kernel, lambda x, y: torch.nn.functional.cross_entropy(x @ kernel, y)
 
 
-def large_margin(kernel: Any, margin: int) -> tuple[Any, Callable[..., Any]]:
+def of_metric_learning(arm: str, kernel: Any, margin: int) -> tuple[Any, Callable[..., Any]]:
     import torch
-    from pytorch_metric_learning.losses import LargeMarginSoftmaxLoss
+    from pytorch_metric_learning import losses
 
-    loss = LargeMarginSoftmaxLoss(kernel.shape[1], kernel.shape[0], margin=margin, scale=1)
+    size = kernel.shape[1], kernel.shape[0]
+    if arm == ARCFACE:  # its margin is in degrees
+        loss = losses.ArcFaceLoss(*size, margin=math.degrees(0.5), scale=64)
+    elif arm == COSFACE:
+        loss = losses.CosFaceLoss(*size, margin=0.35, scale=64)
+    else:
+        loss = losses.LargeMarginSoftmaxLoss(*size, margin=margin, scale=1)
     loss.W = torch.nn.Parameter(kernel)
     return loss.W, loss
 

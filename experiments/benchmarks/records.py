@@ -48,3 +48,16 @@ def earlier(file: Path, result: dict[str, Any], same: Collection[str], holds: st
         return None
     saved = load(file, (holds, "versions"))
     return saved if all(saved.get(key) == result[key] for key in same) else None
+
+
+def appended(file: Path, result: dict[str, Any], same: Collection[str], holds: str) -> list[Any]:
+    """The entries that a saved result of the same commit and versions has; none if there is none.
+
+    Raises:
+      ValueError: if the file holds another result, which must not be lost.
+    """
+    alike = ("kind", "commit", "versions", "device", *same)
+    saved = earlier(file, result, alike, holds)
+    if saved is None and file.exists():
+        raise ValueError(f"{file} holds another result; name another file, or move this one")
+    return list(saved[holds]) if saved else []

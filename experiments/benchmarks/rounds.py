@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 from rich.table import Table
-from tqdm import tqdm
 
 from experiments.benchmarks import hlo, tables
+from experiments.store.progress import tracked
 
 # How far losses and lengths of gradients may be apart, relative to the first.
 TOLERANCE = {"f32": 1e-4, "bf16": 3e-2}
@@ -60,11 +60,11 @@ class Run:
 
 def take_times(runs: Collection[Run], repetitions: int, title: str) -> None:
     order, listed = np.random.default_rng(0), list(runs)
-    with tqdm(total=repetitions * len(runs), desc=f"{title} time", unit=" samples") as progress:
-        for _ in range(repetitions):
-            for index in order.permutation(len(runs)):
-                listed[index].seconds.append(listed[index].sample())
-                progress.update()
+    samples = (
+        listed[index] for _ in range(repetitions) for index in order.permutation(len(listed))
+    )
+    for run in tracked(samples, repetitions * len(listed), f"{title} time", "samples"):
+        run.seconds.append(run.sample())
 
 
 def check(name: str, what: str, value: float | None, wanted: float, tolerance: float) -> None:

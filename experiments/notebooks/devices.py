@@ -209,7 +209,7 @@ print(f"the logits, never sent: {4 * ROWS * CLASSES / 1e6:.1f} MB")
 # %% [markdown]
 # ## From here
 #
-# - `python -m experiments scale --plan --classes 1000000 --batch 256` forecasts a class-parallel
-#   training step of that size; without `--plan` it takes some, where there is the memory.
+# - `python -m experiments compile --targets v5e:2x4 --shapes 256 512 1000000` compiles
+#   class-parallel steps of that size for chips that are not here: their memory, what they send.
 # - [Many devices and many hosts](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/docs/guide/many-devices.md)
 # - [Reproducing a number of the paper](https://github.com/lsoftmax-jax/lsoftmax_jax/blob/main/experiments/notebooks/reproduce.ipynb)

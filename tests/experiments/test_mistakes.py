@@ -18,7 +18,6 @@ from experiments.__main__ import CLONE, main
 DIGITS = ["train", "digits-m4", "--out", "{out}"]
 FACES = ["train-faces", "--faces", "{good}/faces", "--out", "{out}/run", "--size", "32", "32"]
 FACES += ["--width", "0.02", "--batch", "8"]
-SCALE = ["scale", "--classes", "100", "--dim", "8", "--batch", "8", "--out", "{out}"]
 MNIST = ["train", "mnist-m4", "--out", "{out}", "--data"]
 VERIFY = ["verify", "--out", "{out}/v.json"]
 
@@ -255,17 +254,15 @@ MISTAKES = [
       "{out}"], "landmarks_latin.txt must be text in UTF-8"),
     (["pairs", "--faces", "{good}/faces", "--out", "{out}/p.txt", "--folds", "0"], "folds must be"),
     (["pairs", "--faces", "{good}/faces", "--out", "{out}/p.txt"], "each must be at most"),
-    # scale
-    ([*SCALE, "--classes", "0"], "classes must be >= 1, got 0"),
-    ([*SCALE, "--classes", "2147483648"], "--classes: must be an integer of at most 2147483647"),
-    ([*SCALE, "--steps", "0"], "data and steps must be >= 1"),
-    ([*SCALE, "--identities", "101"], "identities must be from 1 to the 100 classes"),
-    ([*SCALE, "--data", "3"], "batch must divide over the"),
-    ([*SCALE, "--data", "64"], "batch must divide over the|data x model must be at most"),
-    ([*SCALE, "--plan", "--tflops", "0"], "tflops, bandwidth and link must be > 0"),
-    ([*SCALE, "--checkpoint-seconds", "nan"], "checkpoint-seconds must be >= 0"),
-    ([*SCALE, "--lam", "-1"], "lam must be >= 0 and finite, got -1"),
-    ([*SCALE, "--learning-rate", "nan"], "learning_rate must be >= 0 and finite, got nan"),
+    # benchmarks
+    (["bench", "head", "--shapes", "8", "8", "0"], "shapes must be at least 1, got 0"),
+    (["bench", "head", "--shapes", "8", "8", "2147483648"], "at most 2147483647"),
+    (["bench", "head", "--lam", "nan"], "lam must be finite and >= 0, got nan"),
+    (["bench", "head", "--margin", "0"], "margin must be at least 1, got 0"),
+    (["bench", "head", "--repetitions", "0"], "repetitions must be at least 1, got 0"),
+    (["bench", "head", "--only", "fastest"], "no arm fastest"),
+    (["bench", "all", "--minutes", "nan"], "minutes must be > 0, got nan"),
+    (["compile", "--shapes", "8", "0", "8"], "shapes must be at least 1"),
 ]  # fmt: skip
 
 

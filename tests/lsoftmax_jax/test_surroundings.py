@@ -125,7 +125,7 @@ class Case(NamedTuple):
         return lsm.ClassParallel("model", axes, mesh) if self.split else None
 
     def answer(self, layout, around=lambda function: function):
-        """arrays -> (sum, dfeatures, dkernel), transformed by `around` before they are differentiated."""
+        """arrays -> (sum, dfeatures, dkernel); `around` transforms what is differentiated."""
         total = functools.partial(self.entry, layout=layout)
         if self.entry is not sgd:
             return jax.value_and_grad(around(total), (0, 1))

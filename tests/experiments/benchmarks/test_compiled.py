@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from experiments.__main__ import main
-from experiments.benchmarks import arms, compiled, hlo, notebooks, records, scale, targets
+from experiments.benchmarks import arms, compiled, hlo, largest, notebooks, records, targets
 from experiments.benchmarks.arms import Shape
 
 pytestmark = pytest.mark.usefixtures("compiled_as_for_users")
@@ -93,11 +93,12 @@ def test_a_refusal_says_how_much_of_how_much(message, said):
     [("v5e", 5_000_064), ("v5e", 5_000_000), ("v6e", 9_900_032)],
 )
 def test_one_chip_trains_nine_tenths_of_the_classes_that_its_memory_holds(target, classes):
-    on = targets.target(target)
-    job = scale.Job(classes, 512, 4096, dtype="bf16")
-    state = (2 + 4) * job.dim * classes
+    on, shape = targets.target(target), Shape(4096, 512, classes)
+    state = (2 + 4) * shape.dim * classes
     assert state > 0.9 * on.chip.memory
-    facts = hlo.facts(compiled.lower_job(on, job).compile(), job.dim * classes)
+    (arm,) = (arm for arm in arms.arms(shape) if arm.name == arms.FUSED_SGD)
+    lowered = compiled.lower_arm(on, arm, shape, "bf16")
+    facts = hlo.facts(lowered.compile(), shape.dim * classes)
     assert facts.temporary_bytes < 64e6
     assert facts.reused_bytes == state and facts.large_moves == {}
 
@@ -129,7 +130,7 @@ def test_the_one_shot_keeps_one_array_of_logits(target, bytes_of_a_logit):
 def test_which_products_a_tpu_computes_at_full_precision(target, classes, context, full):
     on = targets.target(target)
     shape = Shape(256, 256, classes)
-    one_shot = next(arm for arm in arms.arms(shape, 4, 4096) if arm.name == arms.ONE_SHOT)
+    one_shot = next(arm for arm in arms.arms(shape) if arm.name == arms.ONE_SHOT)
     with jax.default_matmul_precision(context):
         text = on.compile(compiled.lower_arm(on, one_shot, shape, "f32")).as_text()
     products = [line for line in text.splitlines() if " convolution(" in line]
@@ -137,20 +138,45 @@ def test_which_products_a_tpu_computes_at_full_precision(target, classes, contex
     assert sum("operand_precision={highest,highest}" in line for line in products) == full
 
 
+def sharded(on, shape, dtype, name, mesh):
+    """The case of an arm whose classes lie over a mesh."""
+    cases = compiled.slice_head_cases(on, [(shape, dtype)])
+    (found,) = (c for c in cases if c.name == f"class-parallel {name}" and c.size.endswith(mesh))
+    return found
+
+
 @aot
 def test_1e8_classes_on_256_chips_fit_and_gather_no_logits():
-    job = scale.Job(100_000_000, 512, 8192, 16, 16, "bf16")
-    compiled_ = compiled.lower_gradients(targets.target("v5e:16x16"), job).compile()
-    facts = hlo.facts(compiled_, job.dim * job.columns)
+    shape, on = Shape(8192, 512, 10**8), targets.target("v5e:16x16")
+    case = sharded(on, shape, "bf16", arms.RECOMPUTED, "16 x 16")
+    program = case.lower().compile()
+    facts = hlo.facts(program, case.elements)
     assert facts.argument_bytes < 6.5e9 and facts.temporary_bytes < 64e6
-    found = hlo.collectives(compiled_, 256)
-    assert len(found) == 5
-    # Momentum apart, what the formula of `scale --plan` counts.
-    assert sum(c.sent for c in found) == pytest.approx(scale.forecast(job).sent_bytes, rel=1e-3)
+    found = hlo.collectives(program, 256)
+    assert len(found) <= 5
     # The gradient of the kernel is summed over data; nothing of a row and a class is sent.
-    others = [c for c in found if c.size < job.dim * job.columns]
-    assert len(others) == 4 and max(c.size for c in others) < job.rows * job.columns / 64
-    assert "f64[" not in compiled_.as_text()
+    rows, columns = shape.batch // 16, shape.classes // 16
+    others = [c for c in found if c.size < case.elements]
+    assert len(others) == len(found) - 1
+    assert max(c.size for c in others) < rows * columns / 64
+    assert "f64[" not in program.as_text()
+
+
+@pytest.mark.parametrize("name", [arms.RECOMPUTED, arms.FUSED_SGD])
+def test_arms_over_a_mesh_send_little_and_update_in_place(name):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    on = targets.Target("here:2x4", targets.CHIPS["v5e"], jax.devices()[:8])
+    case = sharded(on, Shape(64, 16, 5003), "f32", name, "2 x 4")
+    assert case.elements == 16 * 5004 // 4 and case.flops == 2 * 32 * 4 * case.elements
+    row = compiled.compiled_row(on, case)
+    summed = [c for c in row["collectives"] if c["size"] >= 4 * case.elements]
+    if name == arms.FUSED_SGD:
+        assert row["reused_bytes"] == (4 + 4) * case.elements
+        assert summed == []  # the kernel's gradient never exists
+    else:
+        assert len(row["collectives"]) <= 5 and [c["kind"] for c in summed] == ["all-reduce"]
+    assert row["least_milliseconds"] > 0 and row["fits"]
 
 
 @pytest.mark.parametrize("lower", [notebooks.lower_tour, notebooks.lower_devices])
@@ -267,52 +293,59 @@ def test_the_largest_head_is_bisected(most):
         tried.append(classes)
         return classes <= most * 1000
 
-    assert scale.largest_head(fits, 100_000) == most * 1000
+    assert largest.bisected(fits, 100_000) == most * 1000
     assert len(tried) <= 7
 
 
 def test_a_stopped_search_for_the_largest_head_goes_on(tmp_path, monkeypatch):
     chip = targets.Chip("tpu", 3072 * 10_000, 1, 1, 1, "a test")
-    on = targets.Target("v5e:1x2", chip, [None] * 2)
-    job, file, tried = scale.Job(1000, batch=64, dim=512, model=2, dtype="bf16"), tmp_path / "f", []
+    on, file, tried = targets.Target("v5e:1x2", chip, [None] * 2), tmp_path / "f", []
     facts = {"commit": "a" * 40, "versions": {"jax": "1"}}
 
-    def compiled_for(on, job, plain):
-        if len(tried) == 20:
+    def refused(on, shape, model, way):
+        if len(tried) == 15:
             raise KeyboardInterrupt
-        tried.append(job)
-        most = (2_500 if plain else 9_950) * job.model
-        return f"{job.classes} of {most}" if job.classes > most else None
+        tried.append(shape)
+        most = (2_500 if way == "plain" else 9_950) * model
+        return f"{shape.classes} of {most}" if shape.classes > most else None
 
-    monkeypatch.setattr(scale, "compiled_for", compiled_for)
+    monkeypatch.setattr(largest, "refused", refused)
     monkeypatch.setattr(records, "provenance", lambda devices: facts)
     with pytest.raises(KeyboardInterrupt):
-        scale.largest_heads(on, job, file)
+        largest.search(on, file)
     saved = json.loads(file.read_text())
-    assert len(saved["tried"]) == 20 and saved["target"] == "v5e:1x2"
+    assert len(saved["tried"]) == 15 and saved["target"] == "v5e:1x2"
     before, tried[:] = list(tried), []
-    rows = scale.largest_heads(on, job, file)
+    rows = largest.search(on, file)
     assert rows == [
         {"data": 1, "model": 1, "bound": 10_000, "plain": 2_500, "ours": 9_900},
-        {"data": 1, "model": 2, "bound": 20_000, "plain": 5_000, "ours": 19_800},
+        {"data": 1, "model": 2, "bound": 20_000, "plain": None, "ours": 19_800},
     ]
+    assert largest.table(rows).row_count == 2
     # Seven sizes at most of each kind, none of them twice.
-    assert 20 < len(before + tried) <= 28
+    assert 15 < len(before + tried) <= 21
     assert json.loads(file.read_text())["largest"] == rows
     facts["commit"] = "b" * 40
     tried[:] = []
     with pytest.raises(KeyboardInterrupt):
-        scale.largest_heads(on, job, file)
+        largest.search(on, file)
+
+
+def test_the_size_of_a_head_is_compared_with_the_chips_memory():
+    small = targets.CHIPS["v5e"]._replace(memory=10**9)
+    on = targets.Target("here", small, jax.devices("cpu")[:1])
+    assert largest.refused(on, Shape(8, 512, 10_000), 1, "ours") is None
+    assert largest.refused(on, Shape(8, 512, 400_000), 1, "ours").endswith(" of 1 GB")
 
 
 @aot
-def test_a_plan_for_a_slice_stands_beside_what_its_compiler_says(capsys):
-    plan = ["scale", "--plan", "--target", "v5e:2x4", "--dtype", "bf16", "--batch", "1024"]
-    assert main([*plan, "--classes", "100000"]) == 0
+def test_own_heads_stand_beside_what_a_slices_compiler_says(tmp_path, capsys):
+    own = ["compile", "--targets", "v5e:2x4", "--shapes", "1024", "512", "100000"]
+    assert main([*own, "--only", arms.FUSED_SGD, "--out", str(tmp_path)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "1 x 8 devices" in printed and "compiled" in printed and "tpu/docs/v5e" in printed
+    assert "class-parallel lsoftmax_sgd" in printed and "(1024, 512, 100000) bf16, 1 x 8" in printed
 
 
-def test_largest_needs_a_target(capsys):
-    assert main(["scale", "--plan", "--largest"]) == 2
-    assert "target" in capsys.readouterr().err
+def test_own_heads_need_at_least_one_class(capsys):
+    assert main(["compile", "--shapes", "8", "8", "0"]) == 2
+    assert "shapes must be at least 1" in capsys.readouterr().err

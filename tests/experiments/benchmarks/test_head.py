@@ -5,24 +5,30 @@ import json
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import lsoftmax_jax as lsm
 from experiments.__main__ import main
 from experiments.benchmarks import arms, head, peers
 from experiments.benchmarks.arms import Arm, Shape
-from experiments.benchmarks.head import Target
+from lsoftmax_jax.margins import ArcFace, CosFace, NormFace, SphereFace
 from tests import oracle
 
 SHAPE = Shape(16, 8, 12)
+COMMAND = ["bench", "head", "--repetitions", "2", "--class-block", "5", "--shapes"]
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def file(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
-    shape = [str(size) for size in SHAPE]
-    command = ["bench", "head", "--shapes", *shape, "--repetitions", "2", "--class-block", "5"]
-    assert main([*command, "--out", str(out)]) == 0
+    assert main([*COMMAND, *map(str, SHAPE), "--out", str(out)]) == 0
     (file,) = out.iterdir()
+    return file
+
+
+@pytest.fixture(scope="module")
+def result(file):
     return json.loads(file.read_text())
 
 
@@ -30,82 +36,93 @@ def test_every_arm_is_measured(result):
     (entry,) = result["shapes"]
     timed = {row["arm"]: row for row in entry["arms"]}
     assert entry["shape"] == list(SHAPE)
-    assert timed.keys() >= {arm.name for arm in arms.arms(SHAPE, 4, 5)}
+    assert list(timed) == [arm.name for arm in arms.arms(SHAPE, 4, 5)]
     for row in timed.values():
         median, low, high = row["milliseconds"]
         assert 0 < low <= median <= high
     assert timed[arms.PLAIN]["ratio"] == [1, 1, 1]
     assert timed[arms.FUSED_SGD]["baseline"] == arms.PLAIN_SGD
-    assert timed[arms.ONE_SHOT]["dots"] == 3
+    assert timed[arms.ONE_SHOT]["dots"] == timed[arms.HEAD]["dots"] == 3
+    assert timed[arms.HEAD]["loss"] == pytest.approx(timed[arms.DEFAULT]["loss"], rel=1e-5)
     assert result["command"].endswith("--class-block 5 --repetitions 2")
     assert "--shapes 16 8 12 --dtype f32" in result["command"]
     assert result["config"]["repetitions"] == 2 and "date" in result and "commit" in result
 
 
-def test_targets_are_judged_where_both_arms_ran(result):
-    (entry,) = result["shapes"]
-    for target in entry["targets"]:
-        if target["reached"] is None:
-            assert target["met"] is None and target["against"] == peers.LARGE_MARGIN
-        else:
-            assert target["met"] == (target["reached"] <= target["limit"])
-
-
-def test_both_tables_show_every_row(result):
+def test_the_table_shows_every_row_and_no_target(result):
     (entry,) = result["shapes"]
     assert head.arms_table(entry, "f32").row_count == len(entry["arms"])
-    assert head.targets_table(entry).row_count == len(entry["targets"])
+    assert "targets" not in entry
 
 
-ROWS = [
-    {"arm": "a", "baseline": "b", "milliseconds": [3.0], "ratio": [0.5], "temporary_bytes": 100}
-    | {"output_bytes": 20},
-    {"arm": "b", "baseline": "b", "milliseconds": [4.0], "ratio": [1.0], "temporary_bytes": 400},
-    {"arm": "torch", "baseline": "b", "milliseconds": [12.0], "growth_bytes": 600},
-]
-JUDGED = {
-    "by rounds": (Target("a", "time", 0.5, "b"), 0.5, True),
-    "by medians": (Target("a", "time", 0.2, "torch"), 0.25, False),
-    "memory": (Target("a", "memory", 0.25, "b"), 0.25, True),
-    "memory with outputs": (Target("a", "memory", 0.1, "torch"), 0.2, False),
-    "extra arrays": (Target("b", "extra", 0.5, "a"), 300 / (4 * 5 * 10), False),
-    "not there": (Target("c", "time", 1.0, "b"), None, None),
-}
-
-
-@pytest.mark.parametrize("target, reached, met", JUDGED.values(), ids=JUDGED)
-def test_judge(target, reached, met):
-    judged = head.judge(target, Shape(5, 1, 10), ROWS)
-    assert (judged["reached"], judged["met"]) == (reached, met)
+def test_shapes_are_appended_and_nothing_is_lost(file, capsys):
+    before = json.loads(file.read_text())["shapes"]
+    words = [*COMMAND, "8", "8", "12", "--append", str(file)]
+    assert main([*words, "--only", arms.FUSED_SGD]) == 0
+    after = json.loads(file.read_text())["shapes"]
+    assert after[:-1] == before and after[-1]["shape"] == [8, 8, 12]
+    assert {row["arm"] for row in after[-1]["arms"]} == {arms.PLAIN_SGD, arms.FUSED_SGD}
+    capsys.readouterr()
+    saved = file.read_text()
+    assert main([*words, "--margin", "3"]) == 2
+    assert "holds another result" in capsys.readouterr().err and file.read_text() == saved
 
 
 def test_an_arm_that_disagrees_is_not_timed():
-    given = arms.problem(SHAPE, jnp.float32, 0.0)
-    right = Arm(arms.PLAIN, 3, "plain", arms.gradients(arms.plain_loss))
+    given = arms.problem(SHAPE, "f32", 0.0)
+    right = Arm(arms.PLAIN, arms.gradients(arms.plain_loss), 1)
 
     def doubled(*operands):
         loss, dfeatures, dkernel = right.step(*operands)
         return loss, dfeatures, 2 * dkernel
 
-    wrong = Arm("margin's loss", 3, "margin", right.step)
+    wrong = Arm("margin's loss", right.step, 4)
     with pytest.raises(ValueError, match="margin's loss computes something else: its loss is"):
-        head.prepare([wrong], given, SHAPE, "f32", 4)
+        head.prepare([wrong], given, SHAPE, "f32")
     wrong = right._replace(name="doubled", step=doubled)
     with pytest.raises(ValueError, match="doubled computes something else: its length of dkernel"):
-        head.prepare([right, wrong], given, SHAPE, "f32", 4)
+        head.prepare([right, wrong], given, SHAPE, "f32")
 
 
-def test_the_literal_loss_is_the_oracle():
-    given = arms.problem(SHAPE, jnp.float32, 2.0)
-    losses = oracle.loss(*(jax.device_get(a) for a in given[:3]), 4, 2.0)
-    chex.assert_trees_all_close(arms.literal_loss(given, 4), losses.mean(), rtol=1e-6)
+def test_exact_losses_are_the_oracles():
+    given = arms.problem(SHAPE, "f32", 2.0)
+    host = [jax.device_get(a) for a in given[:3]]
+    losses = oracle.loss(*host, 4, 2.0)
+    chex.assert_trees_all_close(arms.exact_loss(given, 4), losses.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "margin, changed",
+    [
+        (ArcFace(0.5, scale=9.0), lambda theta: np.cos(theta + 0.5)),
+        (CosFace(0.3, scale=9.0), lambda theta: np.cos(theta) - 0.3),
+        (NormFace(scale=9.0), np.cos),
+        (SphereFace(2), lambda t: np.where(t < np.pi / 2, np.cos(2 * t), -np.cos(2 * t) - 2)),
+    ],
+    ids=lambda margin: type(margin).__name__,
+)
+def test_the_changed_cosines_are_the_papers(margin, changed):
+    theta = np.linspace(0.1, 2.4, 7)
+    found = arms.changed_cosine(np.cos(theta), margin)
+    np.testing.assert_allclose(found, changed(theta), atol=1e-12)
+
+
+def test_the_paced_loss_is_that_of_the_rule():
+    # Features that lie near their label's column, so that the margin takes part.
+    kernel = jnp.eye(4)
+    features, labels = 3 * kernel[:3] + 0.2, jnp.arange(3)
+    given = arms.Problem(features, kernel, labels, jnp.full(3, 1 / 3), jnp.float32(0))
+    ruled = lsm.lsoftmax_loss(features, kernel, labels, margin=4, lam=lsm.self_paced()).mean()
+    assert arms.exact_loss(given, 4, True) == pytest.approx(float(ruled), rel=1e-5)
+    assert float(ruled) > 1.01 * arms.exact_loss(given, 1)
 
 
 MISTAKES = {
     "no class": (["--shapes", "4", "4", "0"], "shapes"),
     "margin": (["--margin", "0"], "margin"),
     "lam": (["--lam", "-1"], "lam"),
-    "python": (["--peers-python", "no-such-python"], "peers_python"),
+    "only": (["--only", "optax"], "no arm optax"),
+    "python": (["--peers", "--peers-python", "no-such-python"], "peers_python"),
 }
 
 
@@ -130,10 +147,10 @@ def test_the_readme_shows_the_committed_results():
             assert f"| {shape}, blocks of 1024 classes | {numbers} | |" in readme
     (steps,) = head.OUT.glob("step-cpu-*.json")
     ratios = {
-        entry["configuration"]: f"{target['reached']:.2f}"
+        entry["configuration"]: f"{arm['ratio'][0]:.2f}"
         for entry in json.loads(steps.read_text())["configurations"]
-        for target in entry["targets"]
-        if target["measure"] == "time"
+        for arm in entry["arms"]
+        if arm["arm"] == "margin"
     }
     mnist, cifar10, cifar100 = (ratios[f"{data}-m4"] for data in ("mnist", "cifar10", "cifar100"))
     assert f"{mnist}, {cifar10} and {cifar100} times as long" in readme

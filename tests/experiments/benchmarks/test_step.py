@@ -1,4 +1,4 @@
-"""`bench step`: whole training steps, timed and judged."""
+"""`bench step`: whole training steps, timed."""
 
 import json
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from experiments.benchmarks import step
 from experiments.paper.cells import CONFIGS
 
 
-def test_steps_are_timed_and_judged(tmp_path):
+def test_steps_are_timed(tmp_path):
     flags = ["--configurations", "mnist-m4", "--batch", "4", "--width", "0.0625"]
     assert main(["bench", "step", *flags, "--repetitions", "2", "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.iterdir()
@@ -18,27 +18,23 @@ def test_steps_are_timed_and_judged(tmp_path):
     assert found["command"].endswith(" ".join([*flags, "--repetitions", "2"]))
     (entry,) = found["configurations"]
     timed = {arm["arm"]: arm for arm in entry["arms"]}
-    assert timed.keys() == {step.PLAIN, step.NO_MARGIN, step.MARGIN}
+    assert timed.keys() == {step.PLAIN, step.NO_MARGIN, step.MARGIN, step.DEFAULT}
     plain, no_margin, margin = timed[step.PLAIN], timed[step.NO_MARGIN], timed[step.MARGIN]
     assert plain["ratio"] == [1, 1, 1] and margin["loss"] > plain["loss"]
     assert no_margin["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert margin["memory_ratio"] == margin["temporary_bytes"] / plain["temporary_bytes"]
-    judged = {target["measure"]: target for target in entry["targets"]}
-    median, *_ = margin["ratio"]
-    assert judged["time"]["reached"] == median
-    assert judged["memory"]["reached"] == margin["memory_ratio"]
-    for target in judged.values():
-        assert target["met"] == (target["reached"] <= 1.02)
-    assert step.table(entry).row_count == 3
+    # At first few examples are ahead of another class.
+    assert plain["loss"] <= timed[step.DEFAULT]["loss"] < margin["loss"]
+    assert step.table(entry).row_count == 4 and "targets" not in entry
 
 
 def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):
     def run(arm, config):
-        return SimpleNamespace(loss={step.PLAIN: 2.0, step.NO_MARGIN: 2.1, step.MARGIN: 3.0}[arm])
+        return SimpleNamespace(loss={step.PLAIN: 2.0, step.NO_MARGIN: 2.1}.get(arm, 3.0))
 
     monkeypatch.setattr(step, "prepare_arm", run)
     with pytest.raises(ValueError, match=r"m = 1 computes something else: its loss is 2.1"):
-        step.prepare(None)
+        step.prepare(CONFIGS["mnist-m4"])
 
 
 def test_a_margin_shows_in_the_loss_where_it_must(monkeypatch):
@@ -46,7 +42,7 @@ def test_a_margin_shows_in_the_loss_where_it_must(monkeypatch):
     with pytest.raises(ValueError, match=r"must make the loss larger than 2.0, got 2.0"):
         step.prepare(CONFIGS["mnist-m4"])
     for of_another_length_or_pace in ("mnist-arcface", "digits-m4"):
-        assert len(step.prepare(CONFIGS[of_another_length_or_pace])) == 3
+        assert step.MARGIN in step.prepare(CONFIGS[of_another_length_or_pace])
 
 
 MISTAKES = {

@@ -16,11 +16,10 @@ from experiments.faces.stand_in import write_digits
 ROOT = Path(__file__).parents[3]
 STEPS = "12"
 # No deeper pattern than needed: a checkpoint's folders come and go while they are listed.
-LOGS = {"train": "*/*/metrics.jsonl", "train-faces": "metrics.jsonl", "scale": "*/metrics.jsonl"}
+LOGS = {"train": "*/*/metrics.jsonl", "train-faces": "metrics.jsonl"}
 SOURCES = {
     "images in memory": ["train", "digits-m4", "--batch", "16", "--width", "0.125"],
     "streamed faces": ["train-faces", "--batch", "16", "--width", "0.02", "--size", "32", "32"],
-    "synthetic classes": ["scale", "--classes", "1003", "--dim", "32", "--batch", "64"],
 }
 
 
