@@ -18,7 +18,7 @@ from rich.console import Console
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from experiments import quickstart
-from experiments.benchmarks import convergence, head, step
+from experiments.benchmarks import convergence, head, open_set, step
 from experiments.benchmarks.compiled import compile_
 from experiments.benchmarks.scale import scale
 from experiments.faces.align import align
@@ -44,16 +44,6 @@ LISTED = f"{PROG} list prints all"
 # tyro needs minutes for the help of a terminal of one column.
 NARROWEST = 40
 LARGEST = 2**31 - 1
-
-
-def quickstart_(out: Path = quickstart.OUT) -> int:
-    """Trains softmax and L-Softmax on scikit-learn's digits; prints a table, draws a picture.
-
-    Args:
-      out: folder of the results and the picture.
-    """
-    with loop.interruptible() as stop:
-        return quickstart.run(out, stop)
 
 
 def train_(
@@ -141,6 +131,7 @@ Benchmark = (
     Annotated[Any, tyro.conf.subcommand("head", constructor=postponed(head.bench))]
     | Annotated[Any, tyro.conf.subcommand("step", constructor=postponed(step.bench))]
     | Annotated[Any, tyro.conf.subcommand("convergence", constructor=postponed(convergence.bench))]
+    | Annotated[Any, tyro.conf.subcommand("open-set", constructor=postponed(open_set.bench))]
 )
 
 
@@ -150,7 +141,7 @@ def bench(benchmark: Benchmark) -> None:
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
-    "quickstart": quickstart_,
+    "quickstart": quickstart.run,
     "list": scoreboard,
     "train": train_,
     "evaluate": evaluate,
