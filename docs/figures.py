@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 import lsoftmax_jax as lsm
-from experiments import quickstart
-from experiments.paper.cells import run_name
 from experiments.report.features import features_figure
 from experiments.report.outcomes import RESULTS
 from experiments.store import results
@@ -252,11 +250,7 @@ def collapse() -> Figure:
 
 def features() -> Figure:
     """The picture of `make quickstart`, from the committed results."""
-    outcomes = {
-        title: results.load(RESULTS / "quickstart" / f"{run_name(config)}.json")["test"]
-        for title, config in quickstart.RUNS.items()
-    }
-    return features_figure(outcomes)
+    return features_figure(results.load(RESULTS / "quickstart" / "quickstart.json")["features"])
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
