@@ -18,7 +18,7 @@ from rich.console import Console
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from experiments import quickstart
-from experiments.benchmarks import budget, convergence, head, step
+from experiments.benchmarks import budget, convergence, head, open_set, step
 from experiments.benchmarks.compiled import compile_
 from experiments.faces.align import align
 from experiments.faces.embed import embed
@@ -44,16 +44,6 @@ LISTED = f"{PROG} list prints all"
 # tyro needs minutes for the help of a terminal of one column.
 NARROWEST = 40
 LARGEST = 2**31 - 1
-
-
-def quickstart_(out: Path = quickstart.OUT) -> int:
-    """Trains softmax and L-Softmax on scikit-learn's digits; prints a table, draws a picture.
-
-    Args:
-      out: folder of the results and the picture.
-    """
-    quickstart.run(out)
-    return 0
 
 
 def train_(
@@ -142,6 +132,7 @@ Benchmark = (
     | Annotated[Any, tyro.conf.subcommand("head", constructor=postponed(head.bench))]
     | Annotated[Any, tyro.conf.subcommand("step", constructor=postponed(step.bench))]
     | Annotated[Any, tyro.conf.subcommand("convergence", constructor=postponed(convergence.bench))]
+    | Annotated[Any, tyro.conf.subcommand("open-set", constructor=postponed(open_set.bench))]
 )
 
 
@@ -151,7 +142,7 @@ def bench(benchmark: Benchmark) -> int:
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
-    "quickstart": quickstart_,
+    "quickstart": quickstart.run,
     "list": scoreboard,
     "train": train_,
     "evaluate": evaluate,

@@ -52,7 +52,11 @@ ROWS = {
 
 
 def run(out: Path = OUT) -> None:
-    """Trains the network with both losses; prints the table, draws the picture, writes both."""
+    """Trains softmax and L-Softmax on scikit-learn's digits; prints a table, draws a picture.
+
+    Args:
+      out: folder of the result and the picture.
+    """
     result = heading("quickstart", "python -m experiments quickstart") | {"seeds": SEEDS}
     numbers: dict[str, dict[str, list[float]]] = {loss: {} for loss in LOSSES}
     planes: dict[str, dict[str, Any]] = {}
@@ -70,13 +74,13 @@ def run(out: Path = OUT) -> None:
 
 def clean(loss: str) -> dict[str, list[float]]:
     split = split_of(Data())
-    params, shares = fitted(SETTING, loss, split)
+    params, shares = fitted(SETTING, loss, split, SEEDS)
     return {"error": errors(params, split), "share": (100 * shares).tolist()}
 
 
 def noisy(loss: str) -> dict[str, list[float]]:
     split = split_of(Data(noise=0.4))
-    return {"error_of_noisy": errors(fitted(SETTING, loss, split)[0], split)}
+    return {"error_of_noisy": errors(fitted(SETTING, loss, split, SEEDS)[0], split)}
 
 
 def unseen(loss: str) -> dict[str, list[float]]:
@@ -86,22 +90,22 @@ def unseen(loss: str) -> dict[str, list[float]]:
     others = [(of[0][of[1] >= SEEN], of[1][of[1] >= SEEN]) for of in whole[:2]]
     inputs, labels = (np.concatenate(of) for of in zip(*others, strict=True))
     split = Split(parts[0], parts[1], SEEN)
-    params, _ = fitted(SETTING, loss, split)
+    params, _ = fitted(SETTING, loss, split, SEEDS)
     features = features_and_answers(SETTING, SEEN, params, inputs)[0]
-    rates = [100 * verification.verify(of, labels).roc.eer for of in features]
+    rates = [100 * verification.verify(seed, labels).roc.eer for seed in features]
     return {"error_of_seen": errors(params, split), "eer_of_unseen": rates}
 
 
 def plane(loss: str) -> dict[str, Any]:
     """What the first seed's test digits look like as a feature of two numbers."""
     split = split_of(Data())
-    params, _ = fitted(PLANE, loss, split, seeds=1)
+    params, _ = fitted(PLANE, loss, split, 1)
     features = features_and_answers(PLANE, 10, params, split.test[0])[0][0]
     kernel = params["params"]["head"]["kernel"][0]
     return measures(*map(np.asarray, (features, features @ kernel, split.test[1], kernel)))
 
 
-def fitted(setting: Setting, loss: str, split: Split, seeds: int = SEEDS) -> Any:
+def fitted(setting: Setting, loss: str, split: Split, seeds: int) -> Any:
     """Parameters and shares, with a leading axis of seeds; softmax is λ = infinity."""
     keys = jax.random.split(jax.random.key(0), seeds)
     lams = constant(np.inf)(setting.steps)

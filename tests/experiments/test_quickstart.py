@@ -1,7 +1,6 @@
-"""The first run prints its table, draws its picture, and continues where it was stopped."""
+"""The first run prints its table, draws its picture and writes its numbers."""
 
-from dataclasses import replace
-from functools import partial
+import json
 
 import numpy as np
 import pytest
@@ -9,34 +8,52 @@ from matplotlib.image import imread
 
 from experiments import quickstart
 from experiments.__main__ import main
-from experiments.paper.cells import run_name
-from experiments.run import train
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    small = {"steps": 4, "batch": 8, "width": 1 / 8, "examples": 40}
-    runs = {title: replace(config, **small) for title, config in quickstart.RUNS.items()}
-    monkeypatch.setattr(quickstart, "RUNS", runs)
-    monkeypatch.setattr(train, "run", partial(train.run, devices=1))
-    return runs
+    for name in ("SETTING", "PLANE"):
+        monkeypatch.setattr(quickstart, name, getattr(quickstart, name)._replace(steps=60))
+    monkeypatch.setattr(quickstart, "SEEDS", 2)
 
 
-def test_stops_continues_and_shows(tiny, tmp_path, capsys):
-    asked = iter([False, True])
-    assert quickstart.run(tmp_path, lambda: next(asked)) == 130
+def test_shows_draws_and_writes(tiny, tmp_path, capsys):
     assert main(["quickstart", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for title in (*tiny, "error, %", "intra-class angle", "inter-class angle", "features.png"):
+    for title in (*quickstart.LOSSES, "error, %", "never trained", "features.png"):
         assert title in printed
-    names = [run_name(config) for config in tiny.values()]
-    assert all((tmp_path / f"{name}.json").exists() for name in names)
     assert imread(tmp_path / "features.png").shape[:2] == (848, 1664)
+    result = json.loads((tmp_path / "quickstart.json").read_text())
+    softmax, margin = result["numbers"].values()
+    assert softmax.keys() == margin.keys() == quickstart.ROWS.keys()
+    assert all(len(of) == 2 for of in margin.values())
+    assert softmax["share"] == [0, 0] and min(margin["share"]) > 1
+    for of in (softmax, margin):  # guessing has 90 %
+        assert np.mean(of["error_of_seen"]) < np.mean(of["error"]) + 3 < 20
+        assert np.mean(of["error_of_noisy"]) > np.mean(of["error"])
+        assert 10 < np.mean(of["eer_of_unseen"]) < 50
+    assert result["features"]["softmax"]["count"] == 540
 
 
-def test_the_two_differ_in_the_margin_alone():
-    softmax, large = quickstart.RUNS.values()
-    assert replace(softmax, name=large.name, margin=4) == large
+def test_digits_that_verify_were_not_trained(tiny, monkeypatch):
+    """Labels of the others never reach the loss: other labels there change no parameter."""
+    seen = []
+    fitted = quickstart.fitted
+
+    def watched(setting, loss, split, seeds):
+        seen.append(split)
+        return fitted(setting, loss, split, seeds)
+
+    monkeypatch.setattr(quickstart, "fitted", watched)
+    quickstart.unseen("softmax")
+    (split,) = seen
+    assert split.classes == quickstart.SEEN
+    for _, labels in split[:2]:
+        assert set(labels) == set(range(quickstart.SEEN))
+
+
+def test_spread_by_hand():
+    assert quickstart.spread(np.array([1.0, 3.0])) == "2.00 ± 1.41"
 
 
 def test_picture_shows_points_where_they_are(tmp_path):

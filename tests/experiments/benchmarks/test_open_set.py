@@ -9,6 +9,7 @@ import pytest
 from matplotlib.image import imread
 from PIL import Image
 
+from experiments.__main__ import main
 from experiments.benchmarks import frozen, open_set
 from experiments.benchmarks.open_set import POLICIES, TASKS, Trained
 from experiments.store.results import load
@@ -95,7 +96,7 @@ def test_numbers_by_hand():
 
 
 def run(policy, error, eer):
-    columns = {name: [0.0] for name in open_set.COLUMNS}
+    columns = {name: 2 * [0.0] for name in open_set.COLUMNS}
     return {"task": "digits", "split": 0, "policy": policy} | columns | {"error": error, "eer": eer}
 
 
@@ -113,7 +114,7 @@ def test_policies_are_compared_with_the_better_softmax():
 
 def test_a_short_run_continues_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(TASKS, "digits", TASKS["digits"]._replace(hidden=8, feature=4))
-    open_set.bench(("digits",), quick=True, out=tmp_path)
+    assert main(["bench", "open-set", "--tasks", "digits", "--quick", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert TASKS["digits"].title in shown and "`self_paced()`" in shown
     file = tmp_path / "open-set-quick-cpu.json"
