@@ -224,8 +224,8 @@ class Layout(NamedTuple):
                     )
         if mapped := manual_axes(context):
             raise ValueError(
-                f"layout: the axes {mapped} are already mapped by jax.shard_map or jax.pmap; call a "
-                f"class-parallel loss outside, on the whole arrays"
+                f"layout: the axes {mapped} are already mapped by jax.shard_map or jax.pmap; call "
+                f"a class-parallel loss outside, on the whole arrays"
             )
         return cls(mesh, parallel.class_axis, batch_axes)
 

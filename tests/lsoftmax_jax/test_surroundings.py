@@ -7,7 +7,6 @@ them run with strict promotion of dtypes and ranks (conftest.py).
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -126,7 +125,7 @@ class Case(NamedTuple):
         return lsm.ClassParallel("model", axes, mesh) if self.split else None
 
     def answer(self, layout, around=lambda function: function):
-        """arrays -> (sum, dfeatures, dkernel), with a transformation around what is differentiated."""
+        """arrays -> (sum, dfeatures, dkernel); `around` transforms what is differentiated."""
         total = functools.partial(self.entry, layout=layout)
         if self.entry is not sgd:
             return jax.value_and_grad(around(total), (0, 1))
@@ -218,13 +217,13 @@ def put(arrays, mesh, rows, columns):
     return jax.device_put(arrays, (places[0], places[1], places[0], places[0]))
 
 
-def on_mesh(*kinds, rows=P("data"), axes="data"):
+def on_mesh(*kinds, axes=("data",)):
     def surrounding(case, arrays):
         mesh = make_mesh(kinds)
         columns = P(None, "model") if case.split else P()
         with jax.set_mesh(mesh):
             answer = jax.jit(case.answer(case.layout(mesh, axes)))
-            return answer(*put(arrays, mesh, rows, columns))
+            return answer(*put(arrays, mesh, P(axes), columns))
 
     return surrounding
 
@@ -295,9 +294,7 @@ SURROUNDINGS = {
     "Explicit mesh": on_mesh(AxisType.Explicit, AxisType.Explicit),
     "Explicit and Auto": on_mesh(AxisType.Explicit, AxisType.Auto),
     "Auto and Explicit": on_mesh(AxisType.Auto, AxisType.Explicit),
-    "batch over two axes": on_mesh(
-        AxisType.Explicit, AxisType.Explicit, rows=P(("data", "model")), axes=("data", "model")
-    ),
+    "batch over two axes": on_mesh(AxisType.Explicit, AxisType.Explicit, axes=("data", "model")),
     "T split": split_sequences(AxisType.Auto, AxisType.Auto),
     "T split, Explicit": split_sequences(AxisType.Explicit, AxisType.Explicit),
     "shard_map": shard_mapped("data", "model"),
