@@ -19,6 +19,11 @@ from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.schedule import SelfPaced
 
 
+def _lecun_normal(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """Flax's own initializer as a function of a module, so that a head can be pickled."""
+    return linen.initializers.lecun_normal()(key, shape, dtype)
+
+
 class LSoftmaxDense(linen.Module):
     """The last layer of a classifier: a bias-free Dense that knows the margin in training.
 
@@ -63,7 +68,7 @@ class LSoftmaxDense(linen.Module):
     lam: float | SelfPaced | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    kernel_init: linen.initializers.Initializer = linen.initializers.lecun_normal()
+    kernel_init: linen.initializers.Initializer = _lecun_normal
     layout: ClassParallel | None = None
 
     @property

@@ -138,3 +138,17 @@ def test_a_negative_or_nan_lambda_that_only_the_data_knows_is_not_trained_on():
             features, kernel, labels, jnp.ones(B), jnp.float32(lam), margin=4
         )
         assert np.all(np.isnan(loss))
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_features_without_length_give_the_logarithm_of_the_classes(plan):
+    """D = 0: every logit is 0."""
+    features, kernel, labels = jnp.ones((5, 0)), jnp.ones((0, 4)), jnp.arange(5) % 4
+    keywords = {"margin": 4, "lam": 0.0, "plan": plan}
+    loss = lsm.lsoftmax_loss(features, kernel, labels, **keywords)
+    np.testing.assert_allclose(loss, np.full(5, np.log(4)), rtol=1e-6)
+    total, gradient = jax.value_and_grad(lsm.lsoftmax_loss_sum, 1)(
+        features, kernel, labels, **keywords
+    )
+    np.testing.assert_allclose(total, 5 * np.log(4), rtol=1e-6)
+    assert gradient.shape == (0, 4)

@@ -1,11 +1,13 @@
 """How many digits float32, bfloat16 and float16 keep."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lsoftmax_jax as lsm
 from tests import oracle
 from tests.answers import (
     EPS,
@@ -165,3 +167,40 @@ def test_any_draw_agrees_with_the_oracle_on_the_same_rounded_inputs(
     bound += 8 * EPS * margin**4 / 3
     assert_norm_close(pulled.features, wanted.features, bound)
     assert_norm_close(pulled.kernel, wanted.kernel, bound)
+
+
+def test_a_loss_scale_reaches_what_is_cast_to_float16():
+    """Unscaled, most of 20,000 probabilities are below the least float16."""
+    problem = oracle.problem(7, 64, 16, 20_000)
+    features, kernel, labels = as_arrays(problem, jnp.float16)
+    weights = jnp.full(64, 1 / 64)
+
+    @jax.jit
+    def scaled(features, kernel):
+        keywords = {"margin": 4, "lam": 0.5}
+        return 2**15 * lsm.lsoftmax_loss_sum(features, kernel, labels, weights, **keywords)
+
+    pulled = jax.grad(scaled, (0, 1))(features, kernel)
+    wanted = oracle.loss_pullback(
+        *rounded(features, kernel), problem.labels, np.full(64, 1 / 64), 4, 0.5
+    )
+    for gradient, exact in zip(pulled, wanted[:2], strict=True):
+        assert gradient.dtype == jnp.float16
+        assert_norm_close(np.asarray(gradient, np.float64) / 2**15, exact, 1e-3)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 30.0])
+def test_float16_logits_of_unit_columns_keep_the_argmax(norm):
+    """A product of two norms of 30 overflows, one of two norms of 1e-3 underflows."""
+    rng = np.random.default_rng(8)
+    features, kernel = rng.standard_normal((64, 512)), rng.standard_normal((512, 50))
+    features *= norm / np.linalg.norm(features, axis=1, keepdims=True)
+    kernel *= norm / np.linalg.norm(kernel, axis=0)
+    features, kernel = jnp.asarray(features, jnp.float16), jnp.asarray(kernel, jnp.float16)
+    logits = lsm.lsoftmax_logits(features, kernel, None, margin=lsm.margins.SphereFace(4), lam=0.0)
+    wide, columns = rounded(features, kernel)
+    wanted = wide @ (columns / np.linalg.norm(columns, axis=0))
+    assert logits.dtype == jnp.float16
+    np.testing.assert_allclose(logits, wanted, rtol=2e-3, atol=2e-3 * norm)
+    found = wanted[np.arange(64), np.argmax(logits, axis=1)]
+    np.testing.assert_allclose(found, wanted.max(axis=1), rtol=2e-3)

@@ -217,16 +217,13 @@ def put(arrays, mesh, rows, columns):
     return jax.device_put(arrays, (places[0], places[1], places[0], places[0]))
 
 
-ROWS = P("data")
-
-
-def on_mesh(*kinds, rows=ROWS, axes="data"):
+def on_mesh(*kinds, axes=("data",)):
     def surrounding(case, arrays):
         mesh = make_mesh(kinds)
         columns = P(None, "model") if case.split else P()
         with jax.set_mesh(mesh):
             answer = jax.jit(case.answer(case.layout(mesh, axes)))
-            return answer(*put(arrays, mesh, rows, columns))
+            return answer(*put(arrays, mesh, P(axes), columns))
 
     return surrounding
 
@@ -297,9 +294,7 @@ SURROUNDINGS = {
     "Explicit mesh": on_mesh(AxisType.Explicit, AxisType.Explicit),
     "Explicit and Auto": on_mesh(AxisType.Explicit, AxisType.Auto),
     "Auto and Explicit": on_mesh(AxisType.Auto, AxisType.Explicit),
-    "batch over two axes": on_mesh(
-        AxisType.Explicit, AxisType.Explicit, rows=P(("data", "model")), axes=("data", "model")
-    ),
+    "batch over two axes": on_mesh(AxisType.Explicit, AxisType.Explicit, axes=("data", "model")),
     "T split": split_sequences(AxisType.Auto, AxisType.Auto),
     "T split, Explicit": split_sequences(AxisType.Explicit, AxisType.Explicit),
     "shard_map": shard_mapped("data", "model"),

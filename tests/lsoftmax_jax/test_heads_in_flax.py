@@ -1,0 +1,132 @@
+"""What users of `nnx.Linear` and `nn.Dense` expect of a layer, the heads do too."""
+
+import inspect
+import pickle  # noqa: TID251  (only what this file has pickled itself)
+import pydoc
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import lsoftmax_jax as lsm
+from lsoftmax_jax.linen import LSoftmaxDense as LinenHead
+from lsoftmax_jax.nnx import LSoftmaxDense as NnxHead
+from tests.answers import B, C, D
+
+FEATURES, LABELS = jnp.ones((B, D)), jnp.arange(B) % C
+
+
+class Network(linen.Module):
+    """A head under a name of its own."""
+
+    @linen.compact
+    def __call__(self, features, labels=None):
+        head = LinenHead(C, name="head")
+        return head(features) if labels is None else head.loss(features, labels)
+
+
+NETWORK = Network()
+VARIABLES = {"params": {"head": {"kernel": jnp.ones((D, C))}}}
+
+
+def test_linen_captures_what_the_head_gives():
+    logits, state = NETWORK.apply(VARIABLES, FEATURES, capture_intermediates=True)
+    (captured,) = state["intermediates"]["head"]["__call__"]
+    np.testing.assert_array_equal(captured, logits)
+
+    def is_loss(module, name):
+        return name == "loss"
+
+    loss, state = NETWORK.apply(VARIABLES, FEATURES, LABELS, capture_intermediates=is_loss)
+    np.testing.assert_array_equal(state["intermediates"]["head"]["loss"][0], loss)
+
+
+def test_linen_interceptors_see_the_heads_methods():
+    seen = []
+
+    def intercept(call, args, kwargs, context):
+        seen.append((type(context.module).__name__, context.method_name))
+        return call(*args, **kwargs)
+
+    with linen.intercept_methods(intercept):
+        NETWORK.apply(VARIABLES, FEATURES, LABELS)
+    assert ("LSoftmaxDense", "loss") in seen
+
+
+@pytest.mark.lax
+def test_linen_tabulates_the_head_under_its_own_name():
+    table = NETWORK.tabulate(jax.random.key(0), FEATURES, console_kwargs={"width": 200})
+    table = re.sub(r"\x1b\[[\d;]*m", "", table)
+    assert "LSoftmaxDense" in table and f"float32[{D},{C}]" in table
+    assert "_kernel_for" not in table
+
+
+def test_the_program_names_the_head():
+    lowered = jax.jit(NETWORK.apply).lower(VARIABLES, FEATURES, LABELS)
+    assert "Network/head.loss/" in lowered.as_text(debug_info=True)
+
+
+@pytest.mark.parametrize("head", [NnxHead, LinenHead], ids=["nnx", "linen"])
+def test_help_shows_the_real_signature(head):
+    names = list(inspect.signature(head).parameters)
+    assert {"classes", "margin", "lam", "dtype", "param_dtype", "kernel_init", "layout"} <= {*names}
+    assert "args" not in names and "kwargs" not in names
+    text = pydoc.plain(pydoc.render_doc(head))
+    assert f"LSoftmaxDense({', '.join(names[:2])}" in text.replace(": int", "")
+
+
+def test_features_out_are_the_classes():
+    assert NnxHead(D, C, rngs=nnx.Rngs(0)).out_features == LinenHead(C).out_features == C
+
+
+def test_kernel_metadata_reaches_the_parameter():
+    head = NnxHead(D, C, kernel_metadata={"frozen": True}, rngs=nnx.Rngs(0))
+    assert head.kernel.get_metadata()["frozen"] is True
+
+
+def test_a_rule_is_a_static_argument_of_nnx_jit():
+    head = NnxHead(D, C, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def loss(head, features, labels, lam):
+        return head.loss(features, labels, lam)
+
+    rule = lsm.self_paced(0.3)
+    np.testing.assert_array_equal(
+        loss(head, FEATURES, LABELS, rule), head.loss(FEATURES, LABELS, rule)
+    )
+    assert jax.tree.leaves(rule) == []
+
+
+def test_a_layout_takes_an_initialiser_with_partitioning():
+    mesh = jax.make_mesh((4,), ("model",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "other"))
+    layout = lsm.ClassParallel("model", mesh=mesh)
+    head = NnxHead(D, C, kernel_init=init, layout=layout, rngs=nnx.Rngs(0))
+    assert head.kernel[...].sharding.spec == jax.sharding.PartitionSpec(None, "model")
+    plain = NnxHead(D, C, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(head.kernel[...], plain.kernel[...])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [lsm.margin_schedule(10), lsm.annealed_lambda(*lsm.schedule.MNIST), lsm.self_paced(0.3),
+     lsm.margins.ArcFace(0.3, scale=8.0), lsm.ClassParallel("model", "data"), lsm.Plan(row_block=3),
+     LinenHead(C, lam=2.0)],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_settings_survive_pickling(value):
+    again = pickle.loads(pickle.dumps(value))
+    if callable(value) and not isinstance(value, linen.Module):
+        assert again(7) == value(7)
+    else:
+        assert again == value
+
+
+def test_an_nnx_head_survives_pickling():
+    head = NnxHead(D, C, lam=2.0, rngs=nnx.Rngs(0))
+    again = pickle.loads(pickle.dumps(head))
+    np.testing.assert_array_equal(again.loss(FEATURES, LABELS), head.loss(FEATURES, LABELS))
