@@ -263,12 +263,15 @@ def drawn(rng: np.random.Generator, shape: tuple[int, int, int], margin: Any, dt
     return x.astype(kind), w.astype(kind), labels.astype(np.int32), norm
 
 
-def fuzz(seconds: float = 60.0, seed: int = 0, result: Path | None = None) -> int:
+def fuzz(
+    seconds: float = 60.0, seed: int = 0, result: Path | None = None, rounds: int = 2**31
+) -> int:
+    """Tries rounds of 40 cases until the seconds or the rounds are over; 1 if a case failed."""
     rng, choose = np.random.default_rng(seed), random.Random(seed)
     end, worst = time.monotonic() + seconds, dict.fromkeys(EPS, 0.0)
     count: Counter[tuple[str, str]] = Counter()
     planted: Counter[tuple[str, bool]] = Counter()
-    while time.monotonic() < end:
+    while time.monotonic() < end and (rounds := rounds - 1) >= 0:
         shape, margin = choose.choice(SHAPES), choose.choice(MARGINS)
         dtype, smoothing = choose.choice(list(EPS)), choose.choice([0.0, 0.0, 0.1, 1.0])
         static: dict[str, Any] = {"margin": margin, "smoothing": smoothing}

@@ -12,4 +12,5 @@ import fuzz
 @pytest.mark.slow
 @pytest.mark.ci
 def test_losses_and_gradients_are_those_of_the_reference():
-    assert fuzz.fuzz(seconds=10, seed=7) == 0
+    # So many rounds, not seconds: a slow machine draws the same cases.
+    assert fuzz.fuzz(seconds=600, seed=7, rounds=6) == 0
