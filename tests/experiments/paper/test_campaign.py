@@ -1,6 +1,5 @@
 """The batches hold what was written down, and `campaign` trains what is missing of one."""
 
-import json
 import sys
 from dataclasses import replace
 
@@ -33,7 +32,6 @@ def test_batch_a_asks_what_mirroring_and_the_released_recipe_explain():
         ("cifar10-m4", 0, {"mirror": True, "pace": "self-paced"}),
         ("released-cifar10-softmax", 0, {"mirror": False}),
     ]
-    assert all(run.mirror for run in wanted if run.name.startswith("released") and run.seed)
 
 
 @pytest.mark.parametrize("batch", ["recipe", "narrow"])
@@ -60,7 +58,6 @@ def test_a_batch_is_trained_side_by_side_and_a_second_call_has_nothing_to_do(
     for run in runs:
         saved = result.load(tmp_path / f"{run_name(run)}.json")
         assert saved["status"] == "finished" and saved["seed"] == run.seed
-        # Each process has its part of an accelerator's memory.
     monkeypatch.setitem(campaign.BATCHES, "A", runs)
     monkeypatch.setattr(abreast.subprocess, "Popen", None)
     assert main(command) == 0
@@ -104,7 +101,3 @@ def test_a_budget_that_is_over_begins_nothing(tmp_path, monkeypatch, capsys):
 def test_more_processes_than_cores_are_refused(capsys):
     assert main(["campaign", "A", "--processes", "4097"]) == 2
     assert "processes must be in 1.." in capsys.readouterr().err
-
-
-def test_the_report_names_the_same_batches_as_the_command():
-    assert json.dumps(list(campaign.BATCHES)) == '["A", "B", "C", "recipe", "narrow"]'
