@@ -29,7 +29,7 @@ def _runs(names: str, *seeds: int, **changes: Any) -> list[Config]:
 
 
 MIRRORED = {"mirror": True}
-PACED = {"pace": "self-paced"}
+PACED = {"pace": "lead"}
 SHORT = {"examples": 10_000, "steps": 6_000, "batch": 128, "width": 0.25}
 NARROW = {"batch": 128, "width": 0.25}
 AUGMENTATIONS: tuple[dict[str, Any], ...] = ({}, MIRRORED, {"mirror": True, "crop": 4})

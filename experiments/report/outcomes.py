@@ -18,7 +18,7 @@ Outcome = dict[str, Any]
 
 RESULTS = Path(__file__).parents[1] / "results"
 # What every loss may be given of its own, so that runs which differ in these alone stand together.
-OF_THE_LOSS = ("pace", "lam", "learning_rate", "weight_decay", "scale")
+OF_THE_LOSS = ("pace", "strength", "lam", "learning_rate", "weight_decay", "scale")
 NEEDED = {
     "run": ("name", "seed", "status", "reduced", "changes", "config", "data", "device"),
     "tuning": ("config", "best", "candidates"),
@@ -75,12 +75,12 @@ class Group(NamedTuple):
         """What decides λ; empty without a margin."""
         if self.loss in ("softmax", "hinge"):
             return ""
+        if self.of("pace") == "lead":
+            strength = self.changes.get("strength", CONFIGS[self.name].strength)
+            return f"λ by lead, strength {strength:g}"
         if self.of("pace") != "annealed":
-            # Until `self_paced` worked row by row, one λ was chosen for a batch and logged as lam.
-            by_batch = self.of("pace") == "self-paced" and any(
-                "lam" in run["curves"].get("train", {}) for run in self.runs
-            )
-            return f"λ {self.of('pace')}{' by batch' if by_batch else ''}"
+            # The earlier rule, self-paced, chose one λ for a batch.
+            return "λ self-paced by batch" if self.of("pace") == "self-paced" else "λ by schedule"
         named = CONFIGS[self.name].lam._asdict()
         lam = named | self.own.get("lam", {})
         if lam["base"] == lam["minimum"] == 0:

@@ -37,7 +37,8 @@ LOSSES = {
     "arcface": Loss("ArcFace", "tab:pink"),
 }
 # The line of a loss by what decides its λ, so that two runs of one loss differ in one picture.
-LINES = {"annealed": "-", "self-paced": "--", "schedule": ":"}
+# "self-paced" is the earlier rule, which chose one λ for a batch.
+LINES = {"annealed": "-", "lead": "--", "self-paced": "-.", "schedule": ":"}
 
 
 def loss_name(family: str, margin: float, hinge: bool = False) -> str:

@@ -47,14 +47,14 @@ under it (--lam.minimum 5); a start from the softmax run of the same data (--ini
 
 CURE = """\
 The margin shrinks the features to nothing, all classes alike. A higher λ is the cure: --pace
-self-paced, which finds it, or a floor under it (--lam.minimum 5)."""
+lead, which finds it, or a floor under it (--lam.minimum 5)."""
 
 # The margin takes no part in an update in which its share is below this one.
 NO_PART = 0.01
 
 IDLE = """\
-So far this run trains the ordinary softmax. What to try: --pace schedule, which lets the margin in
-by the number of the update; more updates (--steps); a smaller --margin."""
+So far this run trains the ordinary softmax: few images lead, so fit them first with more updates
+(--steps); or try --strength 1, --pace schedule, or a smaller --margin."""
 
 
 class Pace(NamedTuple):

@@ -29,7 +29,7 @@ def test_batch_a_asks_what_mirroring_and_the_released_recipe_explain():
         ("cifar10-m4", 1, {}),
         ("released-cifar10-softmax", 0, {}),
         ("released-cifar10-m2", 0, {}),
-        ("cifar10-m4", 0, {"mirror": True, "pace": "self-paced"}),
+        ("cifar10-m4", 0, {"mirror": True, "pace": "lead"}),
         ("released-cifar10-softmax", 0, {"mirror": False}),
     ]
 

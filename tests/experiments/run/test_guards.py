@@ -269,9 +269,9 @@ def test_a_margin_that_takes_no_part_is_said_once(tmp_path, monkeypatch, capsys)
 def test_the_margin_is_expected_after_a_tenth_of_a_paced_run():
     folder, mesh, steps = None, devices.data_mesh(1), 200
     for name, pace, wanted in (
-        ("digits-m4", "self-paced", 20),
+        ("digits-m4", "lead", 20),
         ("digits-m4", "schedule", None),
-        ("digits-softmax", "self-paced", None),
+        ("digits-softmax", "lead", None),
     ):
         config = replace(CONFIGS[name], pace=pace, steps=steps, batch=16, width=1 / 8)
         (task,), _ = train.prepare([config], folder, Path("runs"), mesh, 1)
