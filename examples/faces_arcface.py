@@ -2,63 +2,65 @@
 
     pip install lsoftmax_jax scikit-learn pillow
     python examples/faces_arcface.py                       # the Olivetti faces, downloaded once
-    python examples/faces_arcface.py FOLDER                # your own person/image.jpg
+    python examples/faces_arcface.py FOLDER                # your own person/image.jpg or .png
 
-Half of the people train the network; of the others, whom it has never seen, the cosine of two
-images' features tells whether they show the same person. On the 38 people of LFW with 20 to 60
-images it prints, after half a minute on two CPU cores, from before training to after:
+Half of the people train the network, which never sees the others. For those, the cosine of two
+images' features tells whether they show the same person. On the 55 people of LFW with 20 to 60
+images (1,735) it prints, before training and after 40 seconds of CPU time:
 
-    area under the ROC curve, people never seen: 0.623 -> 0.732
+    area under the ROC curve, people never seen: 0.635 -> 0.718
 """
 
 import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from PIL import Image
 from sklearn.datasets import fetch_olivetti_faces
 from sklearn.metrics import roc_auc_score
+from sklearn.metrics.pairwise import cosine_similarity
 
 import lsoftmax_jax as lsm
 from lsoftmax_jax.nnx import LSoftmaxDense
 
-SIDE, STEPS, BATCH = 32, 400, 64
+SIDE, STEPS, BATCH, SUFFIXES = 32, 400, 64, {".jpg", ".png"}
 
 
 class Network(nnx.Module):
     def __init__(self, people: int, rngs: nnx.Rngs) -> None:
-        self.convolutions = nnx.Sequential(
-            nnx.Conv(1, 16, (3, 3), strides=2, rngs=rngs),
-            nnx.relu,
-            nnx.Conv(16, 32, (3, 3), strides=2, rngs=rngs),
-            nnx.relu,
-            nnx.Conv(32, 64, (3, 3), strides=2, rngs=rngs),
-            nnx.relu,
-        )
+        sizes = ((1, 16), (16, 32), (32, 64))
+        convolutions = [nnx.Conv(*size, (3, 3), strides=2, rngs=rngs) for size in sizes]
+        self.convolutions = nnx.Sequential(*(nnx.Sequential(c, nnx.relu) for c in convolutions))
         self.embed = nnx.Linear(64 * (SIDE // 8) ** 2, 64, rngs=rngs)
         # 64.0 is the usual scale for many thousands of people, 16.0 for some dozens.
-        self.head = LSoftmaxDense(
-            64, people, margin=lsm.margins.ArcFace(0.5, scale=16.0), rngs=rngs
-        )
+        arcface = lsm.margins.ArcFace(0.5, scale=16.0)
+        self.head = LSoftmaxDense(64, people, margin=arcface, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         return self.embed(self.convolutions(images).reshape(len(images), -1))
 
 
+def grey(file: Path) -> np.ndarray:
+    """The image (SIDE, SIDE), from 0 to 1."""
+    with Image.open(file) as image:
+        if image.mode.startswith("I;16"):  # `convert` would cut off every value above 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode in ("I", "F") or image.has_transparency_data:
+            raise ValueError(f"{file}: expected opaque pixels of 8 or 16 bits, got {image.mode}")
+        return np.asarray(image.convert("L").resize((SIDE, SIDE)), np.float32) / 255
+
+
 def faces(folder: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Grey images (count, SIDE, SIDE, 1) around 0, and the number of each one's person."""
+    """Grey images (count, SIDE, SIDE, 1) around 0, and the number of each image's person."""
     if folder is None:
         images, people = fetch_olivetti_faces(return_X_y=True)
         images = images.reshape(-1, 64, 64)[:, ::2, ::2]
     else:
-        from PIL import Image
-
-        files = sorted(folder.glob("*/*.jpg"))
-        grey = (Image.open(file).convert("L").resize((SIDE, SIDE)) for file in files)
-        images = np.stack([np.asarray(image, np.float32) / 255 for image in grey])
+        files = sorted(f for f in folder.glob("*/*") if f.suffix in SUFFIXES and f.is_file())
+        images = np.stack([grey(file) for file in files])
         people = np.unique([file.parent.name for file in files], return_inverse=True)[1]
     return images[..., None].astype(np.float32) - 0.5, people
 
@@ -73,10 +75,8 @@ def update(model: Network, optimizer: nnx.Optimizer, images: jax.Array, labels: 
 
 
 def verification_auc(model: Network, images: np.ndarray, people: np.ndarray) -> float:
-    features = model(jnp.asarray(images))
-    features /= jnp.linalg.norm(features, axis=1, keepdims=True)
     first, second = np.triu_indices(len(people), 1)
-    cosines = (features @ features.T)[first, second]
+    cosines = cosine_similarity(model(images))[first, second]
     return float(roc_auc_score(people[first] == people[second], cosines))
 
 

@@ -342,6 +342,10 @@ def read_safetensors(path: str | os.PathLike[str], name: str) -> np.ndarray:
                 return file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"path must be a safetensors file, got {path}: {error}") from error
+    except AttributeError as error:  # safetensors looks for the type of 8 bits and less in NumPy
+        raise ValueError(
+            f"name must be a tensor of a NumPy dtype, got {name!r}: {error}"
+        ) from error
     raise ValueError(f"name must be one of the tensors of {path}: {', '.join(names)}; got {name!r}")
 
 

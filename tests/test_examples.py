@@ -1,6 +1,7 @@
 """Each example is run, with fewer steps than it prints its numbers for."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -57,6 +58,24 @@ def test_many_classes_are_told_apart(example, monkeypatch):
 def test_the_softmax_checkpoint_goes_on_with_a_margin(example):
     before, softmax, margin = example.main(steps=200, more=50)
     assert max(before, softmax, margin) < 15
+
+
+@named("faces_arcface")
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_picture_of_8_or_16_bits_is_read_alike(example, tmp_path, bits):
+    levels = np.arange(32 * 32).reshape(32, 32) % 256
+    pixels = (257 * levels).astype(np.uint16) if bits == 16 else levels.astype(np.uint8)
+    (tmp_path / "Ada").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "Ada" / "1.png")
+    os.mkfifo(tmp_path / "Ada" / "2.png")  # reading it would wait for ever
+    images, people = example.faces(tmp_path)
+    np.testing.assert_allclose(images[0, ..., 0], levels / 255 - 0.5, atol=1e-6)
+    assert people.tolist() == [0]
+    (tmp_path / "Ada" / "2.png").unlink()
+    for other in (Image.new("RGBA", (32, 32)), Image.new("F", (32, 32))):
+        other.save(tmp_path / "Ada" / "2.png", "PNG" if other.mode == "RGBA" else "TIFF")
+        with pytest.raises(ValueError, match=rf"2.png: expected opaque .*, got {other.mode}"):
+            example.faces(tmp_path)
 
 
 @named("faces_arcface")

@@ -1,6 +1,7 @@
 """lsoftmax_jax.interop: each layout against the layer it comes from, written out in NumPy."""
 
 import functools
+import json
 import sys
 
 import jax.numpy as jnp
@@ -211,6 +212,16 @@ def test_safetensors(tmp_path):
     assert interop.read_safetensors(str(file), "half").dtype == jnp.bfloat16
     with pytest.raises(ValueError, match=r"backbone.conv.weight, fc.weight, half; got 'fc'"):
         interop.read_safetensors(file, "fc")
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_safetensors_of_8_bits_are_refused_in_words(tmp_path, dtype):
+    tensors = {"fc.weight": {"dtype": dtype, "shape": [2, 2], "data_offsets": [0, 4]}}
+    header = json.dumps(tensors).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match=r"name must be .* dtype, got 'fc.weight': .*float8_e"):
+        interop.read_safetensors(file, "fc.weight")
 
 
 def test_files_that_are_no_safetensors_are_refused(tmp_path, monkeypatch):
