@@ -160,7 +160,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-BENCHMARKS = ("head", "step", "convergence")
+BENCHMARKS = ("head", "step", "convergence", "open-set")
 NAMES = {(): COMMANDS, ("bench",): BENCHMARKS, ("train",): CONFIGS, ("tune",): CONFIGS}
 KINDS = {(): "command", ("bench",): "benchmark"}
 
