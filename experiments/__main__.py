@@ -161,7 +161,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-BENCHMARKS = ("all", "head", "step", "convergence")
+BENCHMARKS = ("all", "head", "step", "convergence", "open-set")
 NAMES = {(): COMMANDS, ("bench",): BENCHMARKS, ("train",): CONFIGS, ("tune",): CONFIGS}
 KINDS = {(): "command", ("bench",): "benchmark"}
 

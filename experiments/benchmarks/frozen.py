@@ -49,12 +49,9 @@ def _pooled(
     answers = (_patches(images, 2) - mean) @ weights
     over = [np.maximum(sign * answers - THRESHOLD, 0) for sign in (1, -1)]
     answers = np.concatenate(over, axis=-1)
-    halves = [part for rows in np.array_split(answers, 2, axis=1) for part in _halves(rows)]
-    return np.concatenate([part.mean(axis=(1, 2)) for part in halves], axis=-1)
-
-
-def _halves(answers: NDArray) -> list[NDArray[np.float32]]:
-    return np.array_split(answers, 2, axis=2)
+    halves = np.array_split(answers, 2, axis=1)
+    quarters = [quarter for half in halves for quarter in np.array_split(half, 2, axis=2)]
+    return np.concatenate([quarter.mean(axis=(1, 2)) for quarter in quarters], axis=-1)
 
 
 def whitened(
@@ -88,7 +85,7 @@ def grey_faces(folder: Path, fewest: int, most: int) -> tuple[NDArray[np.uint8],
     for name, label in zip(listed.names, listed.labels.tolist(), strict=True):
         taken[label] += 1
         if taken[label] <= most:
-            face = open_face((folder / name).read_bytes()).convert("L")
+            face = open_face(listed.read(name)).convert("L")
             left, top = (face.width - 80) // 2, (face.height - 96) // 2
             face = face.crop((left, top, left + 80, top + 96))
             images.append(np.asarray(face.resize((40, 48), Image.Resampling.BILINEAR)))
