@@ -119,7 +119,7 @@ for split in ("train", "test"):
 # %% [markdown]
 # ## The report
 #
-# `python -m experiments report` writes this table and others into `experiments/README.md`, first of
+# `python -m experiments report` prints this table and others, first of
 # all data set by loss. Several seeds become mean ± standard deviation.
 
 # %%

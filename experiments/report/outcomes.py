@@ -80,7 +80,7 @@ class Group(NamedTuple):
             return f"λ by lead, strength {strength:g}"
         if self.of("pace") != "annealed":
             # The earlier rule, self-paced, chose one λ for a batch.
-            return "λ self-paced by batch" if self.of("pace") == "self-paced" else "λ by schedule"
+            return f"λ {self.of('pace')}{' by batch' if self.of('pace') == 'self-paced' else ''}"
         named = CONFIGS[self.name].lam._asdict()
         lam = named | self.own.get("lam", {})
         if lam["base"] == lam["minimum"] == 0:
