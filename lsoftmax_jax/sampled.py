@@ -245,12 +245,12 @@ def take_columns(
       >>> lsm.sampled.take_columns(jnp.eye(3), sample).tolist()
       [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
     """
-    kernel, ids = _kernel_and_ids(kernel, sample)
-    return _taken(None if layout is None else Layout.of(layout), kernel, ids)
+    kernel, on_mesh = _checked_kernel(kernel, layout), _layout_of(layout)
+    return _taken(on_mesh, kernel, _checked(sample))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _taken(layout: Layout | None, kernel: jax.Array, ids: jax.Array) -> jax.Array:
+def _taken(layout: Layout | None, kernel: jax.Array, sample: Sample) -> jax.Array:
     def local(kernel: jax.Array, ids: jax.Array) -> jax.Array:
         here = _own_ids(layout, kernel, ids)
         return kernel.at[:, here].get(mode="fill", fill_value=0)
@@ -258,7 +258,7 @@ def _taken(layout: Layout | None, kernel: jax.Array, ids: jax.Array) -> jax.Arra
     specs = (
         (None, None) if layout is None else ((layout.columns, layout.of_columns), layout.columns)
     )
-    return shards.on_devices(layout, local, *specs)(*_split(layout, kernel, ids))
+    return shards.on_devices(layout, local, *specs)(*_split(layout, kernel, sample))
 
 
 def put_columns(
@@ -292,18 +292,19 @@ def put_columns(
       >>> lsm.sampled.put_columns(jnp.eye(3), sample, jnp.full((3, 2), 9.0))[0].tolist()
       [1.0, 9.0, 0.0]
     """
-    kernel, ids = _kernel_and_ids(kernel, sample)
+    kernel, on_mesh = _checked_kernel(kernel, layout), _layout_of(layout)
+    ids = _checked(sample).ids
     columns = _checks.as_array("columns", columns, "an array (D, sample.ids.size)")
     if columns.shape != (kernel.shape[0], ids.size):
         raise ValueError(
             f"columns must have shape {(kernel.shape[0], ids.size)}, as take_columns gives them, "
             f"got {columns.shape}"
         )
-    return _put(None if layout is None else Layout.of(layout), kernel, ids, columns)
+    return _put(on_mesh, kernel, sample, columns)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _put(layout: Layout | None, kernel: jax.Array, ids: jax.Array, columns: jax.Array) -> jax.Array:
+def _put(layout: Layout | None, kernel: jax.Array, sample: Sample, columns: jax.Array) -> jax.Array:
     def local(kernel: jax.Array, ids: jax.Array, columns: jax.Array) -> jax.Array:
         here = _own_ids(layout, kernel, ids)
         return kernel.at[:, here].set(columns.astype(kernel.dtype), mode="drop")
@@ -313,7 +314,7 @@ def _put(layout: Layout | None, kernel: jax.Array, ids: jax.Array, columns: jax.
         split = layout.columns
         specs = (split, layout.of_columns, split), split
         columns = resharded(columns, layout.mesh, split)
-    kernel, ids = _split(layout, kernel, ids)
+    kernel, ids = _split(layout, kernel, sample)
     return shards.on_devices(layout, local, *specs)(kernel, ids, columns)
 
 
@@ -325,18 +326,32 @@ def _own_ids(layout: Layout | None, kernel: jax.Array, ids: jax.Array) -> jax.Ar
     return jnp.where((local >= 0) & (local < width), local, width)
 
 
-def _split(layout: Layout | None, kernel: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _split(layout: Layout | None, kernel: jax.Array, sample: Sample) -> tuple[jax.Array, jax.Array]:
+    """The kernel and the ids where they lie; an entry without a class is beyond all columns."""
+    ids = jnp.where(sample.offset > -jnp.inf, sample.ids, kernel.shape[1])
     if layout is None:
         return kernel, ids
     mesh = layout.mesh
     return resharded(kernel, mesh, layout.columns), resharded(ids, mesh, layout.of_columns)
 
 
-def _kernel_and_ids(kernel: ArrayLike, sample: Sample) -> tuple[jax.Array, jax.Array]:
+def _layout_of(layout: ClassParallel | None) -> Layout | None:
+    return None if layout is None else Layout.of(layout)
+
+
+def _checked_kernel(kernel: ArrayLike, layout: ClassParallel | None) -> jax.Array:
     kernel = _checks.as_array("kernel", kernel, "an array (D, classes)")
     if kernel.ndim != 2:
         raise ValueError(f"kernel must have shape (D, classes), got {kernel.shape}")
-    return kernel, _checked(sample).ids
+    if layout is not None and layout.classes is not None:
+        # A sample counts classes from the first column of each device.
+        columns = layout.columns(layout.classes)
+        if kernel.shape[1] != columns:
+            raise ValueError(
+                f"kernel must have {columns} columns for {layout.classes} classes on this layout, "
+                f"got {kernel.shape}"
+            )
+    return kernel
 
 
 def _checked(sample: Sample) -> Sample:
