@@ -50,7 +50,7 @@ def bench(
 ) -> None:
     """Times the head in every way that this library has, and what one would take instead.
 
-    Optax's softmax is the baseline. The four sizes take about twenty minutes on two CPU cores.
+    Optax's softmax is the baseline.
 
     Args:
       shapes: three numbers a shape: batch, feature length and classes.

@@ -38,8 +38,6 @@ def bench(
 ) -> None:
     """Times training steps with a margin beside those of plain softmax.
 
-    Sixteen images a step take about fifteen minutes on two CPU cores.
-
     Args:
       configurations: names that `list` shows, with a margin. The images are random.
       batch: images a step, by default as the configuration says; take fewer on CPUs.
