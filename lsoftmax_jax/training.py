@@ -30,6 +30,8 @@ from flax import nnx
 
 from lsoftmax_jax import _checks
 from lsoftmax_jax._core.placement import vary_over, varying_axes
+from lsoftmax_jax._core.tiles import sum_over_rows
+from lsoftmax_jax.margins import LSoftmax, NormFace, check_margin
 from lsoftmax_jax.schedule import SelfPaced
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -547,19 +549,22 @@ def _head_of(model: Any) -> Any:
 
 
 def _has_margin(head: Any) -> bool:
-    return bool(head.margin != 1)
+    margin = check_margin(head.margin)
+    return margin != LSoftmax(1) and not isinstance(margin, NormFace)
 
 
 def _logit_per_length(head: Any, kernel_norm: jax.Array) -> jax.Array | None:
     """The largest logit of a feature of length 1; None where the length counts for nothing."""
-    if head.scale is not None:
+    margin = check_margin(head.margin)
+    if margin.scale is not None:
         return None
-    return jnp.ones(()) if getattr(head.margin, "unit_columns", False) else kernel_norm
+    return jnp.ones(()) if margin.unit_columns else kernel_norm
 
 
 def _kernel_norm(head: Any) -> jax.Array:
     """Mean length of the columns of the real classes."""
-    norms = _norm(head.kernel[...], axis=0)
+    kernel = head.kernel[...]
+    norms = jnp.sqrt(sum_over_rows(kernel, kernel, jnp.dtype(jnp.float32)))
     return jnp.sum(norms, where=jnp.arange(norms.size) < head.classes) / head.classes
 
 

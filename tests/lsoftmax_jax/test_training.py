@@ -267,8 +267,8 @@ def test_what_counts_as_a_collapse(loss, length, share, collapsing):
     ("head", "collapsing"),
     [
         ({"margin": 4}, True),
-        ({"margin": 4, "scale": 16.0}, False),
-        ({"margin": ArcFace(0.5), "scale": 64.0}, False),
+        ({"margin": SphereFace(4, scale=16.0)}, False),
+        ({"margin": ArcFace(0.5, scale=64.0)}, False),
         ({"margin": SphereFace(4)}, True),
     ],
     ids=["features", "unit features", "arcface", "unit columns"],
