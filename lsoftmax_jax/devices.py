@@ -297,4 +297,6 @@ def _with_auto_axes(function: Any, mesh: Mesh, placed: Any) -> Any:
     """Leaves the placement inside `function` to the compiler on an Explicit mesh too."""
     if not is_explicit(mesh):
         return function
+    # Before JAX 0.8, the mesh of traced arrays is abstract, and no other one is taken here.
+    placed = jax.tree.map(lambda at: NamedSharding(mesh.abstract_mesh, at.spec), placed)
     return auto_axes(function, axes=mesh.axis_names, out_sharding=placed)

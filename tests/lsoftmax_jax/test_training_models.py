@@ -96,7 +96,8 @@ def test_create_leaves_the_model_to_the_caller():
     step = jax.jit(training.train_step(graphdef, OPTIMIZER, LAM), donate_argnums=0)
     step(state, ROWS, LABELS)
     assert state.params["head"]["kernel"].is_deleted()
-    assert_close(model.features.get_value()[0], features)
+    (sown,) = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Intermediate)))
+    assert_close(sown, features)
     assert_close(model(ROWS), features)
 
 
