@@ -159,9 +159,9 @@ class LSoftmaxDense(nnx.Module):
         Returns:
           (...,) float32, or float64 for float64 operands.
         """
-        return self.loss_and_statistics(
-            features, labels, lam, where=where, label_smoothing=label_smoothing, plan=plan
-        )[0]
+        features = _calls.check_features(features)
+        kernel = self.kernel[...]
+        return _calls.losses(self, features, kernel, labels, lam, where, label_smoothing, plan)[0]
 
     def loss_and_statistics(
         self,

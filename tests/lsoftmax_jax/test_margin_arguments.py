@@ -1,0 +1,113 @@
+"""A margin of one's own, the defaults of the margins, and what is refused."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lsoftmax_jax as lsm
+from lsoftmax_jax.margins import ArcFace, Combined, CosFace, NormFace, SphereFace
+from tests import oracle
+from tests.margin_cases import (
+    BATCH,
+    CLASSES,
+    DIM,
+    SCALE,
+    Case,
+    assert_all_close,
+    given,
+    loss_and_gradients,
+    oracle_unit,
+    value_and_pullback,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadratic:
+    """A user's own: no base class, no registration."""
+
+    bend: float
+    scale: float | None = None
+    unit_columns: bool = False
+
+    def value_and_slope(self, cosine):
+        return cosine - self.bend * (1 - cosine) ** 2, 1 + 2 * self.bend * (1 - cosine)
+
+
+@pytest.mark.parametrize("scale", [None, SCALE], ids=["norms kept", "scaled"])
+def test_a_margin_of_ones_own(x64, scale):
+    problem = oracle.problem(3, BATCH, DIM, CLASSES)
+    *arguments, _ = given(problem)
+    rows = jnp.arange(BATCH), arguments[2]
+
+    def literal(features, kernel):
+        cosine = oracle_unit(features, 1) @ oracle_unit(kernel, 0)
+        lengths = jnp.outer(jnp.linalg.norm(features, axis=1), jnp.linalg.norm(kernel, axis=0))
+        value = cosine.at[rows].add(-0.2 * (1 - cosine[rows]) ** 2)
+        z = (lengths if scale is None else scale) * value
+        return optax.softmax_cross_entropy_with_integer_labels(z, arguments[2])
+
+    value, wanted = value_and_pullback(literal, *arguments[:2], arguments[3])
+    run = jax.jit(functools.partial(loss_and_gradients, Case(Quadratic(0.2, scale), {})))
+    got, bars = run(*arguments, jnp.float64(0))
+    oracle.assert_close(got, value, 1e-12)
+    assert_all_close(bars[:2], wanted, 1e-12)
+
+
+def test_what_is_usual_is_the_default():
+    assert ArcFace(scale=SCALE) == ArcFace(0.5, scale=SCALE)
+    assert CosFace(scale=SCALE) == CosFace(0.35, scale=SCALE)
+    assert SphereFace() == SphereFace(4)
+    assert Combined(scale=SCALE) == Combined(1.0, 0.0, 0.0, scale=SCALE)
+
+
+@pytest.mark.parametrize("scale", [None, 0, -1.0, np.nan, np.inf, 1e39, "x", True])
+def test_scales_out_of_range_are_named(scale):
+    for margin in (ArcFace, CosFace, Combined, NormFace):
+        with pytest.raises((TypeError, ValueError), match="scale"):
+            margin(scale=scale)
+        with pytest.raises(TypeError, match="scale"):
+            margin()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "name"),
+    [
+        (
+            lambda: ArcFace(np.pi, scale=1.0),
+            ValueError,
+            r"margin must be in \[0, 3.142\), got 3.14",
+        ),
+        (lambda: ArcFace(-0.1, scale=1.0), ValueError, "margin"),
+        (lambda: ArcFace("x", scale=1.0), TypeError, "margin"),
+        (lambda: CosFace(np.nan, scale=1.0), ValueError, "margin"),
+        (lambda: Combined(m1=0.9, scale=1.0), ValueError, "m1"),
+        (lambda: Combined(m2=28.6, scale=1.0), ValueError, "m2"),
+        (lambda: Combined(m3=-0.1, scale=1.0), ValueError, "m3"),
+        (lambda: Combined(m3=np.inf, scale=1.0), ValueError, "m3"),
+        (lambda: SphereFace(1.5), TypeError, "margin"),
+        (lambda: SphereFace(0), ValueError, "margin"),
+    ],
+)
+def test_margins_that_are_none_are_named(call, error, name):
+    with pytest.raises(error, match=name):
+        call()
+
+
+@dataclasses.dataclass
+class Unhashable:
+    scale: float | None = None
+    unit_columns: bool = False
+
+    def value_and_slope(self, cosine):
+        return cosine, jnp.ones_like(cosine)
+
+
+@pytest.mark.parametrize("margin", [ArcFace, 0.5, "ArcFace", None, Unhashable()], ids=repr)
+def test_what_is_no_margin_is_refused(margin):
+    with pytest.raises(TypeError, match="margin must be"):
+        lsm.lsoftmax_loss(jnp.ones((2, 3)), jnp.eye(3), [0, 2], margin=margin, lam=0.0)
