@@ -196,7 +196,7 @@ def of_sequences(answer, arrays, place=lambda arrays: arrays):
     sequences = place((parts(features, 4), kernel, parts(labels, 4), parts(weights, 4)))
     total, (dfeatures, dkernel) = flat(answer(*sequences))
     assert dfeatures.shape == (4, 2, DIM)
-    return total, (dfeatures.reshape(features.shape), dkernel)
+    return total, (np.asarray(dfeatures).reshape(features.shape), dkernel)
 
 
 def pmapped(case, arrays):
@@ -402,6 +402,8 @@ def test_every_loss_in_every_surrounding(surrounding, name):
     case = CASES[name]
     paced = name.removesuffix(", split") in PACED
     said = refusal(surrounding, name)
+    if surrounding == "pmap" and case.split and not hasattr(jax.lax, "pcast"):
+        pytest.skip(f"JAX {jax.__version__} does not show that jax.pmap maps; XLA refuses")
     with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
         answer = SURROUNDINGS[surrounding](case, arrays_of(jnp.float32))
         assert_numbers(answer, numbers(problem()[0], paced), 1e-5)
