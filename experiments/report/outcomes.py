@@ -79,8 +79,11 @@ class Group(NamedTuple):
             strength = self.changes.get("strength", CONFIGS[self.name].strength)
             return f"λ by lead, strength {strength:g}"
         if self.of("pace") != "annealed":
-            # The earlier rule, self-paced, chose one λ for a batch.
-            return f"λ {self.of('pace')}{' by batch' if self.of('pace') == 'self-paced' else ''}"
+            # The earlier rule, self-paced, chose one λ for a batch and logged it as lam.
+            by_batch = self.of("pace") == "self-paced" and any(
+                "lam" in run["curves"].get("train", {}) for run in self.runs
+            )
+            return f"λ {self.of('pace')}{' by batch' if by_batch else ''}"
         named = CONFIGS[self.name].lam._asdict()
         lam = named | self.own.get("lam", {})
         if lam["base"] == lam["minimum"] == 0:

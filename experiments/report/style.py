@@ -38,7 +38,7 @@ LOSSES = {
 }
 # The line of a loss by what decides its λ, so that two runs of one loss differ in one picture.
 # "self-paced" is the earlier rule, which chose one λ for a batch.
-LINES = {"annealed": "-", "lead": "--", "self-paced": "-.", "schedule": ":"}
+LINES = {"annealed": "-", "lead": "--", "self-paced": "--", "schedule": ":"}
 
 
 def loss_name(family: str, margin: float, hinge: bool = False) -> str:

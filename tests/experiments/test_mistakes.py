@@ -256,7 +256,7 @@ MISTAKES = [
     (["pairs", "--faces", "{good}/faces", "--out", "{out}/p.txt"], "each must be at most"),
     # benchmarks
     (["bench", "head", "--shapes", "8", "8", "0"], "shapes must be at least 1, got 0"),
-    (["bench", "head", "--shapes", "8", "8", "2147483648"], "at most 2147483647"),
+    (["bench", "head", "--shapes", "8", "8", "2147483648"], "Error parsing --shapes"),
     (["bench", "head", "--lam", "nan"], "lam must be finite and >= 0, got nan"),
     (["bench", "head", "--margin", "0"], "margin must be at least 1, got 0"),
     (["bench", "head", "--repetitions", "0"], "repetitions must be at least 1, got 0"),

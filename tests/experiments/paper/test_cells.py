@@ -54,8 +54,8 @@ def test_steps_stretch_both_schedules():
     assert full.stretched_drops == (12_000, 15_000) and full.stretched_lam == full.lam
     assert short.stretched_drops == (120, 150)
     for part in (0.1, 0.5, 1):
-        ours = lsm.annealed_lambda(*short.stretched_lam)(180 * part - 1)
-        theirs = lsm.annealed_lambda(*full.stretched_lam)(18_000 * part - 1)
+        ours = lsm.annealed_lambda(*short.stretched_lam)(round(180 * part) - 1)
+        theirs = lsm.annealed_lambda(*full.stretched_lam)(round(18_000 * part) - 1)
         assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
 
 

@@ -253,7 +253,7 @@ def test_a_margin_that_takes_no_part_is_said_once(tmp_path, monkeypatch, capsys)
         task = task._replace(margin_from=3)
 
         def values(metrics):
-            return shared.values(metrics) | {"lam": np.float32([200.0])}
+            return shared.values(metrics) | {"share": np.float32([1 / 201])}
 
         return [task], shared._replace(values=values)
 
@@ -280,10 +280,10 @@ def test_the_margin_is_expected_after_a_tenth_of_a_paced_run():
 
 @pytest.mark.filterwarnings("error")
 def test_a_run_whose_last_iterate_is_not_finite_has_diverged(tmp_path, capsys):
-    """The last update's loss is finite, and what it makes of the parameters is not."""
+    """The last update is finite, and what the parameters then compute is not."""
     write(tmp_path)
-    config = replace(CONFIG, steps=1, learning_rate=1e38, drops=())
-    words = ["train", "mnist-m4", *FLAGS, "--steps", "1", "--learning-rate", "1e38", "--drops"]
+    config = replace(CONFIG, steps=1, learning_rate=1e30, drops=())
+    words = ["train", "mnist-m4", *FLAGS, "--steps", "1", "--learning-rate", "1e30", "--drops"]
     assert main([*words, "--data", str(tmp_path), "--out", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert "diverged at update 1: loss" in said.out and "error" not in said.err
