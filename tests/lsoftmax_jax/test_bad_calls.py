@@ -407,7 +407,7 @@ def test_bad_call_is_named(message, call):
 
 MODULES = devices, interop, margins, sampled, training, lsm.sharded
 # Operands, and what a call of one argument is about.
-BY_PLACE = {"weights", "minimum", "devices"}
+BY_PLACE = {"weights", "minimum", "devices", "lam"}
 
 
 def test_what_has_a_default_must_be_named():
