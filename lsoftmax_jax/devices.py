@@ -87,7 +87,7 @@ class CompiledStep:
     def __init__(self, step: Any, mesh: Mesh, donate: bool) -> None:
         # Jitted here, so that the step is traced once for the shapes and for the program.
         self._step, self._mesh, self._donate = jax.jit(step), mesh, donate
-        self._programs: dict[Any, Any] = {}
+        self._programs = _Programs(mesh)
 
     def __call__(
         self, state: State, images: Any, labels: Any, where: jax.Array | None = None
@@ -101,12 +101,10 @@ class CompiledStep:
         return cast(jax.stages.Lowered, program.lower(state, images, labels, where))
 
     def _program(self, state: State, *batch: Any) -> Any:
-        """The step for states that lie on the mesh as this one does."""
         mesh, (_, labels, where) = self._mesh, batch
         _check_batch(labels, mesh)
-        placement = _placement(state, mesh)
-        key = where is None, _key(placement)
-        if key not in self._programs:
+
+        def build(placement: Any) -> Any:
             shardings = (placement, *[_rows(mesh)] * 3)
             whole = _with_auto_axes(self._step, mesh, _whole(mesh))
             made = jax.jit(whole, in_shardings=shardings).eval_shape(state, *batch)
@@ -115,13 +113,14 @@ class CompiledStep:
                 made,
                 is_leaf=lambda node: isinstance(node, State),
             )
-            self._programs[key] = jax.jit(
+            return jax.jit(
                 _with_auto_axes(self._step, mesh, placed),
                 in_shardings=shardings,
                 out_shardings=placed,
                 donate_argnums=0 if self._donate else (),
             )
-        return self._programs[key]
+
+        return self._programs.of(state, build, variant=where is None)
 
 
 def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> CompiledStep:
@@ -165,8 +164,7 @@ class RepeatedStep:
     """Many updates in one dispatch, (state, data, length) -> (state, metrics)."""
 
     def __init__(self, many: Any, mesh: Mesh) -> None:
-        self._many, self._mesh = many, mesh
-        self._programs: dict[Any, Any] = {}
+        self._many, self._mesh, self._programs = many, mesh, _Programs(mesh)
 
     def __call__(self, state: State, data: Any, length: int) -> tuple[State, StepMetrics]:
         _check_state(state)
@@ -178,23 +176,23 @@ class RepeatedStep:
 
     def _program(self, state: State) -> Any:
         mesh = self._mesh
-        placement = _placement(state, mesh)
-        key = _key(placement)
-        if key not in self._programs:
+
+        def build(placement: Any) -> Any:
             placed = placement, _whole(mesh)
 
             def many(state: State, data: Any, length: int) -> Any:
                 updates = partial(self._many, length=length)
                 return _with_auto_axes(updates, mesh, placed)(state, data)
 
-            self._programs[key] = jax.jit(
+            return jax.jit(
                 many,
                 in_shardings=(placement, _whole(mesh)),
                 out_shardings=placed,
                 static_argnums=2,
                 donate_argnums=0,
             )
-        return self._programs[key]
+
+        return self._programs.of(state, build)
 
 
 def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = None) -> RepeatedStep:
@@ -275,22 +273,36 @@ def _rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
-def _placement(state: Any, mesh: Mesh) -> Any:
-    """How each array of a state lies on the mesh; replicated where it lies elsewhere."""
+class _Programs:
+    """Jitted functions of a state, one for each way in which the state may lie on a mesh."""
 
-    def of(leaf: Any) -> NamedSharding:
-        # A tracer has no sharding: inside another jit nothing is known before it compiles.
-        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._programs: dict[Any, Any] = {}
+
+    def of(self, state: State, build: Callable[[Any], Any], variant: bool = True) -> Any:
+        leaves, structure = jax.tree.flatten(state)
+        found = variant, structure, *map(_sharding, leaves)
+        if found not in self._programs:
+            # A fresh state and the state of the first step share a program.
+            placement = [self._place(sharding) for sharding in found[2:]]
+            wanted = variant, structure, *placement
+            if wanted not in self._programs:
+                self._programs[wanted] = build(jax.tree.unflatten(structure, placement))
+            self._programs[found] = self._programs[wanted]
+        return self._programs[found]
+
+    def _place(self, sharding: Any) -> NamedSharding:
+        """As an array lies on the mesh; replicated where it lies elsewhere."""
+        mesh = self._mesh
         if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names:
             return NamedSharding(mesh, sharding.spec)
         return _whole(mesh)
 
-    return jax.tree.map(of, state)
 
-
-def _key(placement: Any) -> Any:
-    leaves, structure = jax.tree.flatten(placement)
-    return structure, *leaves
+def _sharding(leaf: Any) -> Any:
+    # A tracer has no sharding: inside another jit nothing is known before it compiles.
+    return None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
 
 
 def _with_auto_axes(function: Any, mesh: Mesh, placed: Any) -> Any:

@@ -175,15 +175,15 @@ def _unaliased(state: State) -> State:
       >>> state.params["kernel"] is ones, state.opt_state[0] is ones
       (True, False)
     """
+    leaves, structure = jax.tree.flatten(state)
+    if len(set(map(id, leaves))) == len(leaves):
+        return state
     seen: set[int] = set()
-
-    def alone(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or id(leaf) not in seen:
-            seen.add(id(leaf))
-            return leaf
-        return jnp.copy(leaf)
-
-    return jax.tree.map(alone, state)
+    for i, leaf in enumerate(leaves):
+        if id(leaf) in seen and isinstance(leaf, jax.Array):
+            leaves[i] = jnp.copy(leaf)
+        seen.add(id(leaf))
+    return cast(State, jax.tree.unflatten(structure, leaves))
 
 
 def restore_model(graphdef: nnx.GraphDef[Any], state: State) -> Any:
@@ -414,16 +414,20 @@ def _check_state(state: Any) -> None:
     """Raises where `state` is no `State`, or was given to a step that reused its memory."""
     if not isinstance(state, State):
         raise TypeError(f"state must be a State, as `create` makes it, got {type(state).__name__}")
+    if not any(map(_is_deleted, jax.tree.leaves(state))):
+        return
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if isinstance(leaf, jax.Array) and _is_deleted(leaf):
+        if _is_deleted(leaf):
             raise ValueError(
                 f"state must be alive, got a deleted state{jax.tree_util.keystr(path)}: a step "
                 f"that donates its state reuses the memory; go on with the state it returned"
             )
 
 
-def _is_deleted(array: jax.Array) -> bool:
-    return not isinstance(array, jax.core.Tracer) and array.is_deleted()
+def _is_deleted(leaf: Any) -> bool:
+    return (
+        not isinstance(leaf, jax.core.Tracer) and isinstance(leaf, jax.Array) and leaf.is_deleted()
+    )
 
 
 def _check_opt_state(optimizer: optax.GradientTransformation, state: State) -> None:

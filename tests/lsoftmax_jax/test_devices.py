@@ -249,6 +249,20 @@ def test_a_donated_step_under_jit_leaves_the_callers_model():
     assert state.params["head"]["kernel"].is_deleted() and model(batch[0]).shape == (BATCH, 4)
 
 
+def test_a_fresh_state_and_its_successor_share_a_program(graphdef_and_state, examples):
+    graphdef, state = graphdef_and_state
+    step = training.train_step(graphdef, OPTIMIZER, LAM)
+    compiled, ours, programs = (
+        devices.compile_step(step, devices.data_mesh(4)),
+        copied(state),
+        set(),
+    )
+    for _ in range(2):
+        programs.add(id(compiled._program(ours, *examples, None)))
+        ours, _ = compiled(ours, *examples)
+    assert len(programs) == 1
+
+
 def test_a_step_is_traced_once(graphdef_and_state, examples):
     graphdef, state = graphdef_and_state
     step, traces = training.train_step(graphdef, OPTIMIZER, LAM), []
