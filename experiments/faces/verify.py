@@ -7,6 +7,7 @@ thousands of pairs. The mean and the PCA that both use are fitted on the pairs o
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import jax
 import numpy as np
@@ -147,7 +148,7 @@ def all_pairs(
     """All pairs of the images of a fold's people, for each tested fold."""
     names, vectors = embeddings
     first, second = np.split(rows_of([*pairs.first, *pairs.second], names), 2)
-    person = np.array([name.split("/")[0] for name in names])
+    person = np.array([person_of(name) for name in names])
 
     def of_fold(fold: int) -> verification.Verification:
         known = np.concatenate([rows[pairs.fold != fold] for rows in (first, second)])
@@ -242,6 +243,11 @@ def embedded(faces: Faces, pairs: Pairs | None, checkpoint: Path | None, batch: 
     return Source(seen, trained_on, run.recipe.to_json(), run.begun | updates)
 
 
+def person_of(name: str) -> str:
+    """The person of person/image.jpg, composed as in files of pairs; macOS lists names decomposed."""
+    return normalize("NFC", name.split("/")[0])
+
+
 def needed(pairs: Pairs, faces: Faces, tested: list[int]) -> Faces:
     """The images that pairs name, and every image of the people in the tested folds.
 
@@ -249,7 +255,7 @@ def needed(pairs: Pairs, faces: Faces, tested: list[int]) -> Faces:
       ValueError: naming the images of pairs that are missing, before the long work begins.
     """
     people = frozenset().union(*(people_of_fold(pairs, fold) for fold in tested))
-    chosen = np.array([name.split("/")[0] in people for name in faces.names])
+    chosen = np.array([person_of(name) in people for name in faces.names])
     chosen[rows_of([*pairs.first, *pairs.second], faces.names)] = True
     rows = np.flatnonzero(chosen)
     names = tuple(faces.names[row] for row in rows)
