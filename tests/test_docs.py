@@ -27,10 +27,12 @@ GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
 INNER = {"losses", "sgd"}
 # Public to the package's other files alone.
 INNER_NAMES = {
+    "lsoftmax_jax.devices.RepeatedStep",
     "lsoftmax_jax.margins.OURS",
     "lsoftmax_jax.margins.check_margin",
     "lsoftmax_jax.margins.psi_and_slope",
     "lsoftmax_jax.margins.value_and_slope",
+    "lsoftmax_jax.training.IDLE_SHARE",
 }
 
 

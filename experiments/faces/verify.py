@@ -244,7 +244,7 @@ def embedded(faces: Faces, pairs: Pairs | None, checkpoint: Path | None, batch: 
 
 
 def person_of(name: str) -> str:
-    """The person of person/image.jpg, composed as in files of pairs; macOS lists names decomposed."""
+    """The person of person/image.jpg, composed as in files of pairs: macOS decomposes names."""
     return normalize("NFC", name.split("/")[0])
 
 
