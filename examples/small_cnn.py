@@ -7,7 +7,7 @@
 It prints a line of JSON a run: errors in %, and the share 1 / (1 + λ) of the margin in the mean of
 each fifth of the run. Beside them it prints the share as it goes.
 
-NUMBERS
+Its numbers are not here yet: the runs of three seeds each are still to be made.
 """
 
 import functools
