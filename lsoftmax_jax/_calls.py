@@ -1,4 +1,4 @@
-"""The calls that both Flax heads make; a head creates the parameter and hands its settings over."""
+"""What both Flax heads do: check their settings and turn them into the arguments of a loss."""
 
 import dataclasses
 from typing import Any, Protocol
@@ -10,9 +10,8 @@ from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
 from lsoftmax_jax._core.placement import first_columns
-from lsoftmax_jax._core.run import Statistics
-from lsoftmax_jax._core.spec import ClassParallel, Plan
-from lsoftmax_jax.losses import lsoftmax_logits, lsoftmax_loss_and_statistics, lsoftmax_loss_sum
+from lsoftmax_jax._core.spec import ClassParallel
+from lsoftmax_jax.losses import lsoftmax_logits
 from lsoftmax_jax.margins import Margin, check_margin
 from lsoftmax_jax.schedule import SelfPaced, self_paced
 
@@ -66,86 +65,37 @@ def lam_of(head: Head, lam: ArrayLike | SelfPaced | None) -> ArrayLike | SelfPac
     return 0.0 if check_margin(head.margin).scale is not None else self_paced()
 
 
-def logits(
-    head: Head,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: ArrayLike | None,
-    lam: ArrayLike | SelfPaced | None,
-) -> jax.Array:
-    features, kernel = _operands(head, features, kernel)
-    if labels is None and lam is not None:
-        raise TypeError("labels must be given with lam: inference has no margin and needs no lam")
-    if labels is not None and kernel.shape[1] > head.classes:
-        labels = _checks.check_labels(labels, features.shape[:-1], head.classes)
-        labels = _checks.known_labels(labels, head.classes)
-    lam = lam_of(head, lam)
-    return first_columns(
-        lsoftmax_logits(features, kernel, labels, margin=head.margin, lam=lam), head.classes
-    )
-
-
-def losses(
-    head: Head,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: ArrayLike,
-    lam: ArrayLike | SelfPaced | None,
-    where: ArrayLike | None,
-    label_smoothing: float,
-    plan: Plan | None,
-) -> tuple[jax.Array, Statistics]:
-    features, kernel = _operands(head, features, kernel)
-    return lsoftmax_loss_and_statistics(
-        features,
-        kernel,
-        labels,
-        margin=head.margin,
-        lam=lam_of(head, lam),
-        where=where,
-        label_smoothing=label_smoothing,
-        plan=plan,
-        layout=_layout(head),
-    )
-
-
-def loss_sum(
-    head: Head,
-    features: jax.Array,
-    kernel: jax.Array,
-    labels: ArrayLike,
-    weights: ArrayLike | None,
-    lam: ArrayLike | SelfPaced | None,
-    where: ArrayLike | None,
-    label_smoothing: float,
-    plan: Plan | None,
-) -> jax.Array:
-    features, kernel = _operands(head, features, kernel)
-    return lsoftmax_loss_sum(
-        features,
-        kernel,
-        labels,
-        weights,
-        margin=head.margin,
-        lam=lam_of(head, lam),
-        where=where,
-        label_smoothing=label_smoothing,
-        plan=plan,
-        layout=_layout(head),
-    )
-
-
-def _layout(head: Head) -> ClassParallel | None:
-    return head.layout and dataclasses.replace(head.layout, classes=head.classes)
-
-
-def _operands(head: Head, features: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+def call_of(
+    head: Head, features: ArrayLike, kernel: jax.Array, lam: ArrayLike | SelfPaced | None
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """Features and kernel in the dtype of the head, and the settings that every loss takes."""
+    features = check_features(features)
     columns = head.classes if head.layout is None else head.layout.columns(head.classes)
     if np.ndim(kernel) != 2 or kernel.shape[1] != columns:
         raise ValueError(
             f"kernel of the head must have shape (D, {columns}) for {head.classes} classes, got "
             f"{np.shape(kernel)}: load the weights of this head"
         )
-    if head.dtype is None:
-        return features, kernel
-    return features.astype(head.dtype), kernel.astype(head.dtype)
+    if head.dtype is not None:
+        features, kernel = features.astype(head.dtype), kernel.astype(head.dtype)
+    layout = head.layout and dataclasses.replace(head.layout, classes=head.classes)
+    return features, kernel, {"margin": head.margin, "lam": lam_of(head, lam), "layout": layout}
+
+
+def logits(
+    head: Head,
+    features: ArrayLike,
+    kernel: jax.Array,
+    labels: ArrayLike | None,
+    lam: ArrayLike | SelfPaced | None,
+) -> jax.Array:
+    """The logits of the head's classes, without the columns that fill up a sharded kernel."""
+    if labels is None and lam is not None:
+        raise TypeError("labels must be given with lam: inference has no margin and needs no lam")
+    features, kernel, settings = call_of(head, features, kernel, lam)
+    if labels is not None and kernel.shape[1] > head.classes:
+        labels = _checks.check_labels(labels, features.shape[:-1], head.classes)
+        labels = _checks.known_labels(labels, head.classes)
+    margin, lam = settings["margin"], settings["lam"]
+    whole = lsoftmax_logits(features, kernel, labels, margin=margin, lam=lam)
+    return first_columns(whole, head.classes)

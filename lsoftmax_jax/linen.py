@@ -15,6 +15,7 @@ from lsoftmax_jax import _calls
 from lsoftmax_jax._core.placement import resharded
 from lsoftmax_jax._core.run import Statistics
 from lsoftmax_jax._core.spec import ClassParallel, Layout, Plan
+from lsoftmax_jax.losses import lsoftmax_loss, lsoftmax_loss_and_statistics, lsoftmax_loss_sum
 from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.schedule import SelfPaced
 
@@ -96,7 +97,6 @@ class LSoftmaxDense(linen.Module):
           (..., classes): the logits without a margin; with labels those with the margin,
           `lsoftmax_jax.lsoftmax_logits`.
         """
-        features = _calls.check_features(features)
         return _calls.logits(self, features, self._kernel_for(features), labels, lam)
 
     def loss(
@@ -122,9 +122,16 @@ class LSoftmaxDense(linen.Module):
         Returns:
           (...,) float32, or float64 for float64 operands.
         """
-        features = _calls.check_features(features)
-        kernel = self._kernel_for(features)
-        return _calls.losses(self, features, kernel, labels, lam, where, label_smoothing, plan)[0]
+        features, kernel, settings = _calls.call_of(self, features, self._kernel_for(features), lam)
+        return lsoftmax_loss(
+            features,
+            kernel,
+            labels,
+            where=where,
+            label_smoothing=label_smoothing,
+            plan=plan,
+            **settings,
+        )
 
     def loss_and_statistics(
         self,
@@ -137,9 +144,16 @@ class LSoftmaxDense(linen.Module):
         plan: Plan | None = None,
     ) -> tuple[jax.Array, Statistics]:
         """`loss`, and the `lsoftmax_jax.Statistics` of the same pass."""
-        features = _calls.check_features(features)
-        kernel = self._kernel_for(features)
-        return _calls.losses(self, features, kernel, labels, lam, where, label_smoothing, plan)
+        features, kernel, settings = _calls.call_of(self, features, self._kernel_for(features), lam)
+        return lsoftmax_loss_and_statistics(
+            features,
+            kernel,
+            labels,
+            where=where,
+            label_smoothing=label_smoothing,
+            plan=plan,
+            **settings,
+        )
 
     def loss_sum(
         self,
@@ -158,12 +172,20 @@ class LSoftmaxDense(linen.Module):
           weights: (...,) floating point, or None for ones.
           features, labels, lam, where, label_smoothing, plan: as in `loss`.
         """
-        features = _calls.check_features(features)
-        kernel, smoothing = self._kernel_for(features), label_smoothing
-        return _calls.loss_sum(self, features, kernel, labels, weights, lam, where, smoothing, plan)
+        features, kernel, settings = _calls.call_of(self, features, self._kernel_for(features), lam)
+        return lsoftmax_loss_sum(
+            features,
+            kernel,
+            labels,
+            weights,
+            where=where,
+            label_smoothing=label_smoothing,
+            plan=plan,
+            **settings,
+        )
 
     @linen.compact
-    def _kernel_for(self, features: jax.Array) -> jax.Array:
+    def _kernel_for(self, features: ArrayLike) -> jax.Array:
         if self.has_variable("params", "kernel"):
             # The functions name both shapes where they do not agree.
             stored: jax.Array = linen.meta.unbox(self.get_variable("params", "kernel"))
@@ -182,5 +204,5 @@ class LSoftmaxDense(linen.Module):
                 return resharded(self.kernel_init(*arguments), mesh, P(*spec))
 
             init = linen.with_partitioning(placed, spec)
-        shape = features.shape[-1], columns
+        shape = _calls.check_features(features).shape[-1], columns
         return self.param("kernel", init, shape, self.param_dtype)

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 from lsoftmax_jax import _calls, _checks
 from lsoftmax_jax._core.run import Statistics
 from lsoftmax_jax._core.spec import ClassParallel, Plan
+from lsoftmax_jax.losses import lsoftmax_loss, lsoftmax_loss_and_statistics, lsoftmax_loss_sum
 from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.schedule import SelfPaced
 
@@ -133,7 +134,6 @@ class LSoftmaxDense(nnx.Module):
           (..., classes): the logits without a margin; with labels those with the margin,
           `lsoftmax_jax.lsoftmax_logits`.
         """
-        features = _calls.check_features(features)
         return _calls.logits(self, features, self.kernel[...], labels, lam)
 
     def loss(
@@ -159,9 +159,16 @@ class LSoftmaxDense(nnx.Module):
         Returns:
           (...,) float32, or float64 for float64 operands.
         """
-        features = _calls.check_features(features)
-        kernel = self.kernel[...]
-        return _calls.losses(self, features, kernel, labels, lam, where, label_smoothing, plan)[0]
+        features, kernel, settings = _calls.call_of(self, features, self.kernel[...], lam)
+        return lsoftmax_loss(
+            features,
+            kernel,
+            labels,
+            where=where,
+            label_smoothing=label_smoothing,
+            plan=plan,
+            **settings,
+        )
 
     def loss_and_statistics(
         self,
@@ -174,9 +181,16 @@ class LSoftmaxDense(nnx.Module):
         plan: Plan | None = None,
     ) -> tuple[jax.Array, Statistics]:
         """`loss`, and the `lsoftmax_jax.Statistics` of the same pass."""
-        features = _calls.check_features(features)
-        kernel = self.kernel[...]
-        return _calls.losses(self, features, kernel, labels, lam, where, label_smoothing, plan)
+        features, kernel, settings = _calls.call_of(self, features, self.kernel[...], lam)
+        return lsoftmax_loss_and_statistics(
+            features,
+            kernel,
+            labels,
+            where=where,
+            label_smoothing=label_smoothing,
+            plan=plan,
+            **settings,
+        )
 
     def loss_sum(
         self,
@@ -195,9 +209,17 @@ class LSoftmaxDense(nnx.Module):
           weights: (...,) floating point, or None for ones.
           features, labels, lam, where, label_smoothing, plan: as in `loss`.
         """
-        features = _calls.check_features(features)
-        kernel, smoothing = self.kernel[...], label_smoothing
-        return _calls.loss_sum(self, features, kernel, labels, weights, lam, where, smoothing, plan)
+        features, kernel, settings = _calls.call_of(self, features, self.kernel[...], lam)
+        return lsoftmax_loss_sum(
+            features,
+            kernel,
+            labels,
+            weights,
+            where=where,
+            label_smoothing=label_smoothing,
+            plan=plan,
+            **settings,
+        )
 
 
 # NNX's metaclass hides the signature from help() and the documentation.
