@@ -10,7 +10,10 @@ import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-NAMES = {"digits_linen", "digits_nnx", "faces_arcface", "fine_tune", "many_classes", "small_cnn"}
+NAMES = {
+    *("digits_linen", "digits_nnx", "faces_arcface", "fine_tune"),
+    *("many_classes", "partial_fc", "small_cnn"),
+}
 
 
 @pytest.fixture
@@ -52,6 +55,17 @@ def test_many_classes_are_told_apart(example, monkeypatch):
     monkeypatch.setattr(example, "CLASSES", 5000)
     accuracies = example.main(steps=8)
     assert accuracies[0] < 0.1 and accuracies[-1] > 0.9
+
+
+@named("partial_fc")
+def test_a_sample_of_the_classes_learns_what_all_classes_learn(example, monkeypatch):
+    monkeypatch.setattr(example, "TRAINED", 80)
+    monkeypatch.setattr(example, "UNSEEN", 20)
+    monkeypatch.setattr(example, "STEPS", 60)
+    whole, half = (example.train(example.MARGINS[0], share, True, 0) for share in (1.0, 0.5))
+    # Guessing has 98.8 % and 50 %.
+    assert max(whole["error"], half["error"]) < 40
+    assert max(whole["eer"], half["eer"]) < 30
 
 
 @named("fine_tune")
