@@ -15,6 +15,7 @@ from jax.stages import Lowered
 from numpy.typing import NDArray
 
 import lsoftmax_jax as lsm
+from experiments.benchmarks.targets import placed
 from lsoftmax_jax.margins import ArcFace, CosFace, NormFace, SphereFace
 from lsoftmax_jax.nnx import LSoftmaxDense
 
@@ -190,15 +191,9 @@ def placed_on(mesh: Any, given: Problem, arm: Arm) -> Problem:
         NamedSharding(mesh, spec) for spec in (P(("data", "model")), P(None, "model"), P())
     )
     state = jax.eval_shape(arm.first_state, given.kernel)
-
-    def at(sharding: NamedSharding, tree: Any) -> Any:
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
-        )
-
-    features, _, labels, weights, lam = given
-    by_rows = at(rows, labels), at(rows, weights)
-    return Problem(at(rows, features), at(columns, state), *by_rows, at(whole, lam))
+    features, _, *by_row, lam = given
+    features, *by_row = placed((features, *by_row), rows)
+    return Problem(features, placed(state, columns), *by_row, placed(lam, whole))
 
 
 # Steps.

@@ -10,12 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from experiments.benchmarks import arms
 from experiments.benchmarks.head import SHAPES
-from experiments.benchmarks.records import OUT, repeating
-from experiments.store.results import load, save
+from experiments.benchmarks.records import OUT, appended, repeating
+from experiments.store.results import save
 
 CLONE = Path(__file__).parents[2]
 MILLION = (4096, 512, 1_000_000)
@@ -45,15 +44,7 @@ def bench(minutes: float = 10.0, quick: bool = False, out: Path = OUT / "all") -
     backend = device.pop("backend")
     file = out / f"all-{backend}.json"
     known = {"kind": "bench all", "command": repeating("all", minutes=minutes), **device}
-    same = ("commit", "versions", "device")
-    saved = load(file, ("pieces", "versions")) if file.exists() else {}
-    alike = all(saved.get(key) == device[key] for key in same)
-    kept: list[dict[str, Any]] = saved["pieces"] if alike else []
-    kept = [piece for piece in kept if piece["code"] == 0]
-    if not alike and saved:
-        raise ValueError(
-            f"{file} is of another commit, version or device; name another --out, or move it"
-        )
+    kept = [piece for piece in appended(file, known, (), "pieces") if piece["code"] == 0]
     listed = pieces(backend, out, quick)
     done = {piece["name"] for piece in kept}
     if done:

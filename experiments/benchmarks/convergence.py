@@ -23,7 +23,6 @@ from sklearn.model_selection import train_test_split
 
 import lsoftmax_jax as lsm
 from experiments.benchmarks.records import OUT, earlier, heading
-from experiments.benchmarks.tables import verdict
 from experiments.store.progress import Progress
 from experiments.store.results import save
 from lsoftmax_jax import schedule
@@ -177,7 +176,7 @@ QUICK = (Setting("ReLU feature", batch=32, steps=40),)
 
 
 def bench(quick: bool = False, again: bool = False, out: Path = OUT) -> None:
-    """Trains every setting with every way to choose λ; prints tables and the targets.
+    """Trains every setting with every way to choose λ; prints tables.
 
     An interrupted benchmark continues with the setting at which it stopped.
 
@@ -206,11 +205,6 @@ def bench(quick: bool = False, again: bool = False, out: Path = OUT) -> None:
             done.append(entry)
             save(file, result | {"settings": done})
     print(f"{summary_table(done)}\n\n{settings_table(done)}\n\n{rarest_table(done)}\n")
-    found = targets(done)
-    for target in found:
-        met = verdict(target["met"])
-        print(f"{target['measure']}: {target['reached']}, limit {target['limit']}, {met}")
-    save(file, result | {"settings": done, "targets": found})
     print(f"{file} written")
 
 
@@ -456,24 +450,3 @@ def rarest_table(entries: list[dict[str, Any]]) -> str:
         for entry, errors in zip(uneven, rarest, strict=True)
     ]
     return markdown(["rarest three classes, error in %", *titles(entries)], rows)
-
-
-def targets(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the default, over the settings that are apart, or over all if none is."""
-    entries = [entry for entry in entries if entry["setting"]["apart"]] or entries
-    default, errors = POLICIES.index(DEFAULT), array(entries)
-    above = above_softmax(errors)[:, default]
-    lost = collapsed(errors)
-    wrong = [Data(*entry["setting"]["data"]).noise == 0.4 for entry in entries]
-    ratios = (errors[wrong, default].mean(axis=1) / errors[wrong, 0].mean(axis=1)).tolist()
-    more = int(np.sum(lost[:, default] > lost[:, 0]))
-    found = {
-        "settings with more collapsed runs than softmax": (more, 0),
-        "most points above softmax": (above.max(), 0.5),
-        "mean points above softmax": (above.mean(), -1.5),
-        "largest part of softmax's error left with 40 % label noise": (max(ratios, default=0), 0.5),
-    }
-    return [
-        {"measure": name, "limit": limit, "reached": round(float(of), 3), "met": bool(of <= limit)}
-        for name, (of, limit) in found.items()
-    ]
