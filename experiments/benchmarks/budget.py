@@ -1,4 +1,4 @@
-"""What is worth measuring on a new accelerator, in order: `python -m experiments bench all`.
+"""Measures a new accelerator, the most useful numbers first: `python -m experiments bench all`.
 
 Every piece is a command in a process of its own: this one leaves the accelerator alone, which not
 all of them share.
@@ -18,7 +18,7 @@ from experiments.store.results import save
 
 CLONE = Path(__file__).parents[2]
 MILLION = (4096, 512, 1_000_000)
-# The numbers that a platform may get wrong: values, gradients, half precision, sharding, updates.
+# A platform may get these wrong: values, gradients, half precision, sharding, updates.
 TESTS = ("values", "precision", "range", "plans", "masks")
 TEST_FILES = tuple(f"tests/lsoftmax_jax/test_loss_{name}.py" for name in TESTS)
 LAST_TESTS = tuple(f"tests/lsoftmax_jax/test_{name}.py" for name in ("sgd", "sharded", "training"))
@@ -95,7 +95,7 @@ def pieces(backend: str, out: Path, quick: bool) -> dict[str, list[str]]:
         }
     found: dict[str, list[str]] = {}
     sizes = (*SHAPES, MILLION)
-    # Few arms of every size first, then all others.
+    # First a few arms of every size, then all arms.
     for title, everything in (("main arms", False), ("all arms", True)):
         for dtype in ("bf16", "f32"):
             for shape in sorted(sizes, key=lambda size: -size[2]):
