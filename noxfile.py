@@ -121,7 +121,7 @@ def colab(session: nox.Session, name: str) -> None:
     run is recorded in stacks/notebooks.json.
     """
     session.install("--requirement", "stacks/colab-runtime.txt")
-    # Of an earlier run.
+    # The environment may hold this package from an earlier run.
     session.run("uv", "pip", "uninstall", "--quiet", "lsoftmax-jax", external=True)
     before = packages(session)
     address = tomllib.loads(Path("pyproject.toml").read_text())["project"]["urls"]["Repository"]
@@ -170,7 +170,7 @@ def mutation(session: nox.Session) -> None:
     stopped = 124
     session.run("timeout", seconds, *command, external=True, success_codes=[0, stopped])
     session.run("cr-report", "--no-show-output", "--show-diff", "--surviving-only", mutants)
-    # cr-rate would count the mutants that were left out as noticed.
+    # cr-rate would count the mutants that were left out as noticed ones.
     query = (
         "SELECT COUNT(*), SUM(test_outcome = 'SURVIVED') FROM work_results WHERE test_outcome > ''"
     )
@@ -200,7 +200,7 @@ def execute(session: nox.Session, name: str, environment: dict[str, str]) -> Pat
     folder.mkdir()
     copy = folder / f"{name}.ipynb"
     shutil.copy(CLONE / "experiments" / "notebooks" / copy.name, copy)
-    # Data and settings of this machine's user must not count.
+    # The notebook must not see data or settings of this machine's user.
     clean = {"HOME": str(folder), "TFDS_DATA_DIR": str(folder), "LFW_DIR": None, "PYTHONPATH": None}
     environment = {"JAX_PLATFORMS": "cpu", **clean, **environment}
     session.run("jupyter", "execute", "--inplace", "--timeout=900", str(copy), env=environment)

@@ -29,7 +29,7 @@ COLORS = ("#0072B2", "#C98500", "#009E73", "#CC79A7", "#D55E00")
 DASHES: Sequence[Any] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (4, 1)))
 INKS = {"light": "#1f2328", "dark": "#e6e6e6"}
 
-# Of the margin, 1 / (1 + λ).
+# Shares of the margin, 1 / (1 + λ).
 
 
 def style(ink: str) -> dict[Any, Any]:

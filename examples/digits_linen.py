@@ -1,6 +1,6 @@
 """Handwritten digits with Flax Linen: softmax and L-Softmax differ in the head's two lines.
 
-    pip install lsoftmax_jax scikit-learn
+    pip install . scikit-learn   # in a clone: nothing is published yet
     python examples/digits_linen.py
 
 It prints the mean error of five seeds on 540 test digits, after half a minute on two CPU cores:

@@ -1,6 +1,6 @@
 """Faces by ArcFace: unit features, unit columns, an angle of half a radian, verified by cosine.
 
-    pip install lsoftmax_jax scikit-learn pillow
+    pip install . scikit-learn pillow   # in a clone: nothing is published yet
     python examples/faces_arcface.py                       # the Olivetti faces, downloaded once
     python examples/faces_arcface.py FOLDER                # your own person/image.jpg or .png
 

@@ -1,6 +1,6 @@
 """A trained softmax classifier goes on with a margin: the checkpoint loads as it is.
 
-    pip install lsoftmax_jax scikit-learn orbax-checkpoint
+    pip install . scikit-learn orbax-checkpoint   # in a clone: nothing is published yet
     python examples/fine_tune.py
 
 The softmax model is trained with a plain, bias-free `nnx.Linear` and saved by Orbax. The model with

@@ -1,6 +1,6 @@
 """A head with 100,000 classes whose kernel's gradient never exists.
 
-    pip install lsoftmax_jax
+    pip install .   # in a clone: nothing is published yet
     python examples/many_classes.py
 
 Each class is a random centre, each example a centre with noise. `lsoftmax_sgd` computes loss,

@@ -1,6 +1,6 @@
 """A small CNN on a part of CIFAR10 or MNIST: softmax, the default λ, and a schedule.
 
-    pip install lsoftmax_jax
+    pip install .   # in a clone: nothing is published yet
     python examples/small_cnn.py FOLDER             # with cifar10.npz: train_images, ...
     python examples/small_cnn.py FOLDER mnist 0.4   # mnist.npz, 40 % of the labels made wrong
 

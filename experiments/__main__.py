@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.text import Text
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from experiments import quickstart
@@ -36,12 +37,12 @@ from experiments.run.queue import reproduce
 from experiments.run.tune import tune
 from experiments.store.processes import ALONE, Meeting, joined
 
-# A mistake of the user is one message; this shows where it was raised.
+# A user's mistake is one message. With this variable Python prints the traceback, too.
 TRACEBACK = "EXPERIMENTS_TRACEBACK"
 CLONE = Path(__file__).parents[1]
 PROG = "python -m experiments"
 LISTED = f"{PROG} list prints all"
-# tyro needs minutes for the help of a terminal of one column.
+# In a terminal of one column tyro needs minutes to write its help.
 NARROWEST = 40
 LARGEST = 2**31 - 1
 
@@ -59,11 +60,13 @@ def train_(
     On many hosts run the same command in every process, with --out on a file system that all of
     them see. On SLURM run one process a GPU:
 
-        srun --ntasks-per-node=8 --gpus-per-node=8 python -m experiments train mnist-m4 --cluster
+        srun --ntasks-per-node=8 --gpus-per-node=8 \\
+            python -m experiments train mnist-m4 --cluster
 
     On Cloud TPU give --cluster on every host. Anywhere else give this on host number I of N:
 
-        python -m experiments train mnist-m4 --coordinator HOST0:9876 --processes N --process I
+        python -m experiments train mnist-m4 \\
+            --coordinator HOST0:9876 --processes N --process I
 
     If a process is lost, the others end too. The same command then continues from the last
     checkpoint, on any number of processes and devices.
@@ -88,13 +91,14 @@ def train_(
         if outcome is None or outcome["status"] == "diverged":
             return loop.exit_code(outcome)
         label = "reduced run, " if outcome["reduced"] else ""
+        shown = f"{PROG} list" + ("" if out == loop.RUNS else f" --out {shlex.quote(str(out))}")
         console = Console()
         title = f"{run_name(config)}, {label}last iterate"
         console.print(table(title, {split: outcome[split] for split in ("train", "test")}))
         console.print(
             f"{outcome['images_per_second']:.0f} images/s on {outcome['device']}, "
             f"{100 * outcome['outside_step']:.1f} % of the loop's time outside the step\n"
-            f"{PROG} list --out {shlex.quote(str(out))} shows the result beside the paper's"
+            f"{shown} shows the result beside the paper's"
         )
         return 0
 
@@ -250,14 +254,18 @@ def parsed(arguments: list[str]) -> functools.partial[Any]:
                 config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes),
             )
     except SystemExit as stop:
-        # tyro frames what a configuration says, under a name that means nothing to its user. An
-        # argument's own mistake it calls by its flag.
+        # tyro would show a configuration's own error under an internal name, so show the error
+        # alone. For an argument tyro names the flag.
         by_tyro = stop.__context__
         refused = by_tyro.__context__ if by_tyro is not None else None
         if isinstance(refused, ValueError) and isinstance(getattr(by_tyro, "arg", None), str):
             raise refused from None
-        # The usage line of help has all the configurations that help lists below.
-        print(out.getvalue().replace(f"{{{','.join(CONFIGS)}}}", "CONFIGURATION"), end="")
+        # The usage line repeats all the names that help lists below. tyro wraps only its boxes;
+        # the console wraps the other lines.
+        said_out = out.getvalue()
+        for listed, word in ((CONFIGS, "CONFIGURATION"), (COMMANDS, "COMMAND")):
+            said_out = said_out.replace(f"{{{','.join(listed)}}}", word)
+        Console().print(Text.from_ansi(said_out))
         sys.stderr.write(said.getvalue())
         raise
 
@@ -268,7 +276,7 @@ def prepare_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # Else the next file that is opened gets the number, and what libraries print.
+            # The next file to be opened would get this number, and with it what libraries print.
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
@@ -280,7 +288,7 @@ def prepare_streams() -> None:
 
 
 def say(text: str) -> None:
-    """One line on the standard error, if anybody can read it."""
+    """Prints a line on the standard error, unless that is closed."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr)
 
@@ -306,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return int(code)
     except BrokenPipeError:
-        code = 1  # whoever reads, `head` say, has seen enough
+        code = 1  # the reader, such as `head`, has closed the pipe
     except (ValueError, OSError, ImportError) as error:
         if TRACEBACK in os.environ:
             raise
@@ -320,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         sys.stdout.flush()
     except OSError:
-        # Python flushes once more on its way out, and would print a traceback.
+        # Python flushes again when it exits, and would print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 

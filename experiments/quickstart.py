@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib import rc_context
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +29,7 @@ from experiments.benchmarks.convergence import (
 from experiments.benchmarks.records import heading
 from experiments.paper.measures import measures
 from experiments.report.features import features_figure
+from experiments.report.outcomes import spread
 from experiments.report.style import STYLE, write
 from experiments.store.progress import Progress
 from experiments.store.results import save
@@ -122,12 +122,8 @@ def shown(numbers: dict[str, dict[str, list[float]]]) -> Table:
     for loss in numbers:
         table.add_column(loss, justify="right")
     for key, title in ROWS.items():
-        table.add_row(title, *(spread(np.array(of[key])) for of in numbers.values()))
+        table.add_row(title, *(spread(of[key]) for of in numbers.values()))
     return table
-
-
-def spread(values: NDArray) -> str:
-    return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
 
 
 @rc_context(STYLE)

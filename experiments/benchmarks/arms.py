@@ -15,6 +15,7 @@ from jax.stages import Lowered
 from numpy.typing import NDArray
 
 import lsoftmax_jax as lsm
+from experiments.benchmarks.targets import placed
 from lsoftmax_jax.margins import ArcFace, CosFace, NormFace, SphereFace
 from lsoftmax_jax.nnx import LSoftmaxDense
 
@@ -34,14 +35,14 @@ FUSED_SGD = "lsoftmax_sgd"
 SAMPLED = f"sampled, {NEGATIVES:,} others"
 TOKAMAX = "tokamax softmax"
 FOUR = "4 bare products"
-# Of the papers; PyTorch's losses are compared with the same.
+# The papers' settings. PyTorch's losses are timed with the same ones.
 FAMILY: dict[str, lsm.margins.Margin] = {
     "ArcFace": ArcFace(0.5, scale=64.0),
     "CosFace": CosFace(0.35, scale=64.0),
     "SphereFace": SphereFace(4),
     "NormFace": NormFace(scale=16.0),
 }
-# What most users run, and what they would otherwise.
+# What most users run, and what they would run without this library.
 MAIN = (PLAIN, HEAD, DEFAULT, ONE_SHOT, "ArcFace", RECOMPUTED, PLAIN_SGD, FUSED_SGD)
 
 
@@ -76,10 +77,10 @@ class Arm(NamedTuple):
 
     name: str
     step: Step
-    margin: Margin | None = None  # None: it computes no exact loss
+    margin: Margin | None = None  # None: the arm computes no exact loss
     products: int = 3  # of batch x dim x classes multiply-adds
-    paced: bool = False  # λ is the default rule's, not the one that is given
-    # Of an arm that updates: kernel -> its first state, whose memory the next one takes.
+    paced: bool = False  # λ comes from the default rule, not from the problem
+    # For an arm that updates: kernel -> first state. Each state is donated to the next step.
     start: Callable[[Any], Any] | None = None
 
     def first_state(self, kernel: Any) -> Any:
@@ -174,7 +175,7 @@ def arms(
 
 
 def peers() -> Iterator[Arm]:
-    """Those of other libraries for JAX that are installed."""
+    """Arms of other libraries for JAX, where these are installed."""
     if find_spec("tokamax") is not None:
         yield Arm(TOKAMAX, gradients(tokamax_loss), 1)
 
@@ -190,15 +191,9 @@ def placed_on(mesh: Any, given: Problem, arm: Arm) -> Problem:
         NamedSharding(mesh, spec) for spec in (P(("data", "model")), P(None, "model"), P())
     )
     state = jax.eval_shape(arm.first_state, given.kernel)
-
-    def at(sharding: NamedSharding, tree: Any) -> Any:
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
-        )
-
     features, _, labels, weights, lam = given
-    by_rows = at(rows, labels), at(rows, weights)
-    return Problem(at(rows, features), at(columns, state), *by_rows, at(whole, lam))
+    features, labels, weights = placed((features, labels, weights), rows)
+    return Problem(features, placed(state, columns), labels, weights, placed(lam, whole))
 
 
 # Steps.
@@ -264,8 +259,8 @@ def three_products(features: Any, kernel: Any, *_: Any) -> tuple[jax.Array, jax.
 
 
 def four_products(features: Any, kernel: Any, *_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where the logits are not kept: another product of that size."""
-    # Of other rows, or the compiler would find the two logits equal.
+    """The products of a head that does not keep the logits: one more than `three_products`."""
+    # The second product takes other rows: the compiler would merge two equal products.
     again = features[::-1]
     z = again @ kernel
     return jnp.max(features @ kernel), z @ kernel.T, again.T @ z
@@ -327,7 +322,7 @@ def head_loss(shape: Shape, margin: int) -> Loss:
     return loss
 
 
-# What they must compute.
+# The exact loss, which every arm is compared with.
 
 
 def exact_loss(given: Problem, margin: Margin, paced: bool = False) -> float:
@@ -361,7 +356,7 @@ def exact_loss(given: Problem, margin: Margin, paced: bool = False) -> float:
 
 
 def changed_cosine(cosine: NDArray[Any], margin: Margin) -> NDArray[Any]:
-    """What a margin puts in place of the target's cosine."""
+    """The value that a margin puts in place of the target's cosine."""
     theta = np.arccos(cosine)
     match margin:
         case ArcFace():

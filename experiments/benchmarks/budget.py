@@ -1,4 +1,4 @@
-"""What is worth measuring on a new accelerator, in order: `python -m experiments bench all`.
+"""Measures a new accelerator, the most useful numbers first: `python -m experiments bench all`.
 
 Every piece is a command in a process of its own: this one leaves the accelerator alone, which not
 all of them share.
@@ -10,16 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from experiments.benchmarks import arms
 from experiments.benchmarks.head import SHAPES
-from experiments.benchmarks.records import OUT, repeating
-from experiments.store.results import load, save
+from experiments.benchmarks.records import OUT, appended, repeating
+from experiments.store.results import save
 
 CLONE = Path(__file__).parents[2]
 MILLION = (4096, 512, 1_000_000)
-# The numbers that a platform may get wrong: values, gradients, half precision, sharding, updates.
+# A platform may get these wrong: values, gradients, half precision, sharding, updates.
 TESTS = ("values", "precision", "range", "plans", "masks")
 TEST_FILES = tuple(f"tests/lsoftmax_jax/test_loss_{name}.py" for name in TESTS)
 LAST_TESTS = tuple(f"tests/lsoftmax_jax/test_{name}.py" for name in ("sgd", "sharded", "training"))
@@ -45,15 +44,7 @@ def bench(minutes: float = 10.0, quick: bool = False, out: Path = OUT / "all") -
     backend = device.pop("backend")
     file = out / f"all-{backend}.json"
     known = {"kind": "bench all", "command": repeating("all", minutes=minutes), **device}
-    same = ("commit", "versions", "device")
-    saved = load(file, ("pieces", "versions")) if file.exists() else {}
-    alike = all(saved.get(key) == device[key] for key in same)
-    kept: list[dict[str, Any]] = saved["pieces"] if alike else []
-    kept = [piece for piece in kept if piece["code"] == 0]
-    if not alike and saved:
-        raise ValueError(
-            f"{file} is of another commit, version or device; name another --out, or move it"
-        )
+    kept = [piece for piece in appended(file, known, (), "pieces") if piece["code"] == 0]
     listed = pieces(backend, out, quick)
     done = {piece["name"] for piece in kept}
     if done:
@@ -104,7 +95,7 @@ def pieces(backend: str, out: Path, quick: bool) -> dict[str, list[str]]:
         }
     found: dict[str, list[str]] = {}
     sizes = (*SHAPES, MILLION)
-    # Few arms of every size first, then all others.
+    # First a few arms of every size, then all arms.
     for title, everything in (("main arms", False), ("all arms", True)):
         for dtype in ("bf16", "f32"):
             for shape in sorted(sizes, key=lambda size: -size[2]):

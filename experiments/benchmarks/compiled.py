@@ -1,4 +1,4 @@
-"""What compilers make of the heads and steps for TPUs and GPUs: `python -m experiments compile`.
+"""Compiles the heads and steps for TPUs and GPUs: `python -m experiments compile`.
 
 Nothing runs and no accelerator is needed. A table for people, a JSON with everything.
 """
@@ -36,7 +36,7 @@ from experiments.store.results import save
 from lsoftmax_jax import devices, training
 
 OUT = Path(__file__).parents[1] / "results" / "compiled"
-# A head of the paper, of a face recogniser, of 1e5 and 1e6 identities.
+# Heads of the paper's size, of a face recogniser, and of 1e5 and 1e6 identities.
 SIZES = (
     (Shape(256, 256, 10), "f32"),
     (Shape(512, 512, 10575), "bf16"),
@@ -56,7 +56,7 @@ ARMS = (
     every.FUSED_SGD,
     every.SAMPLED,
 )
-# Over all chips of a slice.
+# Heads whose classes are sharded over all chips of a slice.
 SHARDED = tuple(Shape(8192, 512, classes) for classes in (10**6, 10**7, 10**8))
 NETWORKS = ("mnist", "cifar10plus", "cifar100")
 UPDATES = 100
@@ -70,7 +70,7 @@ class Case(NamedTuple):
     size: str
     lower: Callable[[], Lowered]
     devices: int = 1
-    elements: int = 0  # of the kernel on a device: moves of so many are listed
+    elements: int = 0  # of the kernel on a device: moves of at least as many are listed
     flops: int = 0  # of a head's products, on a device
 
     @property
@@ -152,13 +152,13 @@ def compile_part(part: Part, only: str, out: Path) -> None:
     saved = earlier(file, result, ("versions", "compilers"), "programs")
     rows = {f"{row['name']} {row['size']}": row for row in saved["programs"]} if saved else {}
     asked, commit = [case for case in part.cases if only in case.title], result["commit"]
-    # What is of a commit, without changes to it, is done.
+    # A program of the same commit is done, if the clone had no changes then or now.
     clean = commit is not None and not commit.endswith("-changed")
     done = {title for title, row in rows.items() if clean and row["commit"] == commit}
     chosen = [case for case in asked if case.title not in done]
     for case in tracked(chosen, len(chosen), f"{part.name} {part.kind}", "programs"):
         rows[case.title] = compiled_row(on, case) | {"commit": commit}
-        # Written one by one: an interrupted run goes on where it was.
+        # Saved after each program: an interrupted run goes on where it stopped.
         first = [case.title for case in part.cases if case.title in rows]
         programs = [rows[title] for title in dict.fromkeys([*first, *rows])]
         save(file, result | {"programs": programs})
@@ -182,10 +182,10 @@ def compiled_row(on: Target, case: Case) -> dict[str, Any]:
     found = hlo.collectives(compiled, case.devices)
     counted: Any = compiled.cost_analysis() or {}  # a loop's body once; a GPU's compiler does not
     sent = sum(c.sent for c in found)
-    # At its maker's rates, products and communication after each other.
+    # The time of products and communication at the maker's rates, one after the other.
     least = case.flops / on.chip.tflops / 1e12 + sent / on.chip.link / 1e9
     return row | {
-        # A TPU's compiler has refused what does not fit; a GPU's only counts.
+        # A TPU's compiler refuses what does not fit; a GPU's compiles it all the same.
         "fits": facts.needed_bytes <= on.chip.memory,
         **facts._asdict(),
         "kernels": hlo.kernels(text),
@@ -253,7 +253,7 @@ def step_cases(on: Target) -> Iterator[Case]:
     yield _step(on, large, "features and logits", _embed)
     yield _step(on, small, f"{UPDATES} updates in one dispatch", _repeat)
     yield _step(on, _of(CONFIGS["digits-m4"]), "quickstart's training step", _train)
-    # Those of notebook reproduce are mnist-m4 and digits-m4, above.
+    # The steps of notebook reproduce are those of mnist-m4 and digits-m4 above.
     faces = Network(FaceRecipe(), FaceRecipe().network, PEOPLE)
     yield _step(on, faces, "training step of notebook faces", _train)
     yield _step(on, faces, "features of notebook faces", _embed)

@@ -31,7 +31,7 @@ from experiments.store.results import save
 
 SHAPES = ((256, 256, 10), (256, 512, 100), (512, 512, 10575), (512, 256, 102400))
 WARM_UP = 3
-# Of more logits NumPy would need minutes: such arms are compared with each other alone.
+# With more logits NumPy would need minutes: there the arms are compared only with each other.
 EXACT_LOGITS = 2**28
 
 
@@ -94,7 +94,7 @@ def bench(
         rows = [summary(arm, runs) for arm in listed if arm.name in runs]
         rows += torch_rows(before, after, runs)
         measured.append({"shape": shape, "load": [load, os.getloadavg()[0]], "arms": rows})
-        # Appended shape by shape: an interrupted benchmark keeps what it has.
+        # Saved after each shape: an interrupted benchmark keeps what it has.
         save(file, result | {"shapes": measured})
         tables.show(arms_table(measured[-1], dtype), 132)
     print(f"{file} written")
@@ -160,7 +160,7 @@ def prepare(listed: list[Arm], given: Problem, shape: Shape, dtype: str) -> dict
 def prepare_arm(arm: Arm, given: Problem, shape: Shape) -> tuple[Run, dict[str, float]]:
     """An arm's run, and the lengths of its gradients."""
     features, kernel, *rest = given
-    # Donated, so its own.
+    # The step donates its state, so each arm needs a copy.
     state = kernel if arm.start is None else jax.tree.map(jnp.copy, arm.start(kernel))
     compiled = arm.lower(features, state, *rest).compile()
 
@@ -244,7 +244,7 @@ def torch_rows(
 
 
 def _run_torch(python: Path, *arguments: str) -> str:
-    """What the program `peers` prints when that Python runs it."""
+    """The output of the program `peers` under that Python."""
     try:
         done = subprocess.run(
             [python, torch.__file__, *arguments], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""What a compiled program's text says for certain: products, large copies, communication."""
+"""Facts in a compiled program's text: products, large copies, communication."""
 
 import math
 import re
@@ -16,14 +16,14 @@ _LIBRARY_PRODUCT = re.compile(r'custom_call_target="[^"]*(?:matmul|gemm)')
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[(.*?)\] ?\{(.*?)\})")
 _AXIS = re.compile(r"'(\w+)'=(\d+)")
 
-# The body of a fusion; what is no result of it never reaches memory.
+# The body of a fusion: only its result reaches memory.
 _FUSED = re.compile(r"\bfusion\(.*calls=%?([\w.-]+)")
 _COMPUTATION = re.compile(r"^%?([\w.-]+) \(.*\{\n((?:  .*\n)*)\}", re.MULTILINE)
 
-# Seen by users as time and memory, and absent from a head that is written well.
+# Operations that only move data. Large ones cost time and memory, and a good head has none.
 MOVES = ("copy", "copy-start", "pad", "scatter", "transpose")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# What a GPU launches a kernel for, and a TPU starts one after the other.
+# Operations that a GPU launches a kernel for, and that a TPU starts one after the other.
 LAUNCHED = (
     *("fusion", "custom-call", "dot", "convolution", "reduce", "reduce-window", "sort"),
     *("gather", "scatter", "copy", "transpose", "pad", "concatenate", "convert", "broadcast"),
@@ -44,12 +44,12 @@ class Collective(NamedTuple):
         share = (self.devices - 1) / self.devices
         if self.kind == "all-reduce":
             return 2 * share * self.size
-        # Its result is one device's part of what goes around.
+        # The result of a reduce-scatter is one device's part of what is sent around.
         return (self.devices if self.kind == "reduce-scatter" else 1) * share * self.size
 
 
 class Facts(NamedTuple):
-    """What can be gated on: it does not depend on the machine's load."""
+    """Facts of a program that do not depend on the machine's load."""
 
     temporary_bytes: int
     argument_bytes: int
@@ -60,7 +60,7 @@ class Facts(NamedTuple):
 
     @property
     def needed_bytes(self) -> int:
-        """Of a device, all together."""
+        """All memory that the program needs on a device."""
         held = self.argument_bytes + self.output_bytes - self.reused_bytes
         return held + self.temporary_bytes
 
@@ -93,7 +93,7 @@ def dots(text: str) -> int:
 
 
 def kernels(text: str) -> int:
-    """What a program launches one after the other, in the body of a loop once."""
+    """The number of kernels that a program launches; those of a loop's body count once."""
     fused = set(_FUSED.findall(text))
     alone = _COMPUTATION.sub(lambda body: "" if body[1] in fused else body[0], text)
     return sum(operation in LAUNCHED for _, operation, _ in _INSTRUCTION.findall(alone))

@@ -52,7 +52,10 @@ def search(on: Target, file: Path) -> list[dict[str, Any]]:
         for entry in tried:
             if entry.items() >= key.items():
                 return entry["refused"] is None
-        tried.append(key | {"refused": refused(on, Shape(BATCH, DIM, classes), model, way)})
+        needed = refused(on, Shape(BATCH, DIM, classes), model, way)
+        says = "fits" if needed is None else f"does not fit: {needed}"
+        print(f"{on.name}, {way}, chips {model}: {classes:,} classes: {says}", flush=True)
+        tried.append(key | {"refused": needed})
         save(file, result | {"largest": rows, "tried": tried})
         return tried[-1]["refused"] is None
 
@@ -67,7 +70,7 @@ def search(on: Target, file: Path) -> list[dict[str, Any]]:
 
 
 def refused(on: Target, shape: Shape, model: int, way: str) -> str | None:
-    """How much of how much memory a step would need; None if it fits."""
+    """The memory that a step would need, and that there is; None if the step fits."""
     mesh = on.mesh((1, model), ("data", "model"))
     layout = arms.on_mesh(mesh, shape.classes) if model > 1 else None
     filled = shape if layout is None else shape._replace(classes=layout.columns(shape.classes))

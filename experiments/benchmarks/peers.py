@@ -34,7 +34,7 @@ FAMILY = {ARCFACE: "ArcFace", COSFACE: "CosFace"}
 
 
 def arms(installed: Iterable[str]) -> tuple[str, ...]:
-    """Those that can be timed with what is installed."""
+    """Names of the losses that can be timed with the installed packages."""
     if LARGE_MARGIN in installed:
         return SOFTMAX, LARGE_MARGIN, ARCFACE, COSFACE
     return (SOFTMAX,)
@@ -111,7 +111,7 @@ def peak_bytes() -> int:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Those of the packages that are installed."""
+    """Versions of the packages that are installed, by name."""
     found = {}
     for package in packages:
         with suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""What the results of benchmarks begin with, and how an interrupted one goes on from its own."""
+"""The heading of a benchmark's result, and the earlier result that it continues."""
 
 from collections.abc import Collection
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ OUT = Path(__file__).parents[1] / "results" / "bench"
 
 
 def heading(kind: str, command: str, devices: int = 1) -> dict[str, Any]:
-    """What was run, when, and on what."""
+    """What was run, when, and on which hardware."""
     return {
         "kind": kind,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

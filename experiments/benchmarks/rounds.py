@@ -17,9 +17,9 @@ from rich.table import Table
 from experiments.benchmarks import hlo, tables
 from experiments.store.progress import tracked
 
-# How far losses and lengths of gradients may be apart, relative to the first.
+# Largest relative difference of losses and of the gradients' lengths between two arms.
 TOLERANCE = {"f32": 1e-4, "bf16": 3e-2}
-# A shorter sample would time the clock and the dispatch.
+# In shorter samples the clock and the dispatch take a large part of the time.
 SHORTEST_SAMPLE = 2e-3
 
 

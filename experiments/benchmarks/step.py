@@ -21,6 +21,7 @@ from experiments.benchmarks.rounds import TOLERANCE, Run, check, take_times
 from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
 from experiments.run.program import network_state
+from experiments.store.progress import tracked
 from experiments.store.results import save
 from lsoftmax_jax import training
 
@@ -60,7 +61,7 @@ def bench(
         runs = prepare(config)
         take_times(runs.values(), repetitions, config.name)
         measured.append(summary(config, runs))
-        # Appended one by one: an interrupted benchmark keeps what it has.
+        # Saved after each one: an interrupted benchmark keeps what it has.
         save(file, result | {"configurations": measured})
         tables.show(table(measured[-1]))
     print(f"{file} written")
@@ -69,7 +70,9 @@ def bench(
 def chosen(name: str, batch: int | None, width: float) -> Config:
     """The configuration of this name, which must have a margin."""
     if name not in CONFIGS:
-        raise ValueError(f"configurations: there is no {name!r}; list prints them")
+        raise ValueError(
+            f"configurations: there is no {name!r}; python -m experiments list prints them"
+        )
     config = CONFIGS[name]
     if not config.has_margin:
         raise ValueError(f"configurations: {name} has no margin to compare softmax with")
@@ -83,13 +86,14 @@ def prepare(config: Config) -> dict[str, Run]:
       ValueError: if an arm computes something else.
     """
     listed = [PLAIN, NO_MARGIN, MARGIN]
-    if config.scale is None:  # else the default is λ = 0
+    if config.scale is None:  # with a scale the default is λ = 0, which MARGIN times
         listed.append(DEFAULT)
-    runs = {arm: prepare_arm(arm, config) for arm in listed}
+    shown = tracked(listed, len(listed), f"{config.name} compile", "arms")
+    runs = {arm: prepare_arm(arm, config) for arm in shown}
     losses: dict[str, Any] = {arm: run.loss for arm, run in runs.items()}
     plain, margin = losses[PLAIN], losses[MARGIN]
     check(NO_MARGIN, "loss", losses[NO_MARGIN], plain, TOLERANCE["f32"])
-    # A scale changes the logits too, and without a lead there is no margin at first.
+    # With a scale all logits change. With the pace lead the margin takes no part at first.
     least = plain if config.scale is None and config.pace == "annealed" else 0
     if not margin > least:
         raise ValueError(f"a margin must make the loss larger than {least}, got {margin}")

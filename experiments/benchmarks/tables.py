@@ -31,8 +31,3 @@ def spread(values: list[float]) -> str:
     """A median and its quartiles."""
     median, low, high = (f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values)
     return f"{median} ({low} to {high})"
-
-
-def verdict(met: bool | None) -> str:
-    """Of a target; None: an arm of it did not run."""
-    return {True: "met", False: "not met", None: "not measured"}[met]

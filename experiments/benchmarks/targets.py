@@ -1,7 +1,7 @@
-"""Accelerators that programs are compiled for without having them: `compile`, `scale --target`.
+"""Accelerators that `compile` compiles programs for. None has to be present.
 
-Their compilers are ordinary packages that run on any x86-64 Linux CPU. What they say, memory,
-collectives, kernels, is the program that would run; how fast it would run they do not say.
+Their compilers are ordinary packages that run on any x86-64 Linux CPU. The compiled program says
+which memory, collectives and kernels it would use, but not how fast it would run.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from jax.stages import Compiled, Lowered
 
 from experiments.benchmarks import peers
 
-# libtpu looks for the host it is on; with these it does not.
+# These variables keep libtpu from looking for the TPU host that it runs on.
 _NO_HOST = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_ID": "0",
@@ -28,7 +28,7 @@ _NO_HOST = {
 
 
 class Chip(NamedTuple):
-    """One accelerator: what its maker says of it."""
+    """One accelerator, in its maker's numbers."""
 
     platform: Literal["tpu", "cuda"]
     memory: int  # bytes, as its compiler or driver counts them
@@ -82,16 +82,16 @@ CHIPS = {
                  191514411008, 7672320000000, 2250, 900),
 }  # fmt: skip
 
-# The smallest slice that libtpu describes, where only one chip is asked for.
+# libtpu describes no single chip: for one chip, take the first of its smallest slice.
 _SMALLEST = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
 _NEEDED = {
-    "tpu": ("libtpu", 'pip install "lsoftmax-jax[aot-tpu]"'),
-    "cuda": ("jax_plugins.xla_cuda12", 'pip install "lsoftmax-jax[aot-gpu]" (5.6 GB)'),
+    "tpu": ("libtpu", 'pip install -e ".[aot-tpu]"'),
+    "cuda": ("jax_plugins.xla_cuda12", 'pip install -e ".[aot-gpu]" (5.6 GB)'),
 }
 
 
 def how_much(message: str) -> str:
-    """Of a compiler's complaint, how much of how much."""
+    """The memory that a program needs and the memory that there is, from a compiler's error."""
     found = re.search(r"Used (\S+) of (\S+) hbm", message) or re.search(
         r"\((\S+)\) exceeds available \D*\(?([\d.]+\w)", message
     )
@@ -116,7 +116,7 @@ class Target(NamedTuple):
 
     def compile(self, lowered: Lowered) -> Compiled | str:
         """A program for this target, or how much of how much memory a TPU's compiler refuses it."""
-        # A GPU's would time kernels on the device.
+        # Without this the compiler for GPUs would time kernels on a device.
         options: dict[str, Any] = {"xla_gpu_autotune_level": 0} if self.chip.config else {}
         try:
             return lowered.compile(compiler_options=options)
@@ -137,7 +137,7 @@ def placed(tree: Any, sharding: Sharding) -> Any:
 
 
 def installed(platform: str) -> bool:
-    """Whether a platform's compiler is there."""
+    """Whether a platform's compiler is installed."""
     try:
         return importlib.util.find_spec(_NEEDED[platform][0]) is not None
     except ModuleNotFoundError:
@@ -160,7 +160,7 @@ def target(name: str) -> Target:
         known = ", ".join(f"{k}:{_SMALLEST[k]}" if k in _SMALLEST else k for k in CHIPS)
         raise ValueError(f"targets must be such as {known}, got {name!r}")
     chip = CHIPS[kind]
-    # Or JAX would look for a TPU as soon as libtpu is installed.
+    # JAX looks for a TPU as soon as libtpu is installed, unless it is told to use the CPU.
     jax.config.update("jax_platforms", "cpu")
     if not installed(chip.platform):
         raise ValueError(f"{name} needs its compiler: {_NEEDED[chip.platform][1]}")

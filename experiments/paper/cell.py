@@ -7,7 +7,7 @@ from experiments.paper.config import Config
 
 Standing = Literal["confirmed", "recalled"]
 
-# What a loss changes in the configuration of softmax.
+# The fields in which a loss's configuration differs from softmax's.
 LOSSES: dict[str, dict[str, Any]] = {
     "hinge": {"hinge": True},
     "softmax": {},

@@ -96,7 +96,7 @@ class Recipe:
 
     @property
     def head_margin(self) -> int | margins.Margin:
-        """What a head takes as margin."""
+        """The margin that the head is given."""
         scale: Any = self.scale
         match self.family:
             case "l-softmax" if scale is None:
@@ -115,7 +115,7 @@ class Recipe:
         return self.head_margin != 1 and not isinstance(self.head_margin, margins.NormFace)
 
     def without_margin(self) -> Self:
-        """The same with the ordinary softmax."""
+        """The same recipe with the ordinary softmax."""
         return replace(self, family="l-softmax", margin=1, scale=None)
 
     @property
@@ -137,7 +137,7 @@ class Recipe:
 
     @property
     def lam_policy(self) -> Schedule | SelfPaced:
-        """What `training.train_step` takes as λ."""
+        """The λ that `training.train_step` is given."""
         match self.pace:
             case "annealed":
                 return annealed_lambda(*self.stretched_lam)

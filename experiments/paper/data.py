@@ -188,7 +188,7 @@ def _from_tfds(folder: Path) -> Arrays:
         arrays = _decoded(folder)
     except ImportError:
         raise
-    except Exception as error:  # TFDS and array_record raise whatever they like
+    except Exception as error:  # TFDS and array_record raise errors of many kinds
         if str(error).startswith(str(folder)):
             raise
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
@@ -239,7 +239,7 @@ def import_tfds() -> Any:
 
 
 class OnDevice(NamedTuple):
-    """What batches are made from; the seed's own arrays first, then those all seeds share.
+    """The arrays that batches are made from: first the seed's own, then those that all seeds share.
 
     Attributes:
       key: draws the augmentation.

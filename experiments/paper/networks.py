@@ -80,7 +80,7 @@ def _scaled(count: int, width: float) -> int:
 
 
 def _after(stage: Stage, size: int, ceil: bool) -> int:
-    """What a stage makes of a height or width."""
+    """The height or width after a stage."""
     size = -(-size // stage.stride)
     if not stage.pool:
         return size

@@ -90,10 +90,9 @@ def both_wrong(ours: Outcome, theirs: Outcome) -> tuple[NDArray, NDArray] | None
     """
     wrong, truths = [], []
     for run in (ours, theirs):
-        if "truth" not in (packed := run.get("predictions") or {}):
+        predicted, true = results.predicted_labels(run), results.true_labels(run)
+        if predicted is None or true is None:
             return None
-        truth = {"predictions": packed | {"labels": packed["truth"]}}
-        predicted, true = (np.asarray(results.predicted_labels(r)) for r in (run, truth))
         wrong.append(predicted != true)
         truths.append(true)
     if not np.array_equal(truths[0], truths[1]):

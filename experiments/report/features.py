@@ -12,7 +12,7 @@ from experiments.paper.measures import unit
 
 
 def features_figure(measured: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """One panel a loss, all of one scale.
+    """One panel for each loss, all of one scale.
 
     Args:
       measured: the measures of a split by title, of networks with a feature of two dimensions.
@@ -27,7 +27,7 @@ def features_figure(measured: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def common_reach(measured: Iterable[Mapping[str, Any]]) -> float:
-    """How far axes reach that hold the features of all these splits, with room for the digits."""
+    """The end of axes that hold the features of all these splits, with room for the digits."""
     longest = max(np.linalg.norm(split["points"], axis=1).max() for split in measured)
     return 1.2 * float(longest)
 

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from experiments.paper.cells import CONFIGS
 from experiments.report.features import common_reach, draw_features
 from experiments.report.outcomes import (
-    RESULTS,
     Group,
     Outcome,
     grouped,
@@ -38,6 +37,7 @@ from experiments.report.style import (
     mark_runs,
     write,
 )
+from experiments.run.loop import RUNS
 
 
 class Drawing(NamedTuple):
@@ -57,18 +57,19 @@ class Drawing(NamedTuple):
 
 
 @rc_context(STYLE)
-def figures(out: Path = RESULTS, reduced: bool = False) -> int:
-    """Draws the ROC and every figure whose runs are there, into the subfolder figures of --out.
+def figures(out: Path | None = None, reduced: bool = False) -> int:
+    """Draws the ROC and every figure whose runs are there.
 
     Each figure says which runs it shows: updates, batch, width, seeds.
 
     Args:
-      out: folder of the results.
+      out: folder of the results; the figures go into its subfolder figures. By default
+        experiments/results and runs are read, and the figures go into runs/figures.
       reduced: draw from reduced runs, into the subfolder figures-reduced.
     """
     outcomes = load_outcomes(out)
     groups = [group for group in grouped(outcomes.runs) if bool(group.changes) == reduced]
-    folder = out / ("figures-reduced" if reduced else "figures")
+    folder = (out or RUNS) / ("figures-reduced" if reduced else "figures")
     for name, drawing in DRAWINGS.items():
         found = chosen(drawing, groups)
         missing = [need for need in drawing.needs if need not in names(found)]
@@ -175,7 +176,7 @@ def draw_curves(lines: Sequence[tuple[Sequence[Outcome], dict[str, Any]]]) -> Fi
             curves = [run["curves"][split] for run in runs]
             steps = curves[0]["step"]
             errors = np.array([np.interp(steps, c["step"], c["error"]) for c in curves])
-            if split == "train":  # of single batches: noise would hide the order of the lines
+            if split == "train":  # errors of single batches, whose noise would hide the lines
                 errors = np.array([running_mean(row) for row in errors])
             panel.plot(steps, errors.mean(axis=0), lw=1.2, **look)
             low, high = errors.min(axis=0), errors.max(axis=0)

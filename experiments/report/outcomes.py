@@ -12,12 +12,13 @@ import jax
 
 from experiments.paper.cells import CONFIGS
 from experiments.report.style import LINES, loss_name
+from experiments.run.loop import RUNS
 from experiments.store import results as result
 
 Outcome = dict[str, Any]
 
 RESULTS = Path(__file__).parents[1] / "results"
-# What every loss may be given of its own, so that runs which differ in these alone stand together.
+# Each loss may have its own values of these: runs that differ in these fields alone stand together.
 OF_THE_LOSS = ("pace", "strength", "lam", "learning_rate", "weight_decay", "scale")
 NEEDED = {
     "run": ("name", "seed", "status", "reduced", "changes", "config", "data", "device"),
@@ -33,7 +34,7 @@ class Outcomes(NamedTuple):
       runs: of configurations, tested on the test images.
       validated: the same, tested on training images held out.
       tunings: λ by the error on the validation split.
-      verifications: of pairs of faces; those that differ in the fold left out stand as one.
+      verifications: of pairs of faces; those that differ only in the fold left out are merged.
     """
 
     runs: list[Outcome]
@@ -103,7 +104,7 @@ class Group(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Where runs depart from their configuration: 200 updates, width 0.25, λ annealed to 5."""
+        """The changes to the configuration in words: 200 updates, width 0.25, λ annealed to 5."""
         return ", ".join(filter(None, (self.reduced_by(), self.own_words)))
 
     @property
@@ -130,37 +131,47 @@ class Group(NamedTuple):
         return [outcome[split]["error"] for outcome in self.runs]
 
     def of(self, field: str) -> Any:
-        """What the runs have in a field of their configuration."""
+        """The value of a field in the configuration of these runs."""
         return self.changes.get(field, getattr(CONFIGS[self.name], field))
 
 
-def load_outcomes(out: Path) -> Outcomes:
+def load_outcomes(out: Path | None = None) -> Outcomes:
     """The results in a folder, and of the tunings in its folder tune.
+
+    Args:
+      out: the folder. By default the results of the clone, and those that `train` writes into
+        the folder runs; of two files with one name the latter counts.
 
     Raises:
       ValueError: naming the file that holds no result, or the two that hold the same one.
     """
-    if not out.is_dir():
-        raise ValueError(f"out must be a folder of results, got {out}")
+    folders = [out] if out else [RESULTS, *filter(Path.is_dir, [RUNS])]
     found: dict[str, list[Outcome]] = {kind: [] for kind in NEEDED}
-    tunings = [o | {"file": f"tune/{o['file']}"} for o in result.load_all(out / "tune")]
-    # A file of the folder tune itself is in both lists.
-    for outcome in {o["file"]: o for o in [*result.load_all(out), *tunings]}.values():
+    read: dict[str, Outcome] = {}
+    files: dict[str, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"out must be a folder of results, got {folder}")
+        tunings = [o | {"file": f"tune/{o['file']}"} for o in result.load_all(folder / "tune")]
+        # Both lists have the files that lie directly in the folder tune.
+        read |= {outcome["file"]: outcome for outcome in [*result.load_all(folder), *tunings]}
+        files |= {name: folder / name for name in read if (folder / name).exists()}
+    for name, outcome in read.items():
         kind = outcome.get("kind", "run")
         if not isinstance(kind, str):
-            raise ValueError(f"{out / outcome['file']} must hold a result, got kind {kind!r}")
+            raise ValueError(f"{files[name]} must hold a result, got kind {kind!r}")
         if kind in NEEDED:  # benchmarks have tables of their own
-            _check(out, kind, outcome)
+            _check(files[name], kind, outcome)
             found[kind].append(outcome)
-    _check_different(out, found["run"], ("name", "changes", "seed"))
-    _check_different(out, found["verification"], ("config", "tested_folds", "protocol"))
+    _check_different(files, found["run"], ("name", "changes", "seed"))
+    _check_different(files, found["verification"], ("config", "tested_folds", "protocol"))
     validated = [o for o in found["run"] if "validation" in o["changes"]]
     runs = [o for o in found["run"] if o not in validated]
     return Outcomes(runs, validated, found["tuning"], over_folds(found["verification"]))
 
 
 def over_folds(verifications: Sequence[Outcome]) -> list[Outcome]:
-    """One for all folds, where every fold was tested with a network of its own; else as they are.
+    """Merges the verifications of one recipe whose folds were tested with networks of their own.
 
     Numbers and curve are means over the folds, since scores of different networks do not compare;
     ``networks`` says of how many.
@@ -176,8 +187,7 @@ def _mean_of_folds(same: Sequence[Outcome]) -> Outcome:
     same = sorted(same, key=lambda outcome: outcome["tested_folds"])
     accuracy = [value for outcome in same for value in outcome["metrics"]["fold_accuracy"]]
     names = ("auc", "equal_error_rate", "tar_at_far")
-    seen = [({n: o["metrics"][n] for n in names}, o["curve"]) for o in same]
-    metrics, curve = jax.tree.map(lambda *values: statistics.mean(values), *seen)
+    metrics, curve = _means([({n: o["metrics"][n] for n in names}, o["curve"]) for o in same])
     metrics |= {"fold_accuracy": accuracy, "accuracy": statistics.mean(accuracy)}
     metrics["standard_error"] = statistics.stdev(accuracy) / math.sqrt(len(accuracy))
     return same[0] | {
@@ -187,7 +197,21 @@ def _mean_of_folds(same: Sequence[Outcome]) -> Outcome:
         "people_trained_on": min(outcome["people_trained_on"] for outcome in same),
         "metrics": metrics,
         "curve": curve,
+        "all_pairs": _mean_of_all_pairs([outcome.get("all_pairs") for outcome in same]),
     }
+
+
+def _mean_of_all_pairs(of_folds: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Means over folds, counts as sums; None where a fold has no such pairs."""
+    known = [of for of in of_folds if of is not None]
+    if len(known) < len(of_folds):
+        return None
+    counts = {name: sum(of[name] for of in known) for name in ("genuine", "impostors")}
+    return dict(_means(known)) | counts
+
+
+def _means(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *values: statistics.mean(values), *trees)
 
 
 def went_on(verification: Outcome) -> bool:
@@ -200,8 +224,8 @@ def _key(*parts: Any) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
-def _check(out: Path, kind: str, outcome: Outcome) -> None:
-    file, needed = out / outcome["file"], NEEDED[kind]
+def _check(file: Path, kind: str, outcome: Outcome) -> None:
+    needed = NEEDED[kind]
     if kind == "run" and outcome.get("status") == "finished":
         needed += ("train", "test", "curves")
     if missing := [name for name in needed if name not in outcome]:
@@ -210,13 +234,15 @@ def _check(out: Path, kind: str, outcome: Outcome) -> None:
         raise ValueError(f"{file} is of no configuration that list prints: {outcome['name']!r}")
 
 
-def _check_different(out: Path, outcomes: Sequence[Outcome], names: Sequence[str]) -> None:
-    files: dict[str, str] = {}
+def _check_different(
+    files: dict[str, Path], outcomes: Sequence[Outcome], names: Sequence[str]
+) -> None:
+    seen: dict[str, str] = {}
     for outcome in outcomes:
-        first = files.setdefault(_key(*(outcome[name] for name in names)), outcome["file"])
+        first = seen.setdefault(_key(*(outcome[name] for name in names)), outcome["file"])
         if first != outcome["file"]:
             raise ValueError(
-                f"{out / first} and {out / outcome['file']} hold the same run, equal in "
+                f"{files[first]} and {files[outcome['file']]} hold the same run, equal in "
                 f"{', '.join(names)}; remove one"
             )
 
@@ -260,7 +286,7 @@ def words(changes: dict[str, Any]) -> str:
 
 
 def _word(name: str, value: Any) -> str:
-    if name in ("pace", "lam"):  # `Group.lam_words` says them
+    if name in ("pace", "lam"):  # `Group.lam_words` describes these
         return ""
     if name == "steps":
         return f"{value:,} updates"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from experiments.report.outcomes import Outcome, went_on
 from experiments.report.style import LINES, LOSSES, loss_name
 
-# Of what was verified and has no loss: pixels, somebody's embeddings. No loss has these colours.
+# Colours of what has no loss, such as pixels and embeddings from a file. No loss has these colours.
 OTHERS = ("black", "tab:green", "goldenrod", "navy")
 
 
@@ -54,7 +54,7 @@ def _line(outcome: Outcome, others: Iterator[str]) -> dict[str, Any]:
 
 
 def for_choosing(outcome: Outcome) -> bool:
-    """Whether a verification is of LFW's view 1, whose numbers decide and are not reported."""
+    """Whether a verification is of LFW's view 1, which is for choosing and is not reported."""
     return "view 1" in outcome["protocol"]
 
 
@@ -72,7 +72,7 @@ def face_title(outcome: Outcome) -> str:
 
 
 def face_words(outcome: Outcome) -> str:
-    """How λ fell in a face run, and whether it went on from another; empty for a plain softmax.
+    """What decides λ in a face run, and whether the run began as another; empty for softmax.
 
     Of λ what it never fell below, or another pace.
     """
@@ -87,5 +87,5 @@ def face_words(outcome: Outcome) -> str:
 
 
 def lowest_rate(outcome: Outcome) -> float:
-    """One false accept among a network's different pairs, which are half of its pairs."""
+    """The rate of one false accept: half of a network's pairs are of two people."""
     return 2 * outcome.get("networks", 1) / outcome["pairs"]

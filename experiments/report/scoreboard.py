@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.paper.cells import CELLS
-from experiments.report.outcomes import RESULTS, Group, full_runs, grouped, load_outcomes
+from experiments.report.outcomes import Group, full_runs, grouped, load_outcomes
 from experiments.report.tables import LFW, TRAIN_FACES
 
 LEGEND = (
@@ -21,11 +21,11 @@ LEGEND = (
 )
 
 
-def scoreboard(out: Path = RESULTS) -> None:
+def scoreboard(out: Path | None = None) -> None:
     """Prints every cell: the paper's number, ours, and the longest changed runs.
 
     Args:
-      out: folder of the results.
+      out: folder of the results. By default experiments/results, and runs, where train writes.
     """
     table = Table(title="the paper's cells, test error in %", box=SIMPLE_HEAD)
     for header in ("configuration", "paper", "ours"):

@@ -36,7 +36,7 @@ LOSSES = {
     "cosface": Loss("CosFace", "tab:cyan"),
     "arcface": Loss("ArcFace", "tab:pink"),
 }
-# The line of a loss by what decides its λ, so that two runs of one loss differ in one picture.
+# The line style shows what decides λ, so that two runs of one loss differ in a picture.
 # "self-paced" is the earlier rule, which chose one λ for a batch.
 LINES = {"annealed": "-", "lead": "--", "self-paced": "--", "schedule": ":"}
 

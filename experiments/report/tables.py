@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.paper import campaign
+from experiments.paper.cell import Cell
 from experiments.paper.cells import CELLS, CONFIGS, changes_of, command_of, flags_of, run_name
 from experiments.paper.config import Config
 from experiments.report.differences import difference, mcnemar, paired, softmax_beside
@@ -46,7 +47,7 @@ DATA = {
     "fig2": "MNIST, Fig. 2",
 }
 FACES = "LFW, accuracy"
-# Runs that are evaluated so often say how the test error moved on the way.
+# With this many evaluations the table also says how the test error moved during the run.
 EVALUATIONS = 30
 
 # What the paper reports on LFW by loss and margin, accuracy in %; the standing is that of a cell.
@@ -56,9 +57,9 @@ LFW = (
     ("m3", 3, 98.27, "recalled"),
     ("m4", 4, 98.71, "confirmed"),
 )
-# The command that fills a blank of it, for a margin.
+# The command that fills a blank of LFW's row, for a margin.
 TRAIN_FACES = "train-faces --faces FACES --margin {} --out RUN"
-# Of CASIA-WebFace, on which the paper's networks were trained, there are 10,575.
+# The paper's networks were trained on the 10,575 people of CASIA-WebFace.
 PEOPLE_OF_A_FULL_RUN = 10_000
 
 
@@ -89,13 +90,13 @@ def sections(outcomes: Outcomes) -> dict[str, str]:
 
 
 def full_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
-    """The paper's number and that of the full runs, a row a data set, a column a loss."""
+    """The paper's number and that of full runs: a row for each data set, a column for each loss."""
     full, entries = full_runs(groups), []
     for name, cell in CELLS.items():
         group = full[name]
         if group.data in DATA:
             ours = group.entry if group.runs else f"`train {name}`"
-            paper = "" if cell.reported is None else f"{_marked(cell.reported, cell.standing)} / "
+            paper = "" if cell.reported is None else f"{marked(cell)} / "
             entries.append((DATA[group.data], group.loss, paper + ours))
     trained = _face_entries(faces, PEOPLE_OF_A_FULL_RUN)
     for loss, margin, number, standing in LFW:
@@ -106,7 +107,7 @@ def full_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
 
 
 def changed_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
-    """The same for changed runs, a row a data set and change, a line a λ or rate."""
+    """The matrix of changed runs: a row for each data set and change, a line for each λ or rate."""
     entries = [
         (DATA[group.data], _flags(group), group.loss, group.entry)
         for group in sorted(groups, key=lambda group: (group.of("steps"), group.of("width")))
@@ -123,6 +124,11 @@ def _matrix(entries: Sequence[Sequence[str]], rows: list[str]) -> str:
     losses = [loss for loss in LOSSES if loss in found]
     shown = found.reindex(columns=losses).fillna("").reset_index()
     return _table([*rows, *(LOSSES[loss].title for loss in losses)], shown.to_numpy().tolist(), 0)
+
+
+def marked(cell: Cell) -> str:
+    """The paper's number, with a mark if it is recalled."""
+    return "" if cell.reported is None else _marked(cell.reported, cell.standing)
 
 
 def _marked(number: float, standing: str | None) -> str:
@@ -256,18 +262,34 @@ def _diverged(runs: Sequence[Outcome]) -> str:
 
 def _verifications(faces: Sequence[Outcome]) -> str:
     rows = []
+    some = any(outcome.get("all_pairs") for outcome in faces)
+    of_all = ["all pairs", "EER % of all", "TAR % of all at FAR"] if some else []
     for outcome in faces:
         seen = outcome["metrics"]
-        # Below one false accept in the different pairs, half of all, no rate was measured.
+        # Half of the pairs are different. No rate below one false accept among them was measured.
         measured = [far for far in seen["tar_at_far"] if float(far) >= lowest_rate(outcome)]
         at_far = ", ".join(f"{far}: {100 * seen['tar_at_far'][far]:.2f}" for far in measured)
         named = (f"`{outcome['file'].removesuffix('.json')}`", outcome["protocol"])
         counts = (outcome["people_trained_on"], f"{outcome['pairs']:,}", _accuracy(outcome))
         numbers = (f"{100 * seen['equal_error_rate']:.2f}", f"{seen['auc']:.4f}", at_far)
-        rows.append([*named, *counts, _less_going_on(outcome, faces), *numbers])
+        everybody = _of_all_pairs(outcome)
+        rows.append(
+            [*named, *counts, _less_going_on(outcome, faces), *numbers, *everybody[: len(of_all)]]
+        )
     headers = ("ours", "protocol", "people trained on", "pairs")
     accuracy = ("accuracy % ± standard error over folds", "less going on")
-    return _table((*headers, *accuracy, "EER %", "AUC", "TAR % at FAR"), rows, 7)
+    return _table((*headers, *accuracy, "EER %", "AUC", "TAR % at FAR", *of_all), rows, 7)
+
+
+def _of_all_pairs(outcome: Outcome) -> tuple[str, str, str]:
+    """Number, EER and TAR at FAR of all pairs of people whom the network was not trained on."""
+    if (found := outcome.get("all_pairs")) is None:
+        return "", "", ""
+    count, seen = found["genuine"] + found["impostors"], found["metrics"]
+    least = outcome.get("networks", 1) / found["impostors"]
+    at_far = [f"{far}: {100 * tar:.2f}" for far, tar in seen["tar_at_far"].items()]
+    measured = [text for text in at_far if float(text.partition(":")[0]) >= least]
+    return f"{count:,}", f"{100 * seen['equal_error_rate']:.2f}", ", ".join(measured)
 
 
 def _less_going_on(outcome: Outcome, faces: Sequence[Outcome]) -> str:

@@ -14,6 +14,7 @@ from experiments.paper.campaign import BATCHES
 from experiments.paper.cells import command_of, run_name
 from experiments.paper.config import Config
 from experiments.run import loop
+from experiments.store.progress import Progress
 
 Batch = Literal["A", "B", "C", "recipe", "narrow"]
 # Processes that share a GPU must not each reserve three quarters of its memory, JAX's default.
@@ -45,8 +46,11 @@ def campaign(
     wanted, end = BATCHES[batch], time.monotonic() + 60 * budget_minutes
     waiting = [c for c in wanted if not (out / f"{run_name(c)}.json").exists()]
     running: dict[int, tuple[Config, subprocess.Popen[bytes]]] = {}
-    failed, stopped = [], False
-    with loop.interruptible() as asked:
+    failed, stopped, done = [], False, len(wanted) - len(waiting)
+    with (
+        loop.interruptible() as asked,
+        Progress(f"campaign {batch}", len(wanted), "runs", done) as progress,
+    ):
         while running or (waiting and not stopped):
             if not stopped and (asked() or time.monotonic() >= end):
                 stopped = True
@@ -56,12 +60,14 @@ def campaign(
                 if core in running and running[core][1].poll() is not None:
                     config, process = running.pop(core)
                     failed += [config] if process.returncode not in (0, loop.INTERRUPTED) else []
-                    print(f"{run_name(config)}: exit code {process.returncode}", flush=True)
+                    progress.say(f"{run_name(config)}: exit code {process.returncode}")
+                    progress.advance(1)
                 if core not in running and waiting and not stopped:
                     config = waiting.pop(0)
                     running[core] = config, _begun(config, out, data, processes)
                     if pin:
                         os.sched_setaffinity(running[core][1].pid, {core})
+            progress.advance(0, f"{len(running)} at work")
             time.sleep(0.2)
         left = sum(not (out / f"{run_name(c)}.json").exists() for c in wanted)
         print(f"{left} of {len(wanted)} runs left" if left else f"all runs are done: {out}")

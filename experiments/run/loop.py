@@ -33,10 +33,10 @@ Stop = Callable[[], bool]
 INTERRUPTED = 130
 RUNS = Path("runs")
 
-# The last of so many updates without a finite loss and gradient ends a run.
+# A run ends after this many updates without a finite loss and gradient.
 SKIPPED_LIMIT = 3
 
-# No start of these networks comes near this mean loss, so it means that they blew up.
+# No network here starts near this mean loss: a larger loss means that the run blew up.
 BLOWN_UP = 1e4
 
 ADVICE = """\
@@ -87,7 +87,8 @@ def train(tasks: Sequence[Task], shared: Shared, pace: Pace, stop: Stop) -> list
     if not pace.checkpoint_seconds >= 0:
         raise ValueError(f"checkpoint-seconds must be >= 0, got {pace.checkpoint_seconds}")
     processes.check_same(str([task.settings for task in tasks]), "settings")
-    # With two checkpoints each, a kill amid the runs' saves leaves a step that all have.
+    # A kill may come between the saves of a group. With two checkpoints each, all runs still
+    # share a step.
     alone, seeds = len(tasks) == 1, [task.facts["seed"] for task in tasks]
     kept, step = (1, None) if alone else (2, common_step([task.folder for task in tasks]))
     with ExitStack() as running:
@@ -115,16 +116,16 @@ class Group:
         return self.sessions[0].step
 
     def train(self, stop: Stop) -> bool:
-        """Whether every session came to its outcome; false if they were stopped."""
+        """Trains to the end of every session; false if the sessions were stopped."""
         steps, pace, saved = self._shared.steps, self._pace, time.monotonic()
         every = pace.dispatch * -(-steps // (pace.dispatch * max(pace.evaluations, 1)))
         title, others = self.sessions[0].task.name, len(self.sessions) - 1
         title += f" and {others} more" if others else ""
         if pace.starts_tested and self.step == 0:
-            # A start that ended before its first checkpoint has left this point in the log.
+            # A session that was killed before its first checkpoint may have written this point.
             self._each(lambda session: None if session.log.lines else session.test())
         if others and self.step == 0:
-            # A kill amid the first round of saves must leave a step that all have.
+            # After a kill between the first saves, all runs must still share a step.
             self._each(Session.save)
         with Progress(title, steps, "updates", self.step, processes.is_first()) as progress:
             if self.step:
@@ -138,7 +139,7 @@ class Group:
                 last = not self.sessions or self.step == steps
                 if pace.evaluations and (last or self.step % every == 0):
                     self._each(Session.test)
-                # A kill before the results of those that ended must find the others without them.
+                # The others are saved without the runs that ended: after a kill they go on alone.
                 due = bool(ended) or time.monotonic() - saved > pace.checkpoint_seconds
                 if (last and pace.keeps_last) or (not last and processes.agreed(due)):
                     self._each(Session.save)
@@ -156,7 +157,7 @@ class Group:
             does(session)
 
     def _advance(self, progress: Progress) -> list[tuple[Session, dict[str, float]]]:
-        """One dispatch; the sessions that diverged, which leave the group, with what was seen."""
+        """Makes one dispatch. Sessions that diverged leave the group and are returned."""
         shared, dispatch = self._shared, self._pace.dispatch
         length = min(dispatch - self.step % dispatch, shared.steps - self.step)
         states = [session.state for session in self.sessions]
@@ -225,7 +226,7 @@ def divergence(values: Values, first: int, skipped: int = 0) -> dict[str, float]
 
 
 def of_update(values: Values, first: int, i: int) -> dict[str, float]:
-    """What update number i after ``first`` saw."""
+    """The numbers of update i after ``first``."""
     seen = {name: float(value[i]) for name, value in values.items()}
     return {"step": first + i} | seen
 
@@ -239,13 +240,13 @@ TITLES = {
 
 
 def numbers(seen: dict[str, Any]) -> str:
-    """What an update saw, for people; null stands for a number that is not finite."""
+    """The numbers of an update in words; null stands for a number that is not finite."""
     known = {name: math.nan if value is None else value for name, value in seen.items()}
     return ", ".join(title.format(known[name]) for name, title in TITLES.items() if name in known)
 
 
 def shown(values: Values, speed: float) -> str:
-    """What updates saw, for the progress."""
+    """The numbers of some updates, for the progress bar."""
     words = [f"loss {values['loss'].mean():.3g}"]
     if "error" in values:
         words.append(f"{100 - values['error'].mean():.1f}% right")

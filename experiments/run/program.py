@@ -112,7 +112,7 @@ class Program:
         size = mesh.size * -(-500 // mesh.size)
         for images, labels, where in data.padded_batches(split, size):
             batch = put((images, labels, where), mesh, jax.P(DATA_AXIS))
-            # One program in flight: collectives of more can hang fake CPU devices, and XLA aborts.
+            # Wait for each program: collectives of several can hang fake CPU devices.
             seen.append(jax.device_get(self._examine(state, *batch)))
             if progress is not None:
                 progress.advance(int(where.sum()))

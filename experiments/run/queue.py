@@ -84,7 +84,9 @@ def runs(only: Sequence[str], seeds: int, toy: bool) -> list[Config]:
     named: set[str] = set()
     for pattern in only:
         if not (names := fnmatch.filter(CONFIGS, pattern)):
-            raise ValueError(f"--only {pattern!r} names no configuration; list prints them")
+            raise ValueError(
+                f"--only {pattern!r} names no configuration; python -m experiments list prints them"
+            )
         named.update(names)
     found = [cells.toy(c) if toy else c for name, c in CONFIGS.items() if name in named]
     return [run for config in sorted(found, key=work) for run in of_seeds(config, seeds)]
@@ -127,7 +129,7 @@ class Budget:
         self._questions, self._last, self._longest, self._ended = 0, 0.0, 0.0, False
 
     def allows(self, seconds: float) -> bool:
-        """Whether a run may begin whose first update comes after so many seconds."""
+        """Whether there is time for a run whose first update comes after so many seconds."""
         self._questions = 0
         return not self._ended and self._deadline - time.perf_counter() > seconds
 

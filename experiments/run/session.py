@@ -19,10 +19,10 @@ from experiments.store import checkpoints, claims, files, ledger, logs, processe
 from lsoftmax_jax.training import State
 
 Values = dict[str, NDArray[np.float32]]
-"""What updates saw, by name; (updates,) each."""
+"""Numbers of updates by name, (updates,) each."""
 
 
-# What a line of the log says of several updates, where that is not their mean.
+# How a line of the log summarises several updates; other values are means.
 OF_A_LINE: dict[str, Callable[[NDArray[np.float32]], Any]] = {
     "skipped": np.sum,
     "margin_idle": np.min,
@@ -34,10 +34,10 @@ class Source(Protocol):
     """Where a run's batches come from."""
 
     def feed(self, step: int) -> Any:
-        """What the updates from this step on read."""
+        """The operands of the updates from this step on."""
 
     def position(self) -> Any:
-        """Where it stands, for JSON; None if the step says it."""
+        """The position as JSON; None if the step alone decides it."""
 
     def restore(self, position: Any) -> None:
         """Goes where it stood."""
@@ -148,7 +148,8 @@ class Session:
         with shared.clock.spent("setup"):
             settings, devices = task.settings, shared.mesh.size
             begun = claims.claim(task.folder, settings, devices, writes=first, together=together)
-            # As the run began: a kill between the results of a group leaves one run to be finished.
+            # A kill between the results of a group may leave one run. Its result still names the
+            # seeds with which the run began.
             self._together = begun["together"]
             saved = checkpoints.Checkpoints(task.folder / "checkpoints", kept)
             self._checkpoints = running.enter_context(saved)

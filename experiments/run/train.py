@@ -144,7 +144,7 @@ def prepare(
         )
 
     def compile(states: Any, feeds: Any, length: int) -> Any:
-        # The evaluation too: its first call would count as evaluating.
+        # Compile the evaluation too: its first call would count as time of evaluation.
         program.evaluate(states[0], dataset.test.rows(slice(1)))
         return program.updates.lower(states, feeds, length).compile()
 
@@ -182,7 +182,7 @@ def check_result(config: Config, file: Path) -> None:
 
 
 def measures(program: Program, state: training.State) -> dict[str, Any]:
-    """Everything `measure` knows about both splits, their margin-free loss; predicted labels."""
+    """Everything `measure` knows about both splits, their margin-free loss; the test labels."""
     kernel, found = np.asarray(state.params["head"]["kernel"]), dict[str, Any]()
     splits = {"train": program.dataset.train, "test": program.dataset.test}
     total = sum(len(split.labels) for split in splits.values())
@@ -191,7 +191,8 @@ def measures(program: Program, state: training.State) -> dict[str, Any]:
             sums, features, logits = program.evaluate(state, split, progress)
             loss = {"loss": float(averages(sums)["loss"])}
             found[name] = loss | measure.measures(features, logits, split.labels, kernel)
-    return found | {"predictions": results.packed_labels(np.argmax(logits, axis=-1))}
+    predicted = np.argmax(logits, axis=-1)
+    return found | {"predictions": results.packed_labels(predicted, split.labels)}
 
 
 def margin_is_paced(config: Config) -> bool:
@@ -227,7 +228,7 @@ def warn_if_lam_stays(config: Config) -> None:
     """Says so when the margin hardly acts even at the last update."""
     policy = config.lam_policy
     if isinstance(policy, SelfPaced):
-        return  # the run itself says so, once a tenth of it is over
+        return  # the run itself warns, after a tenth of its updates
     lam = float(policy(jnp.int32(config.steps - 1)))
     if config.has_margin and lam > max(9.0, config.lam.minimum):
         print(

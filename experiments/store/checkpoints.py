@@ -27,13 +27,13 @@ class Checkpoints(ocp.CheckpointManager):
         self.folder = folder
         options = ocp.CheckpointManagerOptions(
             max_to_keep=kept if writes else None,
-            # The next dispatch reuses the memory that is being written.
+            # The next dispatch donates the state, so the state must be written before.
             enable_async_checkpointing=False,
             # Orbax's read_only says the same, and logs three warnings.
             create=writes,
         )
         if writes and jax.process_index() == 0:
-            # What a kill left. Orbax's own option removes it from a thread, maybe too late.
+            # Remove what a kill left. Orbax's own option removes it in a thread, maybe too late.
             for left in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left)
         super().__init__(folder.absolute(), options=options)

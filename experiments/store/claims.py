@@ -1,4 +1,4 @@
-"""What is trained in a folder: noted once, and compared with what a later session would train."""
+"""A note of what a folder trains, compared with what a later session would train there."""
 
 import json
 import shlex
@@ -75,7 +75,7 @@ def claimed(folder: Path) -> dict[str, Any]:
 
 
 def differing(there: Any, wanted: Any, name: str = "") -> list[str]:
-    """What differs between two settings, each as NAME old -> new."""
+    """The differences of two settings, each as NAME old -> new."""
     if isinstance(there, dict) and isinstance(wanted, dict):
         return [
             difference

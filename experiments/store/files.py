@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     _remove_leftovers(target)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        # A link that somebody put under this predictable name is removed, not followed.
+        # The name is predictable: remove a link of this name, do not follow it.
         unfinished.unlink(missing_ok=True)
         with naming(path), open(unfinished, "xb", opener=_private if old else None) as file:
             if old:
@@ -67,7 +67,7 @@ def _keep_owner_and_mode(file: int, old: os.stat_result) -> None:
 
 
 def regular(path: Path) -> os.stat_result | None:
-    """What the system says of a regular file, through links; None if there is no file.
+    """The status of a regular file, through links; None if there is no file.
 
     Raises:
       ValueError: naming path, if something else is there. Opening a named pipe would wait for ever.

@@ -1,4 +1,4 @@
-"""What a run has saved, noted after each checkpoint, so that a later loss or change is noticed.
+"""A note of what a run has saved, written after each checkpoint, to notice a later loss or change.
 
 A run without a checkpoint starts from zero. That is right after a kill before the first checkpoint,
 and wrong where somebody removed the checkpoint. The note tells these apart.

@@ -40,7 +40,7 @@ class Meeting(NamedTuple):
 
 
 ALONE = Meeting()
-# How much longer XLA waits than we do.
+# XLA waits this much longer than this module, so that this module reports a late process.
 GRACE_SECONDS = 60
 
 
@@ -60,7 +60,8 @@ def joined(meeting: Meeting) -> Iterator[None]:
     where = meeting.coordinator or "the cluster's own place"
     seconds = f"{meeting.heartbeat_seconds} seconds (--heartbeat-seconds)"
     _say(f"waiting for {meeting.processes or 'all'} processes at {where}, at most {seconds}")
-    # XLA ends a process whose partners do not come by abort, so this one gives up before.
+    # When partners do not come, XLA aborts the process. This timer ends the process before, with
+    # a message.
     number = f" {meeting.processes}" if meeting.processes else ""
     given_up = f"error: not all{number} processes came to {where} within {seconds}"
     late = threading.Timer(meeting.heartbeat_seconds, _end, (2, given_up))
@@ -149,12 +150,12 @@ def _check_port_is_free(meeting: Meeting) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all; true for one alone."""
+    """Whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
 
 def agreed(wish: bool) -> bool:
-    """Whether any process wishes it; every one must ask."""
+    """Whether the wish of any process is true. Every process must call this."""
     return bool(np.any(multihost_utils.process_allgather(np.bool_(wish))))
 
 

@@ -17,7 +17,7 @@ BESIDE_NAME = 70
 
 
 class Progress:
-    """What is done of a total, with the time to go; a context manager.
+    """How much of the work is done, with the time to go; a context manager.
 
     Args:
       name: of the work.
@@ -72,9 +72,10 @@ class Progress:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(count)
             if self._lines and time.monotonic() - self._said[1] >= LINE_SECONDS:
-                left = hours((self._total - self._done) / max(self.rate, 1e-9))
-                counts = f"{self._done:,} of {self._total:,} {self._unit}"
-                said = ", ".join(filter(None, (counts, text, f"{left} to go")))
+                counts, left = f"{self._done:,} of {self._total:,} {self._unit}", ""
+                if self.rate > 0:
+                    left = f"{hours((self._total - self._done) / self.rate)} to go"
+                said = ", ".join(filter(None, (counts, text, left)))
                 print(f"{self._name}: {said}", file=sys.stderr, flush=True)
                 self._said = self._done, time.monotonic()
 

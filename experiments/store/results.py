@@ -106,11 +106,12 @@ def load_all(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def packed_labels(labels: ArrayLike) -> dict[str, Any]:
-    """Predicted labels for a result's ``predictions``: base64 of zlib of little-endian uint16."""
-    array = np.asarray(labels)
-    packed = base64.b64encode(zlib.compress(array.astype("<u2").tobytes(), 9)).decode()
-    return {"labels": packed, "count": len(array)}
+def packed_labels(predicted: ArrayLike, true: ArrayLike) -> dict[str, Any]:
+    """A result's ``predictions``: labels as base64 of zlib of little-endian uint16."""
+    named = {"labels": np.asarray(predicted), "truth": np.asarray(true)}
+    packed = {n: zlib.compress(of.astype("<u2").tobytes(), 9) for n, of in named.items()}
+    text = {name: base64.b64encode(of).decode() for name, of in packed.items()}
+    return text | {"count": len(named["labels"])}
 
 
 def predicted_labels(result: dict[str, Any]) -> NDArray[np.uint16] | None:
@@ -119,12 +120,21 @@ def predicted_labels(result: dict[str, Any]) -> NDArray[np.uint16] | None:
     Raises:
       ValueError: the result's ``predictions`` are damaged.
     """
-    if (packed := result.get("predictions")) is None:
-        return None
+    packed = result.get("predictions")
+    return None if packed is None else _unpacked(packed, "labels")
+
+
+def true_labels(result: dict[str, Any]) -> NDArray[np.uint16] | None:
+    """The true labels of the same images, as `predicted_labels`."""
+    packed = result.get("predictions")
+    return _unpacked(packed, "truth") if packed and "truth" in packed else None
+
+
+def _unpacked(packed: Any, which: str) -> NDArray[np.uint16]:
     try:
         size = 2 * packed["count"]
-        # A limit, because a few bytes can unpack to gigabytes.
-        found = zlib.decompressobj().decompress(base64.b64decode(packed["labels"]), size + 1)
+        # Limit the size: a few bytes can unpack to gigabytes.
+        found = zlib.decompressobj().decompress(base64.b64decode(packed[which]), size + 1)
     except (ValueError, TypeError, KeyError, OverflowError, zlib.error) as error:
         raise ValueError(f"predictions must be packed labels: {error}") from error
     if len(found) != size:

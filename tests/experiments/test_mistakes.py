@@ -13,7 +13,7 @@ import pytest
 from google.protobuf.runtime_version import Domain, ValidateProtobufRuntimeVersion
 from PIL import Image
 
-from experiments.__main__ import CLONE, main
+from experiments.__main__ import BENCHMARKS, CLONE, COMMANDS, main
 
 DIGITS = ["train", "digits-m4", "--out", "{out}"]
 FACES = ["train-faces", "--faces", "{good}/faces", "--out", "{out}/run", "--size", "32", "32"]
@@ -335,6 +335,15 @@ def test_help_names_folders_of_the_clone_as_seen_from_it(command, capsys):
         main([*command.split(), "--help"])
     said = capsys.readouterr().out
     assert "(default:" in said and str(CLONE) not in said
+
+
+def test_help_fits_eighty_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    benchmarks = [["bench", name] for name in BENCHMARKS]
+    for words in ([], *([name] for name in COMMANDS), *benchmarks, ["train", "mnist-m4"]):
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80, words
 
 
 def test_help_in_the_narrowest_terminal(capsys, monkeypatch):

@@ -53,7 +53,7 @@ def test_digits_that_verify_were_not_trained(tiny, monkeypatch):
 
 
 def test_spread_by_hand():
-    assert quickstart.spread(np.array([1.0, 3.0])) == "2.00 ± 1.41"
+    assert quickstart.spread([1.0, 3.0]) == "2.00 ± 1.41"
 
 
 def test_picture_shows_points_where_they_are(tmp_path):

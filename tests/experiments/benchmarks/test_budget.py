@@ -59,7 +59,7 @@ def test_a_stopped_command_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_a_result_of_another_commit_is_kept(tmp_path, monkeypatch):
     _, _, saved = bench(monkeypatch, tmp_path, {})
-    with pytest.raises(ValueError, match="another commit"):
+    with pytest.raises(ValueError, match="holds another result"):
         bench(monkeypatch, tmp_path, {}, DEVICE | {"commit": "b" * 40})
     assert json.loads((tmp_path / "all-gpu.json").read_text()) == saved
 

@@ -48,16 +48,6 @@ def test_tables_by_hand():
     assert convergence.rarest_table(ENTRIES).splitlines()[2:] == ["| c | 50.0 | 49.5 |"]
 
 
-def test_targets_are_of_the_settings_set_apart():
-    found = convergence.targets(ENTRIES)
-    assert found == convergence.targets(ENTRIES[:2])
-    assert [(target["reached"], target["met"]) for target in found] == [
-        (1, False), (10, False), (2.75, False), (0.7, False)
-    ]  # fmt: skip
-    good = entry("d", [5, 5], [2, 2], data=Data(noise=0.4))
-    assert all(target["met"] for target in convergence.targets([good]))
-
-
 def test_spoilt_digits():
     plain, noisy = convergence.split_of(Data()), convergence.split_of(Data(noise=0.4))
     rare = convergence.split_of(Data(rarest=0.1))
@@ -130,7 +120,7 @@ def test_the_rarest_classes_are_the_last_three(monkeypatch):
 def test_a_short_run_writes_its_tables(tmp_path, capsys):
     assert main(["bench", "convergence", "--quick", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "| `self_paced()`, m = 4 | 0 of 2 |" in shown and "points above softmax" in shown
+    assert "| `self_paced()`, m = 4 | 0 of 2 |" in shown and "| setting | softmax, % |" in shown
     (file,) = tmp_path.iterdir()
     (entry,) = json.loads(file.read_text())["settings"]
     assert [(run["policy"], run["margin"]) for run in entry["runs"]] == [

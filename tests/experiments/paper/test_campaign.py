@@ -52,6 +52,7 @@ def test_a_batch_is_trained_side_by_side_and_a_second_call_has_nothing_to_do(
     command = ["campaign", "A", "--processes", "2", "--out", str(tmp_path)]
     assert main(command) == 1
     said = capfd.readouterr().out
+    assert said.count(": exit code ") == 3
     log = tmp_path / f"{run_name(broken)}.log"
     assert f"{log} says why" in said and "1 of 3 runs left" in said
     assert "nothing/there" in log.read_text()

@@ -9,8 +9,8 @@ import pytest
 from experiments.__main__ import main
 from experiments.paper.cells import run_name
 from experiments.paper.config import Config
-from experiments.report import outcomes, roc
-from experiments.report.outcomes import RESULTS
+from experiments.report import figures, outcomes, roc
+from experiments.report.outcomes import RESULTS, RUNS
 from experiments.store import results as result
 from made_up import run_of
 
@@ -62,6 +62,25 @@ def test_benchmarks_and_checkpoints_are_no_runs(tmp_path):
     result.save(tmp_path / "bench" / "head.json", {"kind": "bench head"})
     result.save(tmp_path / "runs" / "mnist-m4" / "seed0" / "config.json", {"name": "mnist-m4"})
     assert outcomes.load_outcomes(tmp_path) == ([], [], [], [])
+
+
+def test_a_trained_cell_shows_beside_the_results_of_the_clone(tmp_path, monkeypatch, capsys):
+    """`train` writes into runs, and list, report and figures read it without a flag."""
+    monkeypatch.chdir(tmp_path)
+    run = run_of("cifar100-m2", 0, 12.34)
+    result.save(RUNS / "cifar100-m2" / "seed0.json", run)
+    for command in ("list", "report"):
+        assert main([command]) == 0
+        said = capsys.readouterr().out
+        assert "12.34 (1)" in said and "11.40 (1)" in said
+    again = run_of("mnist-m4", 0, 43.21)
+    result.save(RUNS / "mnist-m4" / "seed0.json", again)
+    assert main(["list"]) == 0
+    assert "43.21 (1)" in capsys.readouterr().out
+    monkeypatch.setattr(figures, "DRAWINGS", {})
+    assert main(["figures"]) == 0
+    assert capsys.readouterr().out == "runs/figures/roc.png written\n"
+    assert (tmp_path / "runs" / "figures" / "roc.png").exists()
 
 
 def test_candidates_of_a_tuning_are_no_results(tmp_path):
@@ -139,6 +158,11 @@ def test_folds_with_networks_of_their_own_are_one_verification(tmp_path):
                 "equal_error_rate": 1 - accuracy,
                 "tar_at_far": {"0.1": accuracy},
             },
+            "all_pairs": {
+                "genuine": 10,
+                "impostors": 90,
+                "metrics": {"equal_error_rate": 0.5 - accuracy / 2, "tar_at_far": {"0.1": 0.3}},
+            },
         }
 
     written = [of_fold(0, 0.7), of_fold(2, 0.8), of_fold(5, 0.9), of_fold(0, 0.5, margin=1)]
@@ -154,4 +178,10 @@ def test_folds_with_networks_of_their_own_are_one_verification(tmp_path):
     assert metrics["equal_error_rate"] == pytest.approx(0.2)
     assert metrics["tar_at_far"] == {"0.1": pytest.approx(0.8)}
     assert folds["curve"]["true_accepts"] == pytest.approx([0.7, 1.0])
+    everybody = folds["all_pairs"]
+    assert (everybody["genuine"], everybody["impostors"]) == (30, 270)
+    assert everybody["metrics"]["equal_error_rate"] == pytest.approx(0.1)
+    written[1]["all_pairs"] = None
+    write(tmp_path, written)
+    assert outcomes.load_outcomes(tmp_path).verifications[0]["all_pairs"] is None
     assert roc.lowest_rate(folds) == roc.lowest_rate(alone) == 2 / 600

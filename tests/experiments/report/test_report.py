@@ -9,8 +9,8 @@ import pytest
 from experiments.__main__ import main
 from experiments.paper import campaign
 from experiments.paper.cells import CELLS, CONFIGS, command_of
-from experiments.report import report, tables
-from experiments.report.outcomes import load_outcomes
+from experiments.report import front, report, tables
+from experiments.report.outcomes import grouped, load_outcomes
 from experiments.report.report import BEGIN, END
 from experiments.store import results as result
 from made_up import run_of
@@ -215,6 +215,11 @@ def test_verification_names_its_protocol_and_no_rate_it_did_not_measure(tmp_path
     table = sections(tmp_path, [FACES])["LFW"]
     shown = row(table, ["`r0`", "unrestricted, no outside data", "5000", "600"])
     assert list(shown.values())[4:] == ["90.00 (1 fold)", "", "11.00", "0.9500", "0.1: 80.00"]
+    rates = {"equal_error_rate": 0.2, "tar_at_far": {"0.0001": 0.1, "0.001": 0.4}}
+    everybody = {"genuine": 1000, "impostors": 9000, "metrics": rates}
+    table = sections(tmp_path / "all", [FACES | {"all_pairs": everybody}])["LFW"]
+    shown = row(table, ["`r0`"])
+    assert list(shown.values())[-3:] == ["10,000", "20.00", "0.001: 40.00"]
 
 
 def test_view_1_is_listed_and_in_no_matrix(tmp_path):
@@ -257,6 +262,37 @@ def test_accuracy_is_compared_fold_by_fold_with_softmax_going_on(tmp_path):
     assert "2.00 [-0.48, 4.48]" in [line[5] for line in lines]
 
 
+def test_the_front_page_has_no_table_of_a_result_that_is_missing(tmp_path):
+    found = front.tables(tmp_path, [])
+    assert [found[name] for name in ("training", "unseen", "cost")] == ["", "", ""]
+    measured = {"date": "2026-11-29", "commit": 40 * "a", "device": "cpu, 2 cores"}
+    runs = [
+        {"task": task, "split": split, "policy": policy, "error": [1.0 + split], "eer": [4.0, 6.0]}
+        for task, policy in (
+            ("digits", "softmax"), ("digits", "self_paced()"), ("lfw", "softmax"),
+        )
+        for split in (0, 1)
+    ]  # fmt: skip
+    result.save(tmp_path / "open-set-cpu.json", measured | {"runs": runs})
+    arm = {"arm": "loss_sum, one-shot", "ratio": [1.25, 1, 2], "memory_ratio": 0.5}
+    peer = {"arm": "pytorch-metric-learning", "ratio": [3.0, 1, 5]}
+    for minute, entry in enumerate(([{**arm, "ratio": [9.0]}], [arm, peer], [arm])):
+        heads = measured | {"shapes": [{"shape": [2, 3, 4], "arms": entry}]}
+        heads["date"] = f"2026-11-{20 + minute % 2}"
+        result.save(tmp_path / f"head-cpu-f32-{minute}.json", heads)
+    found = front.tables(tmp_path, grouped([run_of("mnist-m4", 0, 0.3)]))
+    assert found["unseen"].splitlines()[2:4] == [
+        "| softmax | 1.5 / 5.0 | 1.5 / 5.0 |",
+        "| `self_paced()` | 1.5 / 5.0 |  |",
+    ]
+    lines = found["cost"].splitlines()
+    assert lines[2:4] == ["| 2, 3, 4 | 1.25 x | 0.50 x | 3.0 x |", ""]
+    assert lines[4].startswith("*cpu, 2 cores, 2026-11-21, aaaaaaa, [result](")
+    assert found["paper"].splitlines()[2:] == [
+        "| MNIST | 0.40 / | 0.32 / | 0.31 / | 0.31 / 0.30 (1) |"
+    ]
+
+
 def test_report_writes_between_the_markers_and_checks(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -275,3 +311,6 @@ def test_report_writes_between_the_markers_and_checks(tmp_path, capsys):
     readme.write_text("no markers")
     assert main(words) == 2
     assert "must hold the lines" in capsys.readouterr().err
+    readme.write_text(f"{BEGIN.replace(':', ', nothing:', 1)}\n{END}\n")
+    assert main(words) == 2
+    assert "a marker of no table, 'nothing'" in capsys.readouterr().err

@@ -72,6 +72,7 @@ def test_result_says_everything(unbroken):
     assert "lam" not in outcome["curves"]["train"]
     predicted = result.predicted_labels(outcome)
     digits = data.load("digits").first(100).test
+    np.testing.assert_array_equal(result.true_labels(outcome), digits.labels)
     assert 100 * np.mean(predicted != digits.labels) == pytest.approx(outcome["test"]["error"])
     found = confusion_matrix(digits.labels, predicted, labels=np.arange(10))
     assert found.tolist() == outcome["test"]["confusion"]

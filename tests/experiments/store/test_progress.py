@@ -43,6 +43,13 @@ def test_the_rate_is_that_of_this_session(clock, capsys):
     assert said.out == "stopped\n" and said.err == ""
 
 
+def test_work_that_does_not_advance_says_no_time_to_go(clock, capsys):
+    with Progress("campaign A", 9, "runs") as shown:
+        clock[0] = 40.0
+        shown.advance(0, "7 at work")
+    assert capsys.readouterr().err == "campaign A: 0 of 9 runs, 7 at work\n"
+
+
 @pytest.mark.parametrize("columns", [40, 80, 120])
 def test_a_bar_fits_its_terminal(columns, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

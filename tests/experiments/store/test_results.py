@@ -107,16 +107,20 @@ def test_json_that_cannot_be_read_is_named(content, tmp_path):
 
 def test_predicted_labels_come_back(tmp_path):
     labels = np.random.default_rng(0).integers(0, 100, 10_000)
-    saved = {"predictions": results.packed_labels(labels)}
-    assert len(json.dumps(saved)) < 20_000
+    saved = {"predictions": results.packed_labels(labels, labels[::-1])}
+    assert len(json.dumps(saved)) < 40_000
     results.save(tmp_path / "a.json", saved)
     found = results.predicted_labels(results.load(tmp_path / "a.json"))
     assert found.dtype == np.uint16
     np.testing.assert_array_equal(found, labels)
+    true = results.true_labels(results.load(tmp_path / "a.json"))
+    np.testing.assert_array_equal(true, labels[::-1])
     # The form that other programs read: base64 of zlib of little-endian uint16.
     raw = zlib.decompress(base64.b64decode(saved["predictions"]["labels"]))
     assert raw[:2] == int(labels[0]).to_bytes(2, "little") and len(raw) == 20_000
-    assert results.predicted_labels({}) is None
+    assert results.predicted_labels({}) is None and results.true_labels({}) is None
+    of_old = {"predictions": {"labels": saved["predictions"]["labels"], "count": 10_000}}
+    assert results.true_labels(of_old) is None
 
 
 @pytest.mark.parametrize(
@@ -125,9 +129,9 @@ def test_predicted_labels_come_back(tmp_path):
         [],
         {"labels": "", "count": 3},
         {"labels": "!", "count": 3},
-        {"labels": results.packed_labels([1, 2])["labels"], "count": 3},
-        {"labels": results.packed_labels([1, 2, 3, 4])["labels"], "count": 3},
-        {"labels": results.packed_labels([1, 2, 3])["labels"], "count": "3"},
+        {"labels": results.packed_labels([1, 2], [1, 2])["labels"], "count": 3},
+        {"labels": results.packed_labels([1, 2, 3, 4], [1, 2])["labels"], "count": 3},
+        {"labels": results.packed_labels([1, 2, 3], [1])["labels"], "count": "3"},
         {"labels": base64.b64encode(zlib.compress(bytes(10**8))).decode(), "count": 3},
         {"count": 3},
     ],

@@ -1,0 +1,124 @@
+"""The tables of the clone's README: what a margin gains, what it costs, the paper's numbers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks import arms, convergence, open_set, peers
+from experiments.benchmarks.convergence import markdown
+from experiments.paper.cells import CELLS
+from experiments.report.outcomes import Group, full_runs
+from experiments.report.tables import DATA, marked
+
+# Softmax, the default rule for λ, more margin, a schedule, and the whole margin from the start.
+WAYS = (
+    *("softmax", "`self_paced()`, m = 4", "`self_paced(1.0)`"),
+    *("`margin_schedule(steps)`", "λ = 0"),
+)
+MARGINS = (
+    *("softmax", "self_paced()", "self_paced(1.0)"),
+    *("CosFace(0.35, scale=16)", "ArcFace(0.5, scale=16)"),
+)
+
+
+def tables(bench: Path, groups: Sequence[Group]) -> dict[str, str]:
+    """The tables by the name in their marker; empty where the result is missing.
+
+    Args:
+      bench: the folder of the benchmarks' results.
+      groups: all runs.
+    """
+    return {
+        "training": trained(newest(bench, "convergence-cpu.json")),
+        "unseen": unseen(newest(bench, "open-set-cpu.json")),
+        "cost": cost(newest(bench, "head-cpu-f32-*.json"), newest(bench, "step-cpu-*.json")),
+        "paper": paper(groups),
+    }
+
+
+def newest(bench: Path, pattern: str) -> dict[str, Any]:
+    """The latest result of a pattern; empty if there is none."""
+    found = [json.loads(file.read_text()) | {"file": file.name} for file in bench.glob(pattern)]
+    return max(found, key=lambda result: str(result["date"]), default={})
+
+
+def linked(text: str, result: dict[str, Any]) -> str:
+    """A link to a result."""
+    return f"[{text}](experiments/results/bench/{result['file']})"
+
+
+def said(result: dict[str, Any]) -> str:
+    """Where and when a result was measured, with its link."""
+    measured = result["device"], result["date"][:10], str(result["commit"])[:7]
+    return ", ".join([*measured, linked("result", result)])
+
+
+def trained(result: dict[str, Any]) -> str:
+    """Test errors over all settings, a row a way to choose λ."""
+    if not result:
+        return ""
+    header, rule, *rows = convergence.summary_table(result["settings"]).splitlines()
+    kept = [row for row in rows if row.split(" | ")[0].removeprefix("| ") in WAYS]
+    return "\n".join([header.replace("λ", linked("λ", result)), rule, *kept])
+
+
+def unseen(result: dict[str, Any]) -> str:
+    """EER of classes that training never saw beside the error of trained ones."""
+    if not result:
+        return ""
+    runs, rows = result["runs"], []
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    there = {(run["task"], run["policy"]) for run in runs}
+    for policy in MARGINS:
+        means = (
+            [f"{open_set.over(runs, task, policy, of).mean():.1f}" for of in ("error", "eer")]
+            if (task, policy) in there
+            else []
+            for task in tasks
+        )
+        rows.append([open_set.shown(policy), *map(" / ".join, means)])
+    header = [linked("error / EER, %", result), *(open_set.TASKS[task].title for task in tasks)]
+    return markdown(header, rows)
+
+
+def cost(heads: dict[str, Any], steps: dict[str, Any]) -> str:
+    """Time and memory beside Optax's softmax, a row a size; a sentence on whole steps."""
+    if not heads:
+        return ""
+    rows = []
+    for entry in heads["shapes"]:
+        found = {row["arm"]: row for row in entry["arms"]}
+        shape = ", ".join(map(str, entry["shape"]))
+        ours = found[arms.ONE_SHOT], found.get(peers.LARGE_MARGIN)
+        rows.append(_costs(shape, *ours))
+        if entry["shape"][2] > 30_000 and arms.RECOMPUTED in found:
+            block = heads["config"]["class_block"]
+            rows.append(_costs(f"{shape}, blocks of {block} classes", found[arms.RECOMPUTED]))
+    header = ["batch, features, classes", "time", "memory", "pytorch-metric-learning's time"]
+    lines, sources = [markdown(header, rows), ""], said(heads)
+    if steps:
+        ratios = []
+        for entry in steps["configurations"]:
+            (arm,) = (arm for arm in entry["arms"] if arm["arm"] == "margin")
+            name = DATA[entry["configuration"].partition("-")[0]]
+            ratios.append(f"{name} {arm['ratio'][0]:.2f} x (batch {entry['batch']})")
+        sources += f". A training step with m = 4: {', '.join(ratios)}; {said(steps)}"
+    return "\n".join([*lines, f"*{sources}*"])
+
+
+def _costs(size: str, ours: dict[str, Any], peer: dict[str, Any] | None = None) -> list[str]:
+    theirs = "" if peer is None else f"{peer['ratio'][0]:.1f} x"
+    return [size, f"{ours['ratio'][0]:.2f} x", f"{ours['memory_ratio']:.2f} x", theirs]
+
+
+def paper(groups: Sequence[Group]) -> str:
+    """The paper's error / ours, a row a data set that has a full run."""
+    full, rows = full_runs(groups), []
+    for data in ("mnist", "cifar10", "cifar10plus", "cifar100"):
+        names = [f"{data}-{loss}" for loss in ("softmax", "m2", "m3", "m4")]
+        if any(full[name].runs for name in names):
+            rows.append(
+                [DATA[data], *(f"{marked(CELLS[n])} / {full[n].error}".strip() for n in names)]
+            )
+    return markdown(["", "softmax", "m = 2", "m = 3", "m = 4"], rows)
