@@ -106,6 +106,7 @@ def test_the_kernel_is_not_copied_to_be_normalised(margin):
         assert ours.temporary_bytes - kept.temporary_bytes <= share * 4 * 128 * 8192
 
 
+@gated
 def test_few_classes_keep_no_further_array():
     shape = 256, 512, 100
     theirs, ours = facts(plain, shape), facts(summed, shape)
