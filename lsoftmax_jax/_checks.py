@@ -42,10 +42,17 @@ def _is_parameter(value: Any) -> bool:
     return not isinstance(value, jax.Array) and callable(getattr(value, "__jax_array__", None))
 
 
+def shown(value: Any) -> str:
+    """`value` in an error, short; a traced value without JAX's word for it."""
+    if isinstance(value, jax.core.Tracer):
+        return f"a traced {value.dtype} of shape {value.shape}: it must be known before tracing"
+    return f"{value!r:.80}"
+
+
 def check_size(name: str, value: int, most: int = 2**31 - 1) -> int:
     """A Python int in [1, most]; JAX indexes with int32."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be a Python int >= 1, got {value!r:.80}")
+        raise TypeError(f"{name} must be a Python int >= 1, got {shown(value)}")
     if value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
     if value > most:
@@ -55,7 +62,7 @@ def check_size(name: str, value: int, most: int = 2**31 - 1) -> int:
 
 def check_real(name: str, value: float, least: float, below: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {value!r:.80}")
+        raise TypeError(f"{name} must be a real number, got {shown(value)}")
     if not least <= value < below:
         raise ValueError(f"{name} must be in [{least:g}, {below:.4g}), got {value}")
     return float(value)
@@ -63,7 +70,7 @@ def check_real(name: str, value: float, least: float, below: float) -> float:
 
 def check_fraction(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a Python float in [0, 1], got {value!r:.80}")
+        raise TypeError(f"{name} must be a Python float in [0, 1], got {shown(value)}")
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
     return float(value)
@@ -71,13 +78,13 @@ def check_fraction(name: str, value: float) -> float:
 
 def check_flag(name: str, value: bool) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r:.80}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
 def check_scale(value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"scale must be a Python float > 0, got {value!r:.80}")
+        raise TypeError(f"scale must be a Python float > 0, got {shown(value)}")
     if not 0 < value <= LARGEST:
         raise ValueError(f"scale must be a finite float32 > 0, got {value}")
     return float(value)
@@ -120,7 +127,16 @@ def check_scalar(name: str, value: ArrayLike, most: float = math.inf) -> Any:
 def in_range(scalar: Any, dtype: jnp.dtype, most: float = math.inf) -> jax.Array:
     """`scalar` in `dtype`, NaN outside [0, most]."""
     scalar = jnp.asarray(scalar).astype(dtype)
-    return jnp.where((scalar >= 0) & (scalar <= most), scalar, jnp.nan)
+    return nan_unless((scalar >= 0) & (scalar <= most), scalar)
+
+
+def nan_unless(known: jax.Array, array: jax.Array) -> jax.Array:
+    """`array` where `known`, else NaN.
+
+    The NaN is computed where it is needed: a constant would raise under `jax_debug_nans`, op by op.
+    """
+    large = jnp.where(known, 0, jnp.inf).astype(array.dtype)
+    return jnp.where(known, array, large - large)
 
 
 def check_floating(name: str, array: jax.Array) -> None:
@@ -141,16 +157,20 @@ def check_features(
     check_floating(kernel_name, kernel)
     if features.ndim < 1:
         raise ValueError("features must have shape (..., D), got a scalar")
-    if kernel.ndim != 2 or kernel.shape[1] < 1:
-        raise ValueError(f"{kernel_name} must have shape (D, classes >= 1), got {kernel.shape}")
-    if kernel.shape[1] >= 2**31:
-        raise ValueError(f"{kernel_name} must have fewer than 2**31 classes, got {kernel.shape}")
+    check_columns(kernel_name, kernel)
     if features.shape[-1] != kernel.shape[0]:
         raise ValueError(
             f"features (..., D) and {kernel_name} (D, classes) must agree in D, "
             f"got features {features.shape} and {kernel_name} {kernel.shape}"
         )
     return features, kernel
+
+
+def check_columns(name: str, kernel: jax.Array) -> None:
+    if kernel.ndim != 2 or kernel.shape[1] < 1:
+        raise ValueError(f"{name} must have shape (D, classes >= 1), got {kernel.shape}")
+    if kernel.shape[1] >= 2**31:
+        raise ValueError(f"{name} must have fewer than 2**31 classes, got {kernel.shape}")
 
 
 def check_labels(labels: ArrayLike, batch_shape: tuple[int, ...], classes: int) -> jax.Array:

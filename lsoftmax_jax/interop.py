@@ -357,8 +357,8 @@ def _matrix(
         raise TypeError(f"{name} must be a matrix, got a masked array: fill it first")
     try:
         matrix = np.asarray(array)
-    except ValueError as error:
-        raise TypeError(f"{name} must be a matrix, got a ragged list: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a matrix, got {type(array).__name__}: {error}") from error
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point, got dtype {matrix.dtype}")
     if math.prod(matrix.shape[:-2]) == 1:

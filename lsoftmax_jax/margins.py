@@ -376,10 +376,11 @@ def check_margin(margin: int | Margin) -> Margin:
     if isinstance(margin, OURS):
         return margin
     if isinstance(margin, (bool, type)) or not (
-        isinstance(margin, (int, np.integer)) or hasattr(margin, "value_and_slope")
+        isinstance(margin, (int, np.integer)) or callable(getattr(margin, "value_and_slope", None))
     ):
         raise TypeError(
-            f"margin must be a Python int >= 1 or one of lsoftmax_jax.margins, got {margin!r:.80}"
+            f"margin must be a Python int >= 1 or one of lsoftmax_jax.margins, got "
+            f"{_checks.shown(margin)}"
         )
     if isinstance(margin, (int, np.integer)):
         return LSoftmax(int(margin))
@@ -389,12 +390,16 @@ def check_margin(margin: int | Margin) -> Margin:
     try:
         hash(margin)
     except TypeError as error:
-        raise TypeError(
-            f"margin must be hashable and hold no arrays, as a frozen dataclass of Python numbers "
-            f"does, got {margin!r:.80}; a margin that changes in training is what lam is for"
-        ) from error
+        raise _holds_arrays(margin) from error
     _try_once(margin)  # type: ignore[arg-type]  # hash() has just been tried
     return margin
+
+
+def _holds_arrays(margin: Any) -> TypeError:
+    return TypeError(
+        f"margin must be hashable and hold no arrays, as a frozen dataclass of Python numbers "
+        f"does, got a {type(margin).__name__}; a margin that changes in training is what lam is for"
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -404,11 +409,14 @@ def _try_once(margin: Any) -> None:
     if margin.scale is not None:
         _checks.check_scale(margin.scale)
     with jax.ensure_compile_time_eval():
-        slope = value_and_slope(margin, jnp.linspace(-1, 1, 33, dtype=jnp.float32))[1]
-        least = float(jnp.min(slope))
+        value, slope = value_and_slope(margin, jnp.linspace(-1, 1, 33, dtype=jnp.float32))
+        if isinstance(value, jax.core.Tracer) or isinstance(slope, jax.core.Tracer):
+            raise _holds_arrays(margin)
+        least = float(jnp.min(slope)) if jnp.all(jnp.isfinite(value)) else math.nan
     if not least >= 0:
         raise ValueError(
-            f"margin must not fall in the cosine, got {margin!r:.80} with the slope {least:.3g}"
+            f"margin must be finite and not fall in the cosine, got {margin!r:.80} with the least "
+            f"slope {least:.3g}"
         )
 
 
@@ -420,8 +428,9 @@ def value_and_slope(margin: Margin, cosine: jax.Array) -> tuple[jax.Array, jax.A
     for name, array in zip(("value", "slope"), found, strict=True):
         kind = getattr(array, "shape", None), getattr(array, "dtype", None)
         if kind != (cosine.shape, cosine.dtype):
+            got = type(array).__name__ if None in kind else f"shape {kind[0]} and dtype {kind[1]}"
             raise TypeError(
                 f"margin must give a {name} of shape {cosine.shape} and dtype {cosine.dtype}, as "
-                f"its cosine has, got shape {kind[0]} and dtype {kind[1]} from {margin!r:.80}"
+                f"its cosine has, got {got} from {margin!r:.80}"
             )
     return found[0], found[1]

@@ -99,9 +99,7 @@ def sample_classes(
             "labels must have a known size, got a symbolic one: draw the sample outside of what "
             "jax.export exports"
         )
-    kind = getattr(key, "dtype", None)
-    if kind is None or not (jnp.issubdtype(kind, jax.dtypes.prng_key) or kind == jnp.uint32):
-        raise TypeError(f"key must be a key of jax.random, got {key!r:.80}")
+    _check_key(key)
     on_mesh = None if layout is None else Layout.of(layout)
     if on_mesh is not None and negatives % on_mesh.shards:
         raise ValueError(
@@ -109,6 +107,18 @@ def sample_classes(
             f"{on_mesh.class_axis!r}, got {negatives}"
         )
     return _drawn(classes, negatives, corrected, on_mesh, key, labels)
+
+
+def _check_key(key: Any) -> None:
+    key = _checks.as_array("key", key, "a key of jax.random")
+    try:
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        keys = key if typed else jax.random.wrap_key_data(key)
+    except TypeError as error:
+        got = f"dtype {key.dtype} and shape {key.shape}"
+        raise TypeError(f"key must be a key of jax.random, got {got}") from error
+    if keys.shape:
+        raise ValueError(f"key must be one key of jax.random, got keys of shape {keys.shape}")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
@@ -293,12 +303,12 @@ def put_columns(
       [1.0, 9.0, 0.0]
     """
     kernel, on_mesh = _checked_kernel(kernel, layout), _layout_of(layout)
-    ids = _checked(sample).ids
+    sample = _checked(sample)
     columns = _checks.as_array("columns", columns, "an array (D, sample.ids.size)")
-    if columns.shape != (kernel.shape[0], ids.size):
+    wanted = kernel.shape[0], sample.ids.size
+    if columns.shape != wanted:
         raise ValueError(
-            f"columns must have shape {(kernel.shape[0], ids.size)}, as take_columns gives them, "
-            f"got {columns.shape}"
+            f"columns must have shape {wanted}, as take_columns gives them, got {columns.shape}"
         )
     return _put(on_mesh, kernel, sample, columns)
 
@@ -341,8 +351,7 @@ def _layout_of(layout: ClassParallel | None) -> Layout | None:
 
 def _checked_kernel(kernel: ArrayLike, layout: ClassParallel | None) -> jax.Array:
     kernel = _checks.as_array("kernel", kernel, "an array (D, classes)")
-    if kernel.ndim != 2:
-        raise ValueError(f"kernel must have shape (D, classes), got {kernel.shape}")
+    _checks.check_columns("kernel", kernel)
     if layout is not None and layout.classes is not None:
         # A sample counts classes from the first column of each device.
         columns = layout.columns(layout.classes)
@@ -357,7 +366,10 @@ def _checked_kernel(kernel: ArrayLike, layout: ClassParallel | None) -> jax.Arra
 def _checked(sample: Sample) -> Sample:
     if not isinstance(sample, Sample):
         raise TypeError(f"sample must be what sample_classes gives, got {type(sample).__name__}")
-    return sample
+    fields = sample._asdict().items()
+    return Sample(
+        *(_checks.as_array(f"sample.{name}", array, "an array") for name, array in fields)
+    )
 
 
 def lsoftmax_sampled_loss(

@@ -590,7 +590,7 @@ def _losses(
             labels = jnp.where(where, labels, 0)
         labels = _checks.check_labels(labels, features.shape[:-1], head.classes)
         losses = _check_losses(loss(head(features), labels), labels.shape)
-        losses = jnp.where(labels < 0, jnp.nan, _widened(losses))
+        losses = _checks.nan_unless(labels >= 0, _widened(losses))
         if where is not None:
             losses = jnp.where(where, losses, 0)
         _, seen = head.loss_and_statistics(features, labels, jnp.inf, where=where)

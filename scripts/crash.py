@@ -4,7 +4,8 @@
 
 Half of the kills come at a random time, half at an exact event of the file system under the run's
 folder (an open, rename, removal or new folder, as Python's audit hooks see it). Every source of
-the training loop takes its share. A run is killed several times before it is let through.
+the training loop takes its share, and so does a network with dropout two of whose updates are
+skipped as not finite. A run is killed several times before it is let through.
 """
 
 import json
@@ -21,20 +22,48 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from experiments.__main__ import main
 from experiments.faces.stand_in import write_digits
+from experiments.paper import networks
 from experiments.store.results import save
+from lsoftmax_jax import training
 
 COMMON = ["--steps", "12", "--checkpoint-seconds", "0"]
+IN_MEMORY = ["train", "digits-m4", "--batch", "16", "--width", "0.125"]
 SOURCES = {
-    "images in memory": ["train", "digits-m4", "--batch", "16", "--width", "0.125"],
+    "images in memory": IN_MEMORY,
+    "dropout and skipped updates": ["skipping", *IN_MEMORY],
     "streamed faces": ["train-faces", "--batch", "16", "--width", "0.02", "--size", "32", "32"],
 }
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 KILLS_A_RUN = 5
+
+
+class Dropping(networks.ConvNet):
+    def __init__(self, *arguments: Any, rngs: nnx.Rngs, **keywords: Any) -> None:
+        super().__init__(*arguments, rngs=rngs, **keywords)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, *batch: Any, **keywords: Any) -> jax.Array:
+        return self.dropout(super().__call__(*batch, **keywords))
+
+
+def skip_and_drop() -> None:
+    """Gives this process's network dropout, and a λ of NaN at two updates."""
+    train_step = training.train_step
+
+    def skipping(graphdef: Any, optimizer: Any, *_: Any, **keywords: Any) -> Any:
+        def lam(step: jax.Array) -> jax.Array:
+            return jnp.where((step == 4) | (step == 7), jnp.nan, 5.0)
+
+        return train_step(graphdef, optimizer, lam, **keywords)
+
+    networks.ConvNet, training.train_step = Dropping, skipping  # type: ignore[misc]
 
 
 def started(words: list[str], out: Path, cache: Path, event: int | None = None) -> int:
@@ -57,6 +86,9 @@ def started(words: list[str], out: Path, cache: Path, event: int | None = None) 
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     sys.addaudithook(hook)
+    if words[0] == "skipping":
+        skip_and_drop()
+        words = words[1:]
     os._exit(main([*words, *COMMON, "--out", str(out)]))
 
 
@@ -74,6 +106,11 @@ def outcome(out: Path) -> tuple:
     with ocp.CheckpointManager(folder / "checkpoints") as manager:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
     leaves, tree = jax.tree.flatten(state)
+    # A random key has no NumPy array.
+    keyed = jax.dtypes.prng_key
+    leaves = [
+        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, keyed) else leaf for leaf in leaves
+    ]
     return numbers, str(tree), [np.asarray(leaf).tobytes() for leaf in leaves]
 
 

@@ -426,7 +426,7 @@ def _logits_fwd(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Any]:
         rival = jnp.max(jnp.where(at_label, lowest, plain), axis=1)
     t = target_of(spec, terms, arrays.lam, rival)
     logits = jnp.where(at_label, t.logit[:, None], plain)
-    logits = jnp.where(labels[:, None] >= 0, logits, jnp.nan).astype(spec.dtype)
+    logits = _checks.nan_unless(labels[:, None] >= 0, logits).astype(spec.dtype)
     return logits, (arrays.lam, rows, columns, t)
 
 
@@ -435,10 +435,10 @@ def _logits_bwd(spec: Spec, residuals: Any, cotangent: jax.Array) -> tuple[Array
     labels = rows.labels
     at_label = is_label(labels, spec.classes)
     g = jnp.sum(jnp.where(at_label, cotangent, 0), axis=1, dtype=t.alpha.dtype)
-    g = jnp.where(labels >= 0, g, jnp.nan)
+    g = _checks.nan_unless(labels >= 0, g)
     pull = pulled_back(g, t, spec.dtype)
     grad = jnp.where(at_label, pull.plain[:, None], cotangent.astype(g.dtype))
-    grad = jnp.where(labels[:, None] >= 0, grad, jnp.nan)
+    grad = _checks.nan_unless(labels[:, None] >= 0, grad)
     dfeatures, dkernel = products(rows, columns, grad)
     sums = label_sums(pull.along_column, labels, spec.classes)
     dfeatures = features_with_norms(rows, pull, dfeatures).astype(spec.dtype)

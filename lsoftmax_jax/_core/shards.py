@@ -108,7 +108,7 @@ def exchanged(
     total = jnp.sum(totals[0], axis=0) if totals else others.total
     norm = jnp.sum(norms, axis=0)
     terms = terms._replace(
-        product=jnp.where(labels >= 0, jnp.sum(products, axis=0), jnp.nan),
+        product=_checks.nan_unless(labels >= 0, jnp.sum(products, axis=0)),
         column_norm=norm,
         inverse_column_norm=jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), norm),
     )

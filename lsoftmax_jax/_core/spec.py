@@ -185,7 +185,7 @@ class ClassParallel:
           the number of columns that the kernel of a sharded head has.
 
         Raises:
-          ValueError: there is no mesh, or the mesh has no such axis.
+          ValueError: there is no mesh, or the mesh has no such axis; there would be 2**31 columns.
 
         Example:
           >>> import jax, lsoftmax_jax as lsm
@@ -195,7 +195,15 @@ class ClassParallel:
         """
         classes = _checks.check_size("classes", classes)
         shards = Layout.of(self).shards
-        return -(-classes // shards) * shards
+        return _checks.check_size("columns", -(-classes // shards) * shards)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if isinstance(self.mesh, Mesh):
+            raise TypeError(
+                "layout cannot be pickled with the devices of its mesh: leave its mesh out, and "
+                "set the mesh by jax.set_mesh"
+            )
+        return self.__dict__
 
 
 class Layout(NamedTuple):
@@ -210,7 +218,10 @@ class Layout(NamedTuple):
         if not isinstance(parallel, ClassParallel):
             raise TypeError(f"layout must be a lsoftmax_jax.ClassParallel, got {parallel!r:.80}")
         context = jax.sharding.get_abstract_mesh()
-        mesh = context if parallel.mesh is None else parallel.mesh
+        mesh = parallel.mesh
+        # JAX takes the axes' types from the context: `compile_step` makes Explicit ones Auto.
+        if mesh is None or getattr(mesh, "shape_tuple", None) == context.shape_tuple:
+            mesh = context
         if not isinstance(mesh, Mesh | AbstractMesh):
             raise TypeError(f"mesh must be a jax.sharding.Mesh or AbstractMesh, got {mesh!r:.80}")
         if mesh.empty:

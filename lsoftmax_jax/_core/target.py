@@ -105,7 +105,7 @@ def label_terms(rows: Rows, kernel: jax.Array) -> LabelTerms:
         columns = columns_at(kernel, labels).astype(wide.dtype)
         plain = jnp.sum(wide * columns, axis=1)
         column_square = _squares(columns, 1)
-    plain = jnp.where(labels >= 0, plain, jnp.nan)
+    plain = _checks.nan_unless(labels >= 0, plain)
     return LabelTerms(plain, *_norm(_squares(features, 1)), *_norm(column_square))
 
 

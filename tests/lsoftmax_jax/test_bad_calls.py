@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import types
 from collections.abc import Callable
 from functools import partial
 
@@ -136,7 +137,11 @@ SHARED = [
     ("margin", Own(wrong=lambda c: (c.astype("bfloat16"), c)), "margin must give a value .*dtype"),
     ("margin", Own(wrong=lambda c: None), r"margin must give \(value, slope\)"),
     ("margin", Own(wrong=lambda c: {"value": c}), r"margin must give \(value, slope\)"),
-    ("margin", Own(wrong=lambda c: (-c, -jnp.ones_like(c))), "margin must not fall"),
+    ("margin", Own(wrong=lambda c: (-c, -jnp.ones_like(c))), "not fall in the cosine"),
+    ("margin", Own(wrong=lambda c: "ab"), r"margin must give \(value, slope\)"),
+    ("margin", Own(wrong=lambda c: ("a", "b")), "margin must give a value .*got str"),
+    ("margin", Own(wrong=lambda c: (jnp.log(c), jnp.ones_like(c))), "margin must be finite"),
+    ("margin", types.SimpleNamespace(value_and_slope=3), "margin must be a Python int"),
     ("plan", {"row_block": 4}, "plan must be"),
     ("kernel", None, "kernel must be"),
     ("kernel", np.ones((D, 0), np.float32), "kernel must have shape"),
@@ -200,15 +205,39 @@ def seven_columns_in_a_head_of_five():
     head.loss(F, L)
 
 
-def huge_head():
-    kernel = jnp.zeros((1, 2**31), jnp.bfloat16)
-    return lsm.lsoftmax_loss(F[:, :1], kernel, L, margin=2, lam=1.0)
+def gone(array=F):
+    array = jnp.array(array)
+    array.delete()
+    return array
 
 
-def deleted():
-    gone = jnp.asarray(F)
-    gone.delete()
-    lsm.lsoftmax_loss(gone, K, L, margin=2, lam=1.0)
+class Dial(NoScale):
+    """A margin of one's own that changes, compared by identity."""
+
+    scale, unit_columns = None, False
+
+    def __init__(self, moved, scale=None):
+        self.moved, self.scale = moved, scale
+
+    def value_and_slope(self, cosine):
+        return cosine - self.moved, jnp.ones_like(cosine)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenDial(Dial):
+    """The same compared by value, which a traced number does not allow."""
+
+    moved: jax.Array
+
+
+def turned(dial, transform=jax.jit):
+    return transform(lambda m: lsm.lsoftmax_loss_sum(F, K, L, margin=dial(m), lam=1.0))(0.5)
+
+
+def huge(function):
+    """A shape is enough."""
+    kernel = jax.ShapeDtypeStruct((D, 2**31), jnp.bfloat16)
+    return lambda: jax.eval_shape(lambda kernel: function(kernel=kernel), kernel)
 
 
 FOUR = AbstractMesh((4,), ("model",))
@@ -310,6 +339,8 @@ OTHERS = [
     ("key must be", lambda: sample(key=0)),
     ("key must be", lambda: sample(key="0")),
     ("key must be", lambda: sample(key=np.ones(2, np.float32))),
+    ("key must be", lambda: sample(key=np.zeros(3, np.uint32))),
+    ("key must be one key", lambda: sample(key=jax.random.split(jax.random.key(0), 3))),
     ("labels must be", lambda: sample(labels=None)),
     ("labels must be", lambda: sample(labels=np.ones(B, np.float32))),
     ("labels must be", lambda: sample(labels=[[0], [1, 2]])),
@@ -373,9 +404,45 @@ OTHERS = [
         "variables must hold the parameter 'kernel'",
         lambda: LinenHead(C).apply({"params": {"weight": K}}, F),
     ),
-    ("fewer than 2|at most", lambda: LSoftmaxDense(D, 2**31, rngs=nnx.Rngs(0))),
-    ("fewer than 2", lambda: jax.eval_shape(huge_head)),
-    ("donated or deleted", deleted),
+    # classes that int32 cannot count
+    ("classes must be at most", lambda: LSoftmaxDense(D, 2**31, rngs=nnx.Rngs(0))),
+    ("classes must be at most", lambda: LinenHead(2**31).init(jax.random.key(0), F)),
+    ("classes must be at most", lambda: sample(classes=2**31)),
+    ("classes must be at most", lambda: lsm.ClassParallel("model", classes=2**31)),
+    ("columns must be at most", lambda: lsm.ClassParallel("model", mesh=FOUR).columns(2**31 - 1)),
+    *(
+        ("kernel must have fewer than 2", huge(partial(rule, **{**GOOD, "kernel": None})))
+        for name, rule in LOSSES.items()
+        if name not in ("sampled", "nnx", "linen")
+    ),
+    ("kernel must have fewer than 2", huge(lambda kernel: sampled.take_columns(kernel, sample()))),
+    # what is traced, and must not be
+    ("a margin that changes in training is what lam is for", lambda: turned(Dial)),
+    ("a margin that changes in training is what lam is for", lambda: turned(Dial, jax.grad)),
+    ("a margin that changes in training is what lam is for", lambda: turned(FrozenDial)),
+    ("margin must be .* got a traced float32", lambda: turned(lambda m: m)),
+    ("scale must be .* got a traced float32", lambda: turned(lambda m: Dial(0.1, m))),
+    ("scale must be .* got a traced float32", lambda: turned(lambda m: margins.NormFace(scale=m))),
+    (
+        "corrected must be True or False, got a traced bool",
+        lambda: jax.jit(lambda flag: sample(corrected=flag))(True),
+    ),
+    (
+        "negatives must be a Python int .* got a traced int32",
+        lambda: jax.jit(lambda count: sample(negatives=count))(2),
+    ),
+    # arrays that are gone
+    ("features .* donated or deleted", lambda: lsm.lsoftmax_loss(gone(), K, L, margin=2, lam=1.0)),
+    (
+        "kernel .* donated or deleted",
+        lambda: LinenHead(C).apply({"params": {"kernel": gone(K)}}, F),
+    ),
+    ("key .* donated or deleted", lambda: sample(key=gone(jax.random.PRNGKey(0)))),
+    (
+        "sample.ids .* donated or deleted",
+        lambda: sampled.take_columns(jnp.asarray(K), sample()._replace(ids=gone(L))),
+    ),
+    ("kernel must be a matrix, got .*deleted", lambda: interop.kernel_to_rows(gone(K))),
     ("layout must be", lambda: LSoftmaxDense(D, C, layout="model", rngs=nnx.Rngs(0))),
     ("rngs must be", lambda: LSoftmaxDense(D, C, rngs=0)),
     ("dtype must be", lambda: LSoftmaxDense(D, C, dtype="floaty", rngs=nnx.Rngs(0))),

@@ -167,14 +167,23 @@ def test_a_batch_that_does_not_divide(loop):
 # The classes over some of them.
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("shape", [(2, 2), (4,)], ids=["two axes", "one axis"])
-def test_a_class_parallel_head_is_one_device(kind, shape):
-    """Its kernel and the optimizer's moments of it stay split."""
+@pytest.mark.parametrize(
+    ("kind", "shape", "named"),
+    [
+        (AxisType.Auto, (2, 2), False),
+        (AxisType.Auto, (4,), False),
+        (AxisType.Explicit, (2, 2), False),
+        (AxisType.Explicit, (4,), False),
+        (AxisType.Explicit, (2, 2), True),
+    ],
+    ids=["auto, two axes", "auto", "explicit, two axes", "explicit", "explicit, named"],
+)
+def test_a_class_parallel_head_is_one_device(kind, shape, named):
+    """Its kernel and the optimizer's moments of it stay split, also where it names the mesh."""
     batch, mesh, optimizer = images_and_labels(BATCH, WIDTH), mesh_of(*shape, kind=kind), optax.adam
     classes = mesh.axis_names[-1]
     with jax.set_mesh(mesh):
-        layout = lsm.ClassParallel(classes, mesh.axis_names)
+        layout = lsm.ClassParallel(classes, mesh.axis_names, mesh if named else None)
         model = Line(nnx.Rngs(0), layout=layout)
         kernel = np.asarray(model.head.kernel[...])[:, :CLASSES]
         graphdef, state = training.create(model, optimizer(1e-2))

@@ -132,3 +132,16 @@ def test_an_nnx_head_survives_pickling():
     head = NnxHead(D, C, lam=2.0, rngs=nnx.Rngs(0))
     again = pickle.loads(pickle.dumps(head))
     np.testing.assert_array_equal(again.loss(FEATURES, LABELS), head.loss(FEATURES, LABELS))
+
+
+@pytest.mark.parametrize("kind", ["layout", "NNX head", "Linen head"])
+def test_the_devices_of_a_mesh_are_not_pickled(kind):
+    mesh = jax.make_mesh((4,), ("model",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    layout = lsm.ClassParallel("model", mesh=mesh)
+    value = {
+        "layout": layout,
+        "NNX head": NnxHead(D, C, layout=layout, rngs=nnx.Rngs(0)),
+        "Linen head": LinenHead(C, layout=layout),
+    }[kind]
+    with pytest.raises(TypeError, match="layout cannot be pickled with the devices of its mesh"):
+        pickle.dumps(value)
