@@ -382,8 +382,8 @@ def fuzz(
                     count[dtype, "failed"] += 1
                     print(f"an unknown label is trained on: {dtype} {shape} {static}")
                 continue
-            wide = [array.astype(np.float64).astype(Wide) for array in (x * kept, w)]
-            exact = reference(*wide, labels, where, margin, lam, smoothing, dtype)
+            wide_x, wide_w = (array.astype(np.float64).astype(Wide) for array in (x * kept, w))
+            exact = reference(wide_x, wide_w, labels, where, margin, lam, smoothing, dtype)
             if step:
                 # A step's sums are float32; half of the features are dropped, and half doubled.
                 exact = exact._replace(
