@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import lsoftmax_jax as lsm
 from tests import oracle
@@ -152,3 +153,17 @@ def test_leading_batch_shapes(leading):
     wanted = oracle.loss_pullback(*problem, cotangent, 3, 1.0, where)
     pulled = pulled._replace(features=pulled.features.reshape(rows, D))
     assert_gradients_close(pulled, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["big-endian", "nnx.Param"])
+def test_other_arrays_are_taken_as_what_they_hold(kind):
+    rng = np.random.default_rng(0)
+    given = rng.normal(size=(4, 3)).astype(np.float32), rng.normal(size=(3, 5)).astype(np.float32)
+    given = *given, np.array([0, 4, 2, 2], np.int32)
+    if kind == "big-endian":
+        other = [array.astype(array.dtype.newbyteorder(">")) for array in given]
+    else:
+        other = [given[0], nnx.Param(jnp.asarray(given[1])), given[2]]
+    for rule in (lsm.lsoftmax_loss, lsm.lsoftmax_loss_sum, lsm.lsoftmax_logits):
+        found = rule(*other, margin=2, lam=1.0)
+        np.testing.assert_array_equal(found, rule(*given, margin=2, lam=1.0))
