@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 from flax import linen
@@ -90,6 +91,16 @@ POLICIES = (
     Policy("ArcFace(0.5, scale=16)", constant(0.0), ArcFace(0.5, scale=16.0)),
     Policy("ArcFace(0.5, scale=32)", constant(0.0), ArcFace(0.5, scale=32.0)),
 )
+
+
+# The colours that these losses have in the report's figures; all other policies are L-Softmax.
+COLORS = {
+    "softmax": "0.35",
+    "normface": "tab:olive",
+    "cosface": "tab:cyan",
+    "arcface": "tab:pink",
+    "m4": "tab:red",
+}
 
 
 class Split(NamedTuple):
@@ -416,17 +427,28 @@ def shown(policy: str) -> str:
 def draw(runs: list[dict[str, Any]], file: Path) -> Path:
     """Writes the picture: EER of unseen classes against error of trained ones, a point a policy."""
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    figure = Figure(figsize=(4.2 * len(tasks), 4.4), layout="constrained")
-    for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        policies = dict.fromkeys(run["policy"] for run in runs if run["task"] == task)
-        for policy in policies:
-            error, eer = (over(runs, task, policy, number).mean() for number in ("error", "eer"))
-            marker = "s" if policy.startswith("softmax") else "*" if "paced" in policy else "o"
-            panel.plot(error, eer, marker, label=policy)
-            panel.annotate(policy, (error, eer), (4, 3), textcoords="offset points", fontsize=6)
-        panel.set(title=TASKS[task].title, xlabel="error of trained classes, %")
-        panel.margins(0.25)
-    figure.axes[0].set_ylabel("EER of unseen classes, %")
-    with replacing(file) as pixels:
-        figure.savefig(pixels, format="png", dpi=160, metadata={"Software": None})
+    policies = dict.fromkeys(run["policy"] for run in runs)
+    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "legend.frameon": False}):
+        figure = Figure(figsize=(3.4 * len(tasks), 4.2), layout="constrained")
+        for panel, task in zip(
+            figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True
+        ):
+            for number, policy in enumerate(policies):
+                if any((run["task"], run["policy"]) == (task, policy) for run in runs):
+                    error, eer = (over(runs, task, policy, of) for of in ("error", "eer"))
+                    loss = next((of for of in COLORS if of in policy.lower()), "m4")
+                    look = {"marker": "osD^v<>P*Xph8"[number], "color": COLORS[loss]}
+                    label = policy if task == tasks[0] else None
+                    panel.plot(error.mean(), eer.mean(), linestyle="", label=label, **look)
+            panel.set(title=TASKS[task].title, xlabel="error of trained classes, %")
+            panel.margins(0.1)
+        figure.axes[0].set_ylabel("EER of unseen classes, %")
+        figure.legend(loc="outside lower center", ncols=max(1, len(tasks)))
+        count = {task: len(over(runs, task, "softmax", "eer")) for task in tasks}
+        figure.suptitle(
+            "means of " + ", ".join(f"{count[task]} networks ({task})" for task in tasks),
+            fontsize=8,
+        )
+        with replacing(file) as pixels:
+            figure.savefig(pixels, format="png", dpi=160, metadata={"Software": None})
     return file
