@@ -39,6 +39,9 @@ myst_substitutions = {
     "many_classes_plans": measured.many_classes_plans(),
     "million_classes": measured.million_classes(),
     "notebook_runs": measured.notebooks(),
+    "open_set": measured.open_set(),
+    "partial_fc": measured.partial_fc(),
+    "small_cnn": measured.small_cnn(),
     "stack_runs": measured.stacks(),
 }
 

@@ -7,8 +7,25 @@ from typing import Any
 
 CLONE = Path(__file__).parents[1]
 BENCH = CLONE / "experiments" / "results" / "bench"
+EXAMPLES = CLONE / "experiments" / "results" / "examples"
 STACKS = CLONE / "stacks"
 MANY_CLASSES = [512, 256, 102400]  # batch, features, classes
+
+UNSEEN_TASKS = {
+    "digits": "digits, 7 of 10 classes",
+    "identities": "drawn identities, 200 of 300",
+    "lfw": "LFW, 400 of 610 people",
+    "cifar100": "CIFAR100, 50 of 100 classes",
+}
+UNSEEN_NUMBERS = {
+    "error": "error, %",
+    "eer": "EER, %",
+    "tar_at_1e-2": "TAR at FAR 1e-2, %",
+    "rank_1": "rank 1, %",
+    "within": "within, °",
+    "between": "between, °",
+    "share": "share, %",
+}
 
 # The arms that a user chooses among, by their names in `bench head`, and what to write for each.
 PLANS = {
@@ -60,6 +77,70 @@ def million_classes() -> str:
         f"take {state}, everything temporary {temporary}, and the process {peak} at its peak. "
         f"An update took {result['seconds_per_step']:.0f} s on two CPU cores."
     )
+
+
+def mean(numbers: list[float], digits: int = 1) -> str:
+    return f"{sum(numbers) / len(numbers):.{digits}f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def open_set() -> str:
+    """A table a task: what every margin reaches on classes that training sees and never sees."""
+    found = json.loads((BENCH / "open-set-cpu.json").read_text())["runs"]
+    tables = []
+    for task, title in UNSEEN_TASKS.items():
+        ours = [run for run in found if run["task"] == task]
+        rows = []
+        for policy in dict.fromkeys(run["policy"] for run in ours):
+            chosen = [run for run in ours if run["policy"] == policy]
+            name = f"`{policy}`" if "(" in policy else policy
+            means = (mean([x for run in chosen for x in run[of]]) for of in UNSEEN_NUMBERS)
+            rows.append([name, *means])
+        tables.append(table([title, *UNSEEN_NUMBERS.values()], rows))
+    return "\n\n".join(tables)
+
+
+def partial_fc() -> str:
+    """A table: errors by the part of the classes that every update samples."""
+    found = json.loads((EXAMPLES / "partial_fc.json").read_text())["runs"]
+    margins, rows = list(dict.fromkeys(run["margin"] for run in found)), []
+    for part, corrected in dict.fromkeys((run["classes"], run["corrected"]) for run in found):
+        name = f"{100 * part:.0f} %" + (
+            "" if part == 1 else ", " + "un" * (not corrected) + "corrected"
+        )
+        row = [name]
+        for margin in margins:
+            arm = margin, part, corrected
+            chosen = [
+                run for run in found if (run["margin"], run["classes"], run["corrected"]) == arm
+            ]
+            row += [mean([run[of] for run in chosen], 2) for of in ("error", "eer")]
+        rows.append(row)
+    names = [f"`{margin}`, {of}, %" for margin in margins for of in ("error", "EER")]
+    return table(["classes", *names], rows)
+
+
+def small_cnn() -> str:
+    """A table: the errors of the small CNN of examples/, a row a data set and way to choose λ."""
+    found = json.loads((EXAMPLES / "small_cnn.json").read_text())["runs"]
+    rows = []
+    kinds = dict.fromkeys((run["data"], run["wrong"], run["part"], run["policy"]) for run in found)
+    for data, wrong, part, policy in kinds:
+        kind = data, wrong, part, policy
+        chosen = [
+            run for run in found if (run["data"], run["wrong"], run["part"], run["policy"]) == kind
+        ]
+        title = f"{data.upper()}, {part}" + (f", {100 * wrong:.0f} % wrong labels" if wrong else "")
+        tests = ", ".join(f"{run['test']:.1f}" for run in chosen)
+        numbers = [mean([run[of] for run in chosen]) for of in ("train", "test")]
+        share = mean([run["share"][-1] for run in chosen], 3)
+        rows.append([title, policy, *numbers, tests, share])
+    header = ["data", "λ", "training error, %", "test error, %", "of each seed", "share at the end"]
+    return table(header, rows)
 
 
 def runs(file: str, columns: list[str]) -> str:

@@ -205,8 +205,7 @@ def self_paced(strength: float = 0.8) -> SelfPaced:
     No gradient flows through λ.
 
     Args:
-      strength: more is more margin, in [0, 1]: 0 is softmax, 1 suits embeddings of identities that
-        training never sees.
+      strength: more is more margin, in [0, 1]; 0 is softmax.
 
     Returns:
       a frozen, hashable value, to be passed as `lam`; it holds no arrays, and is a static pytree.
