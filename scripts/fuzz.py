@@ -61,8 +61,10 @@ PLANS = [
 ]
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float64": 2.0**-52, "float16": 2.0**-11}
 # What rounds to zero on the way: factors of a product lie below the least normal number. In float16
-# the logits' gradient ends at 2**-30 of the largest cotangent, a gradient at 2**-24.
+# the logits' gradient ends at 2**-30 of the largest cotangent, a gradient at 2**-24, and so do the
+# exponentials that class blocks keep.
 TINY = {"float64": np.finfo("float64").tiny, "float16": 2.0**-30}
+KEPT_TINY = 2.0**-24
 Wide = np.longdouble
 PI = np.arccos(Wide(-1))
 
@@ -101,7 +103,15 @@ class Reference(NamedTuple):
 
 
 def reference(
-    x: Any, w: Any, labels: Any, where: Any, margin: Any, lam: float, e: float, dtype: str
+    x: Any,
+    w: Any,
+    labels: Any,
+    where: Any,
+    margin: Any,
+    lam: float,
+    e: float,
+    dtype: str,
+    tiny: float,
 ) -> Reference:
     """`Reference` in 80 bits, row by row.
 
@@ -109,6 +119,7 @@ def reference(
       where: the rows that count for loss and gradients.
       e: label smoothing.
       dtype: of the operands; sums and angles are float32 or better.
+      tiny: what rounds to zero in the gradient of a logit.
     """
     classes, share, eps = w.shape[1], 1 / (1 + Wide(lam)), EPS[dtype]
     fine = min(eps, EPS["float32"])
@@ -186,14 +197,13 @@ def reference(
         terms = np.where(others, size_of_g, target)
         terms = eps * terms + fine * np.where(others, size_of_g, bend * size_of_g[y]) + moved * (
             np.where(others, 1, 1 + abs(alpha) + abs(along)))  # fmt: skip
+        terms = terms + tiny
         by_x = lengths if kept else np.ones(classes, Wide)
         if scale is not None:
             by_x = np.full(classes, size / a if a > 0 else 0, Wide)
         dx_unit[i] = np.sum(terms * by_x)
         by_w = np.divide(size, lengths, out=np.zeros(classes, Wide), where=lengths > 0)
         dw_unit += terms * (np.full(classes, size) if kept else by_w)
-    tiny = Wide(least(dtype))
-    dx_unit, dw_unit = dx_unit + tiny * lengths.sum(), dw_unit + tiny * np.abs(x).sum()
     loss_unit = np.sum(units) if units else Wide(0)
     logits_unit = np.array(plain_unit, Wide)
     return Reference(np.sum(losses), loss_unit, dx, dx_unit, dw, dw_unit, plain, logits_unit)
@@ -383,7 +393,9 @@ def fuzz(
                     print(f"an unknown label is trained on: {dtype} {shape} {static}")
                 continue
             wide, columns = (array.astype(np.float64).astype(Wide) for array in (x * kept, w))
-            exact = reference(wide, columns, labels, where, margin, lam, smoothing, dtype)
+            in_blocks = dtype == "float16" and getattr(static.get("plan"), "class_block", None)
+            tiny = KEPT_TINY if in_blocks else least(dtype)
+            exact = reference(wide, columns, labels, where, margin, lam, smoothing, dtype, tiny)
             if step:
                 # A step's sums are float32; half of the features are dropped, and half doubled.
                 exact = exact._replace(

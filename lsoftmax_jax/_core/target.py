@@ -203,7 +203,14 @@ def pulled_back(g: jax.Array, t: Target, dtype: jnp.dtype) -> Pull:
         # XLA may remove a round-trip cast.
         info = jnp.finfo(dtype)
         unit = 1 if t.unit is None else jnp.where(t.unit > 0, t.unit, 1)
-        rounded = jax.lax.reduce_precision(exact * unit, info.nexp, info.nmant) / unit
+        entry = exact * unit
+        rounded = jax.lax.reduce_precision(entry, info.nexp, info.nmant)
+        if dtype == jnp.float16:
+            # reduce_precision takes the subnormal numbers of float16, below 6e-5, for zero.
+            step = float(info.smallest_subnormal)
+            subnormal = jnp.round(entry / step) * step
+            rounded = jnp.where(jnp.abs(entry) < float(info.tiny), subnormal, rounded)
+        rounded = rounded / unit
         beta = beta + (exact - rounded) * t.cosine
     along_column = beta * t.terms.feature_norm * t.terms.inverse_column_norm
     return Pull(rounded, beta * t.terms.column_norm, t.terms.inverse_feature_norm, along_column)

@@ -169,6 +169,23 @@ def test_any_draw_agrees_with_the_oracle_on_the_same_rounded_inputs(
     assert_norm_close(pulled.kernel, wanted.kernel, bound)
 
 
+def test_float16_keeps_the_direction_of_a_well_classified_examples_gradient():
+    """At a loss of 3e-8 the label's gradient lies among the subnormal numbers of float16."""
+    features = np.array([[-10.516, -1.541]], np.float16)
+    kernel = np.array([[-0.839, -3.283], [1.284, 0.5005]], np.float16)
+
+    def gradient(dtype):
+        def scaled(features, kernel):
+            losses = lsm.lsoftmax_loss(features, kernel, jnp.array([1]), margin=16, lam=10.0)
+            return 256 * losses[0]
+
+        found = jax.grad(scaled)(features.astype(dtype), kernel.astype(dtype))
+        return np.asarray(found[0], np.float64)
+
+    ours, wanted = gradient(np.float16), gradient(np.float32)
+    assert np.linalg.norm(ours - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
 def test_a_loss_scale_reaches_what_is_cast_to_float16():
     """Unscaled, most of 20,000 probabilities are below the least float16."""
     problem = oracle.problem(7, 64, 16, 20_000)
