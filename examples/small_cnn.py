@@ -7,7 +7,10 @@
 It prints a line of JSON a run: errors in %, and the share 1 / (1 + λ) of the margin in the mean of
 each fifth of the run. Beside them it prints the share as it goes.
 
-Its numbers are not here yet: the runs of three seeds each are still to be made.
+CIFAR10, three seeds: with 5,000 images, which are learnt to the end, softmax has a test error of
+50.9 %, the default 48.4 %, the schedule 48.7 %; with 10,000 and mirroring, which so few updates
+do not learn to the end, 41.9, 41.3 and 45.0 %. experiments/results/examples/small_cnn.json has
+every run.
 """
 
 import functools
