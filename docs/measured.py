@@ -121,7 +121,10 @@ def partial_fc() -> str:
             row += [mean([run[of] for run in chosen], 2) for of in ("error", "eer")]
         rows.append(row)
     names = [f"`{margin}`, {of}, %" for margin in margins for of in ("error", "EER")]
-    return table(["classes", *names], rows)
+    seeds = len({run["seed"] for run in found})
+    return table(
+        [f"classes, {seeds} runs each" if seeds > 1 else "classes, one run each", *names], rows
+    )
 
 
 def small_cnn() -> str:
