@@ -341,7 +341,8 @@ def test_the_size_of_a_head_is_compared_with_the_chips_memory():
 
 
 @aot
-def test_own_heads_stand_beside_what_a_slices_compiler_says(tmp_path, capsys):
+def test_own_heads_stand_beside_what_a_slices_compiler_says(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     own = ["compile", "--targets", "v5e:2x4", "--shapes", "1024", "512", "100000"]
     assert main([*own, "--only", arms.FUSED_SGD, "--out", str(tmp_path)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
