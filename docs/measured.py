@@ -11,6 +11,7 @@ EXAMPLES = CLONE / "experiments" / "results" / "examples"
 STACKS = CLONE / "stacks"
 MANY_CLASSES = [512, 256, 102400]  # batch, features, classes
 
+# The words of `bench open-set`: the site is built without the packages of the experiments.
 UNSEEN_TASKS = {
     "digits": "digits, 7 of 10 classes",
     "identities": "drawn identities, 200 of 300",
@@ -47,6 +48,15 @@ def newest(pattern: str, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, 
     return max(filter(wanted, results), key=lambda result: str(result["date"]))
 
 
+def mean(numbers: list[float], digits: int = 1) -> str:
+    return f"{sum(numbers) / len(numbers):.{digits}f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
 def many_classes_plans() -> str:
     """A table: time beside Optax and temporary memory of every plan at many classes."""
 
@@ -58,11 +68,11 @@ def many_classes_plans() -> str:
     (measured,) = (one for one in result["shapes"] if one["shape"] == MANY_CLASSES)
     arms = {arm["arm"]: arm for arm in measured["arms"]}
     rows = [
-        f"| {words} | {arms[name]['ratio'][0]:.2f} | {arms[name]['temporary_bytes'] / 1e6:.1f} |"
+        [words, f"{arms[name]['ratio'][0]:.2f}", f"{arms[name]['temporary_bytes'] / 1e6:.1f}"]
         for name, words in PLANS.items()
         if name in arms  # an arm is missing where it did not fit the machine's memory
     ]
-    return "\n".join(["| loss and update | time | temporary MB |", "|---|--:|--:|", *rows])
+    return table(["loss and update", "time", "temporary MB"], rows)
 
 
 def million_classes() -> str:
@@ -77,15 +87,6 @@ def million_classes() -> str:
         f"take {state}, everything temporary {temporary}, and the process {peak} at its peak. "
         f"An update took {result['seconds_per_step']:.0f} s on two CPU cores."
     )
-
-
-def mean(numbers: list[float], digits: int = 1) -> str:
-    return f"{sum(numbers) / len(numbers):.{digits}f}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["--:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def open_set() -> str:
@@ -109,10 +110,7 @@ def partial_fc() -> str:
     found = json.loads((EXAMPLES / "partial_fc.json").read_text())["runs"]
     margins, rows = list(dict.fromkeys(run["margin"] for run in found)), []
     for part, corrected in dict.fromkeys((run["classes"], run["corrected"]) for run in found):
-        name = f"{100 * part:.0f} %" + (
-            "" if part == 1 else ", " + "un" * (not corrected) + "corrected"
-        )
-        row = [name]
+        row = [f"{100 * part:.0f} %" + ("" if corrected else ", uncorrected")]
         for margin in margins:
             arm = margin, part, corrected
             chosen = [
@@ -122,9 +120,7 @@ def partial_fc() -> str:
         rows.append(row)
     names = [f"`{margin}`, {of}, %" for margin in margins for of in ("error", "EER")]
     seeds = len({run["seed"] for run in found})
-    return table(
-        [f"classes, {seeds} runs each" if seeds > 1 else "classes, one run each", *names], rows
-    )
+    return table([f"classes (seeds: {seeds})", *names], rows)
 
 
 def small_cnn() -> str:
@@ -149,11 +145,11 @@ def small_cnn() -> str:
 def runs(file: str, columns: list[str]) -> str:
     """A table: the recorded runs of a JSON file in stacks/, with date and commit."""
     rows = json.loads((STACKS / file).read_text())
-    lines = ["| " + " | ".join([*columns, "run"]) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row in rows:
-        cells = [str(row.get(column, "")) for column in columns]
-        lines.append("| " + " | ".join([*cells, f"{row['date']}, {row['commit']}"]) + " |")
-    return "\n".join(lines)
+    cells = [
+        [*(str(row.get(column, "")) for column in columns), f"{row['date']}, {row['commit']}"]
+        for row in rows
+    ]
+    return table([*columns, "run"], cells)
 
 
 def stacks() -> str:

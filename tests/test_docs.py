@@ -19,6 +19,7 @@ from sphinx.util.inventory import InventoryFile
 
 import lsoftmax_jax
 from experiments.__main__ import COMMANDS, main
+from experiments.benchmarks import open_set
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lsoftmax_jax"
@@ -108,6 +109,33 @@ def test_numbers_are_those_of_the_newest_result(site, tmp_path, monkeypatch):
         (tmp_path / f"scale-cpu-1000000-{year}.json").write_text(json.dumps(changed))
     monkeypatch.setattr(measured, "BENCH", tmp_path)
     assert "An update took 17 s" in measured.million_classes()
+
+
+def test_the_guides_tables_are_means_of_the_committed_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    measured = importlib.import_module("measured")
+    run = {name: [1.0, 2.0, 6.0] for name in measured.UNSEEN_NUMBERS}
+    unseen = [run | {"task": "lfw", "policy": "softmax", "split": split} for split in (0, 1)]
+    unseen[1]["eer"] = [9.0]
+    drawn = {"margin": "m", "classes": 0.1, "corrected": False, "eer": 2.0}
+    sampled = [drawn | {"seed": seed, "error": error} for seed, error in ((0, 4.0), (1, 5.0))]
+    small = {"data": "mnist", "wrong": 0.4, "part": "all", "policy": "default", "train": 1.0}
+    small = [small | {"test": test, "share": [0.1, 0.2]} for test in (3.0, 4.0)]
+    for name, runs in (("open-set-cpu", unseen), ("partial_fc", sampled), ("small_cnn", small)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"runs": runs}))
+    monkeypatch.setattr(measured, "BENCH", tmp_path)
+    monkeypatch.setattr(measured, "EXAMPLES", tmp_path)
+    assert "| softmax | 3.0 | 4.5 | 3.0 |" in measured.open_set()
+    assert "seeds: 2" in measured.partial_fc()
+    assert "| 10 %, uncorrected | 4.50 | 2.00 |" in measured.partial_fc()
+    row = "| MNIST, all, 40 % wrong labels | default | 1.0 | 3.5 | 3.0, 4.0 | 0.200 |"
+    assert row in measured.small_cnn()
+
+
+def test_the_titles_of_the_guides_tables_are_the_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    measured = importlib.import_module("measured")
+    assert {name: task.title for name, task in open_set.TASKS.items()} == measured.UNSEEN_TASKS
 
 
 def test_recorded_runs_of_stacks_and_notebooks_are_on_the_site(site, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Each example is run, with fewer steps than it prints its numbers for."""
 
 import importlib.util
+import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+RESULTS = EXAMPLES.parent / "experiments" / "results" / "examples"
 NAMES = {
     *("digits_linen", "digits_nnx", "faces_arcface", "fine_tune"),
     *("many_classes", "partial_fc", "small_cnn"),
@@ -105,6 +108,18 @@ def test_faces_of_people_never_seen_are_told_apart(example, tmp_path, capsys):
     _, after = example.main(tmp_path, steps=60)
     assert after > 0.9
     assert "never seen" in capsys.readouterr().out
+
+
+@named("small_cnn")
+def test_the_small_cnns_numbers_are_those_of_the_committed_runs(example):
+    runs = json.loads((RESULTS / "small_cnn.json").read_text())["runs"]
+    told = re.findall(r"\d\d\.\d", example.__doc__)
+    means = [
+        np.mean([run["test"] for run in runs if (run["part"], run["policy"]) == (part, policy)])
+        for part in example.PARTS
+        for policy in ("softmax", "default", "schedule")
+    ]
+    assert told == [f"{mean:.1f}" for mean in means]
 
 
 @named("small_cnn")

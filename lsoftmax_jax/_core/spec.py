@@ -197,6 +197,13 @@ class ClassParallel:
         shards = Layout.of(self).shards
         return _checks.check_size("columns", -(-classes // shards) * shards)
 
+    # A layout never changes, so a copy of a model shares the layout.
+    def __copy__(self) -> "ClassParallel":
+        return self
+
+    def __deepcopy__(self, _: Any) -> "ClassParallel":
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         if isinstance(self.mesh, Mesh):
             raise TypeError(

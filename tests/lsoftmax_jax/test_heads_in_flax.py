@@ -1,5 +1,6 @@
 """What users of `nnx.Linear` and `nn.Dense` expect of a layer, the heads do too."""
 
+import copy
 import inspect
 import pickle  # noqa: TID251  (only what this file has pickled itself)
 import pydoc
@@ -145,3 +146,5 @@ def test_the_devices_of_a_mesh_are_not_pickled(kind):
     }[kind]
     with pytest.raises(TypeError, match="layout cannot be pickled with the devices of its mesh"):
         pickle.dumps(value)
+    again = copy.deepcopy(value)  # as for a teacher's moving average
+    assert getattr(again, "layout", again) == layout and copy.copy(layout) is layout
