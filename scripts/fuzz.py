@@ -154,7 +154,9 @@ def reference(
         alpha, along = 1 + share * (slope - 1), share * (value - slope * cosines[y])
         # An infinite slope and its own slope feel the rounding of the cosine.
         steep = 1 / max(np.sin(theta), np.sqrt(fine)) if abs(slope) > 1 and m == 1 else Wide(1)
-        bend = (1 + share * m**2) * steep**2
+        # The slope of T_m by its cosine is m² / sin², at most m⁴, and feels that rounding too.
+        curved = min(1 / max(np.sin(theta), fine), Wide(m))
+        bend = (1 + share * m**2 * curved**2) * steep**2
         top = logits.max()
         z = top + np.log(np.sum(np.exp(logits - top)))
         p = np.exp(logits - z)

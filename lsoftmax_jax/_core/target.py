@@ -59,9 +59,13 @@ def inverse_norms(matrix: jax.Array, axis: int) -> jax.Array:
 def _squares(matrix: jax.Array, axis: int) -> jax.Array:
     """Sums of squares of _SCALE times the entries."""
     dtype = _checks.at_least_f32(matrix.dtype)
-    if axis == 0:
+    if axis == 0 and matrix.shape[0] > 1:
         return sum_over_rows(matrix, matrix, dtype, _SCALE)
-    return jnp.sum((_SCALE * matrix.astype(dtype)) ** 2, axis=axis)
+    scaled = _SCALE * matrix.astype(dtype)
+    if matrix.shape[axis] == 1:
+        # XLA would take the scale out of a single product, and the square of 1e-20 is 0.
+        scaled = jnp.where(scaled == 0, 0, scaled)
+    return jnp.sum(scaled**2, axis=axis)
 
 
 def _norm(square: jax.Array) -> tuple[jax.Array, jax.Array]:

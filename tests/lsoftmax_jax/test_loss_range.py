@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lsoftmax_jax as lsm
 from tests import oracle
 from tests.answers import EPS, assert_norm_close, loss_and_gradients, rounded, sum_and_gradients
 from tests.oracle import Gradients, as_arrays, assert_close
@@ -94,3 +95,13 @@ def test_full_label_smoothing_keeps_the_digits_of_tiny_logits(scale):
     wanted = oracle.loss_pullback(*given, np.ones(7), 4, label_smoothing=1.0)
     # p - 1 / C is about scale / C, and p is known to an eps of 1 / C.
     assert_close(got.kernel, wanted.kernel, 2.5e-7 / scale)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_unit_of_tiny_features_keeps_its_direction(length):
+    """Alone, a number of 2e-20 has a square of 0 in float32."""
+    features, kernel = jnp.full((1, length), 2e-20), jnp.full((length, 3), 2e-20)
+    margin = lsm.margins.NormFace(scale=16.0)
+    for labels in (None, jnp.array([0])):
+        logits = lsm.lsoftmax_logits(features, kernel, labels, margin=margin, lam=0.0)
+        np.testing.assert_allclose(logits, 16.0, rtol=1e-6)
