@@ -100,7 +100,7 @@ def test_full_label_smoothing_keeps_the_digits_of_tiny_logits(scale):
 @pytest.mark.parametrize("length", [1, 2])
 def test_a_unit_of_tiny_features_keeps_its_direction(length):
     """Alone, a number of 2e-20 has a square of 0 in float32."""
-    features, kernel = jnp.full((1, length), 2e-20), jnp.full((length, 3), 2e-20)
+    features, kernel = jnp.full((1, length), 2e-20), jnp.ones((length, 3))
     margin = lsm.margins.NormFace(scale=16.0)
     for labels in (None, jnp.array([0])):
         logits = lsm.lsoftmax_logits(features, kernel, labels, margin=margin, lam=0.0)
