@@ -146,5 +146,7 @@ def test_the_devices_of_a_mesh_are_not_pickled(kind):
     }[kind]
     with pytest.raises(TypeError, match="layout cannot be pickled with the devices of its mesh"):
         pickle.dumps(value)
-    again = copy.deepcopy(value)  # as for a teacher's moving average
+    # As for a teacher's moving average. JAX 0.7.2 copies no mesh, and NNX keeps it with the kernel.
+    copied_by = nnx.clone if kind == "NNX head" and jax.__version_info__ < (0, 8) else copy.deepcopy
+    again = copied_by(value)
     assert getattr(again, "layout", again) == layout and copy.copy(layout) is layout
