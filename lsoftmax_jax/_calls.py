@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
@@ -41,11 +40,12 @@ def check_settings(head: Head) -> None:
 
 def check_dtype(name: str, dtype: Any) -> None:
     try:
-        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        known = jnp.dtype(dtype)
+        usable = jnp.issubdtype(known, jnp.floating) and known.itemsize > 1
     except TypeError:
-        floating = False
-    if not floating:
-        raise TypeError(f"{name} must be a floating-point dtype, got {dtype!r}")
+        usable = False
+    if not usable:
+        raise TypeError(f"{name} must be a floating-point dtype of 16 bits or more, got {dtype!r}")
 
 
 def check_features(features: ArrayLike) -> jax.Array:
@@ -70,11 +70,12 @@ def call_of(
 ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     """Features and kernel in the dtype of the head, and the settings that every loss takes."""
     features = check_features(features)
+    kernel = _checks.as_array("kernel", kernel, "a floating-point array (D, classes)")
     columns = head.classes if head.layout is None else head.layout.columns(head.classes)
-    if np.ndim(kernel) != 2 or kernel.shape[1] != columns:
+    if kernel.ndim != 2 or kernel.shape[1] != columns:
         raise ValueError(
             f"kernel of the head must have shape (D, {columns}) for {head.classes} classes, got "
-            f"{np.shape(kernel)}: load the weights of this head"
+            f"{kernel.shape}: load the weights of this head"
         )
     if head.dtype is not None:
         features, kernel = features.astype(head.dtype), kernel.astype(head.dtype)

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from lsoftmax_jax import _calls, _checks
 from lsoftmax_jax._core.run import Statistics
-from lsoftmax_jax._core.spec import ClassParallel, Plan
+from lsoftmax_jax._core.spec import ClassParallel, Layout, Plan
 from lsoftmax_jax.losses import lsoftmax_loss, lsoftmax_loss_and_statistics, lsoftmax_loss_sum
 from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.schedule import SelfPaced
@@ -98,9 +98,9 @@ class LSoftmaxDense(nnx.Module):
             self.kernel = nnx.Param(kernel, **kernel_metadata)
             return
         shape = in_features, layout.columns(classes)
-        spec, mesh = (None, layout.class_axis), layout.mesh
-        # jit needs the mesh that was given; Flax 0.11 places no parameters. Under jit no device
-        # ever holds more than its shard.
+        # The mesh of the context, if that has the same axes: they may be of another type there.
+        spec, mesh = (None, layout.class_axis), Layout.of(layout).mesh
+        # Flax 0.11 places no parameters. Under jit no device ever holds more than its shard.
         placed = NamedSharding(mesh, P(*spec)) if isinstance(mesh, Mesh) else P(*spec)
 
         @functools.partial(jax.jit, out_shardings=placed)

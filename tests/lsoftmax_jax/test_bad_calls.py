@@ -437,6 +437,10 @@ OTHERS = [
         "kernel .* donated or deleted",
         lambda: LinenHead(C).apply({"params": {"kernel": gone(K)}}, F),
     ),
+    (
+        "kernel .* donated or deleted",
+        lambda: LinenHead(C, dtype="bfloat16").apply({"params": {"kernel": gone(K)}}, F),
+    ),
     ("key .* donated or deleted", lambda: sample(key=gone(jax.random.PRNGKey(0)))),
     (
         "sample.ids .* donated or deleted",
@@ -448,6 +452,10 @@ OTHERS = [
     ("dtype must be", lambda: LSoftmaxDense(D, C, dtype="floaty", rngs=nnx.Rngs(0))),
     ("dtype must be", lambda: LSoftmaxDense(D, C, dtype=int, rngs=nnx.Rngs(0))),
     ("param_dtype must be", lambda: LSoftmaxDense(D, C, param_dtype=int, rngs=nnx.Rngs(0))),
+    (
+        "param_dtype must be .* 16 bits or more, got 'float4_e2m1fn'",
+        lambda: LSoftmaxDense(D, C, param_dtype="float4_e2m1fn", rngs=nnx.Rngs(0)),
+    ),
     ("labels must be given with lam", lambda: LSoftmaxDense(D, C, rngs=nnx.Rngs(0))(F, lam=1.0)),
     ("features must", lambda: LSoftmaxDense(D, C, rngs=nnx.Rngs(0))(None)),
     (

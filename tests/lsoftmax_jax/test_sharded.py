@@ -304,6 +304,18 @@ def test_the_flax_heads_on_a_mesh_that_is_given_and_not_set(axis_type):
     oracle.assert_close(twins, lsm.lsoftmax_loss(*plain, margin=MARGIN, lam=LAM), 1e-5)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_head_takes_the_types_of_the_axes_from_the_context(axis_type):
+    layout = LAYOUTS["data by model"]
+    other = AxisType.Explicit if axis_type is AxisType.Auto else AxisType.Auto
+    parallel = lsm.ClassParallel("model", "data", make_mesh(layout, other))
+    with jax.set_mesh(make_mesh(layout, axis_type)):
+        head = nnx.LSoftmaxDense(DIM, CLASSES, layout=parallel, rngs=flax_nnx.Rngs(0))
+        kernel = head.kernel[...]
+        assert kernel.sharding.spec == P(None, "model")
+        assert kernel.sharding.mesh.axis_types == (axis_type, axis_type)
+
+
 def test_the_kernel_is_created_under_jit_where_no_device_holds_it_whole():
     layout = LAYOUTS["data by model"]
     mesh = make_mesh(layout)
