@@ -35,7 +35,7 @@ from experiments.store.progress import tracked
 from experiments.store.results import save
 from lsoftmax_jax import devices, training
 
-OUT = Path(__file__).parents[1] / "results" / "compiled"
+OUT = Path("runs") / "compiled"
 # Heads of the paper's size, of a face recogniser, and of 1e5 and 1e6 identities.
 SIZES = (
     (Shape(256, 256, 10), "f32"),

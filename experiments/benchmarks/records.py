@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.store.results import load, provenance
 
-OUT = Path(__file__).parents[1] / "results" / "bench"
+OUT = Path("runs") / "bench"
 
 
 def heading(kind: str, command: str, devices: int = 1) -> dict[str, Any]:
