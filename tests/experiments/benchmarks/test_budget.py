@@ -76,6 +76,7 @@ def test_minutes_must_be_positive(capsys):
     assert "minutes must be > 0" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 @pytest.mark.slow  # a process for each piece, and each compiles anew
 def test_one_of_each_kind_runs(tmp_path):
     assert main(["bench", "all", "--quick", "--minutes", "30", "--out", str(tmp_path)]) == 0
