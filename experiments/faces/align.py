@@ -1,7 +1,7 @@
 """Five-point alignment of faces to the standard template.
 
-A similarity transform (rotation, one scale, shift) brings a face's five landmarks nearest to the
-template's in least squares. The aligned face is the original seen through that transform.
+A least-squares similarity transform (rotation, one scale, shift) maps a face's five landmarks to
+the template's. The aligned face is the original image after that transform.
 """
 
 import logging
@@ -21,7 +21,7 @@ from experiments.faces.images import BROKEN, list_faces, open_face
 from experiments.store.files import read_text, replacing
 
 # The template of the authors' SphereFace: (x, y) in 112 x 96 pixels of the left and right eye, the
-# nose, the left and right corner of the mouth. Left is left in the picture.
+# nose, the left and right corner of the mouth. Left means the left side of the picture.
 # A picture of 112 x 112 has eight more columns on either side.
 TEMPLATE = np.array(
     [
@@ -44,8 +44,8 @@ def align_face(image: NDArray[np.uint8], landmarks: ArrayLike, size: Size) -> ND
 
     Args:
       image: (H, W, 3).
-      landmarks: (5, 2), x and y in image of the template's five points, in the template's order.
-      size: of the aligned face.
+      landmarks: (5, 2), x and y of the five points in image, in the template's order.
+      size: height and width of the aligned face.
 
     Returns:
       (112, 96 or 112, 3), black where image has no pixels.
@@ -59,7 +59,7 @@ def align_face(image: NDArray[np.uint8], landmarks: ArrayLike, size: Size) -> ND
     width = WIDTHS[size]
     template = TEMPLATE + [(width - 96) / 2, 0]
     similarity = estimate_transform("similarity", landmarks, template)
-    # scikit-image 0.25 answers NaN where later versions answer False.
+    # scikit-image 0.25 returns NaN where later versions return False.
     if not similarity or np.isnan(similarity.params).any():
         raise ValueError(f"landmarks must be five points of a face; got {landmarks.tolist()}")
     aligned = warp(image, similarity.inverse, output_shape=(112, width), preserve_range=True)
@@ -72,8 +72,7 @@ def read_landmarks(path: Path) -> dict[str, NDArray[np.float64]]:
     The names are in Unicode's composed form (NFC).
 
     Raises:
-      ValueError: naming the line that is not a name and ten finite numbers, or whose name an
-          earlier line has.
+      ValueError: a line is not a name and ten finite numbers, or it repeats an earlier name.
     """
     landmarks: dict[str, NDArray[np.float64]] = {}
     # Some editors begin a file with a byte-order mark.
@@ -96,13 +95,13 @@ def read_landmarks(path: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def align(faces: Path, landmarks: Path, out: Path, size: Size = "112x96") -> None:
-    """Aligns a folder of faces by five landmarks. Images that are in --out already stay.
+    """Aligns a folder of faces by five landmarks. Skips images that are already in --out.
 
     Args:
       faces: folder of person/image.jpg, or of insightface's train.rec and train.idx.
       landmarks: file of lines `person/image.jpg x1 y1 ... x5 y5`, for left eye, right eye, nose,
-        left and right corner of the mouth. Left is left in the picture.
-      out: folder of the aligned images, under the same names.
+        left and right corner of the mouth. Left means the left side of the picture.
+      out: folder for the aligned images, which keep their names.
       size: height and width of the aligned images.
     """
     points, listed = read_landmarks(landmarks), list_faces(faces)
@@ -111,7 +110,7 @@ def align(faces: Path, landmarks: Path, out: Path, size: Size = "112x96") -> Non
     todo = [name for name in known if not (out / name).exists()]
 
     def attempt(name: str) -> str | None:
-        """Aligns an image; returns the reason if that fails."""
+        """Aligns an image; returns the reason if the alignment fails."""
         try:
             aligned = align_face(np.asarray(open_face(listed.read(name))), points[keys[name]], size)
         except BROKEN as error:

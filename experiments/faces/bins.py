@@ -1,8 +1,8 @@
 """The test sets of insightface, `lfw.bin`, `cfp_fp.bin`, `agedb_30.bin`: pairs of images in a file.
 
 Such a file is a pickle of (images, same): images[2 i] and images[2 i + 1] are image files, and
-same[i] says whether they show one person. Unpickling runs whatever a file asks for. So the file is
-only read for its opcodes, and any but those of lists, a tuple, bytes and Booleans is refused.
+same[i] says whether they show one person. Unpickling runs any code that a file asks for. So this
+module reads the opcodes alone, and refuses all but those of lists, tuples, bytes and Booleans.
 """
 
 import pickletools
@@ -18,12 +18,13 @@ FOLDS = 10
 
 
 def read_bin(path: Path) -> tuple[Faces, Pairs]:
-    """Reads the images of a file and their pairs, in ten folds in their order.
+    """Reads the images and the pairs of a file; splits the pairs in order into ten folds.
 
-    The images are called `lfw.bin/00000` and so on, as if of one person: the file names nobody.
+    The images are called `lfw.bin/00000` and so on, as if all showed one person: the file names
+    nobody.
 
     Raises:
-      ValueError: naming the file, if it is anything but bytes and Booleans.
+      ValueError: the file holds anything but bytes and Booleans.
     """
     images, same = parsed(path)
     names = tuple(f"{path.name}/{number:05d}" for number in range(len(images)))
@@ -38,17 +39,17 @@ def read_bin(path: Path) -> tuple[Faces, Pairs]:
 
 
 def parsed(path: Path) -> tuple[list[bytes], list[bool]]:
-    """The file's two lists.
+    """Returns the file's two lists.
 
     Raises:
-      ValueError: naming the file, if it is anything but bytes and Booleans.
+      ValueError: the file holds anything but bytes and Booleans.
     """
     expected = f"{path} must be a pickle of (images, same), as lfw.bin is"
     if path.exists() and not path.is_file():
         raise ValueError(f"{expected}; it is no regular file")
     try:
         value = _value(path.read_bytes())
-    # The opcodes of a damaged file may ask for what is not on the stack, or is no list.
+    # Opcodes of a damaged file may pop an empty stack, or append to something that is not a list.
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{expected}: {error}") from error
     match value:
@@ -62,7 +63,7 @@ def parsed(path: Path) -> tuple[list[bytes], list[bool]]:
 
 
 def _value(file: bytes) -> Any:
-    """What a pickle of lists, tuples, bytes and Booleans holds."""
+    """Reads the value of a pickle of lists, tuples, bytes and Booleans."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -80,7 +81,7 @@ def _value(file: bytes) -> Any:
                 pass
             case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
                 stack.append(argument)
-            case "BINSTRING" | "SHORT_BINSTRING":  # Python 2 wrote bytes so
+            case "BINSTRING" | "SHORT_BINSTRING":  # bytes, as Python 2 wrote them
                 stack.append(argument.encode("latin-1"))
             case "NEWTRUE" | "NEWFALSE":
                 stack.append(opcode.name == "NEWTRUE")

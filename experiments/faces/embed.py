@@ -1,7 +1,7 @@
 """Embeddings of faces: features of each image and of its mirror image, side by side.
 
-A file of embeddings is an `.npz` of `names` (images,), `person/image.jpg` each, and `embeddings`
-(images, D), floating point.
+A file of embeddings is an `.npz` with `names` (images,), each a `person/image.jpg`, and
+floating-point `embeddings` (images, D).
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from experiments.store.progress import Progress
 from lsoftmax_jax.devices import DATA_AXIS, data_mesh
 
 Floats = NDArray[np.float32]
-# Makes features (images, D) of normalised images (images, height, width, 3).
+# Computes features (images, D) from normalised images (images, height, width, 3).
 Features = Callable[[Floats], Floats]
 
 
 class Embeddings(NamedTuple):
-    """Names (images,), `person/image.jpg` each, and their embeddings (images, D)."""
+    """Names (images,), each a `person/image.jpg`, and their embeddings (images, D)."""
 
     names: NDArray[np.str_]
     embeddings: Floats
@@ -52,12 +52,12 @@ def run_features(run: TrainedRun, batch_size: int) -> tuple[Features, int]:
     """Makes the function that computes a trained run's features, on all devices.
 
     Args:
-      run: of train-faces.
-      batch_size: the most images of a call; smaller batches are padded.
+      run: a run of train-faces.
+      batch_size: the largest number of images in a call; smaller batches are padded.
 
     Returns:
-      the function, which sets the features of images beside those of their mirror images, and its
-      batch size, a multiple of the devices.
+      the function, which joins the features of each image and of its mirror image, and the batch
+      size, rounded up to a multiple of the number of devices.
     """
     mesh = data_mesh()
     batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -78,7 +78,7 @@ def run_features(run: TrainedRun, batch_size: int) -> tuple[Features, int]:
 
 
 def grey_pixels(images: Floats) -> Floats:
-    """Takes the images themselves as features, in grey: learned features should do better."""
+    """Returns grey pixels as features: learned features should do better."""
     return images.mean(axis=-1).reshape(len(images), -1)
 
 
@@ -92,8 +92,8 @@ def load_embeddings(path: Path) -> Embeddings:
     """Reads a file of embeddings.
 
     Raises:
-      ValueError: path is no such file; names are no text, or one comes twice; embeddings are not
-          floating point; or the shapes disagree.
+      ValueError: path is not a file of embeddings; a name is not text or occurs twice; the
+          embeddings are not floating point; or the shapes disagree.
     """
     names, rows = embeddings = Embeddings(**read_npz(path, ("names", "embeddings")))
     if names.ndim != 1 or rows.ndim != 2 or len(names) != len(rows) or not rows.size:

@@ -1,12 +1,12 @@
 """Faces of named people, listed by person and read as batches of (image - 127.5) / 128.
 
-Faces lie in a folder of `person/image.jpg`, or in one that insightface packed as `train.rec` and
+The faces are files `person/image.jpg` of a folder, or insightface's packed `train.rec` and
 `train.idx`.
 
-Grain streams them as one endless sequence, shuffled anew each epoch and decided by the seed alone.
-Process p of n reads elements p, p + n, p + 2n, ..., so that n processes with batches of b read
-together what one process reads with batches of n b. The iterator's state is small and resumes in
-the middle of an epoch.
+Grain streams the images as one endless sequence, in a new order each epoch. The seed alone decides
+the sequence. Process p of n reads elements p, p + n, p + 2n, ..., so that n processes with batches
+of b read the same images as one process with batches of n b. The iterator's state is small, and
+resumes in the middle of an epoch.
 """
 
 import io
@@ -29,28 +29,28 @@ from experiments.faces import recordio
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
-# What reading and decoding an image raise.
+# The errors of reading and decoding an image.
 BROKEN = (OSError, ValueError)
-# Decoding more than 89 million pixels takes a gigabyte, and no face has so many.
+# Decoding more than 89 million pixels takes a gigabyte, and no picture of a face needs so many.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 # Threads beyond the number of cores would only wait for each other.
 _READ = grain.ReadOptions(num_threads=min(16, os.cpu_count() or 1), prefetch_buffer_size=512)
-# Python reads the bytes of a file name that are not UTF-8 as such characters.
+# Python decodes bytes of a file name that are not UTF-8 to these characters.
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")
 
 logger = logging.getLogger(__name__)
 
 
 class Faces(NamedTuple):
-    """Listed images, in order of their people.
+    """Listed images, ordered by person.
 
     Attributes:
       root: the folder or file that holds them.
-      names: (images,), `person/image.jpg` each, as the file system writes it.
-      labels: (images,), the place of each image's person in people.
-      people: their names in Unicode's composed form (NFC), which pairs have too.
-      read: gives the bytes of the image file of a name.
+      names: (images,), each a `person/image.jpg`, as the file system writes it.
+      labels: (images,), the index of each image's person in people.
+      people: names in Unicode's composed form (NFC), as in pairs.
+      read: returns the bytes of a named image file.
     """
 
     root: Path
@@ -71,8 +71,8 @@ def list_faces(
       without: names of people to leave out.
 
     Raises:
-      ValueError: root is no folder; it has no images where they are expected; a name is not UTF-8;
-          nobody in without is there; or nobody is left.
+      ValueError: root is not a folder; no person's folder in root has images; a name is not UTF-8;
+          root has nobody of without; or nobody is left.
     """
     root = Path(root)
     if not root.is_dir():
@@ -103,10 +103,10 @@ def list_faces(
 
 
 def rows_of(wanted: Iterable[str], names: Iterable[str]) -> NDArray[np.intp]:
-    """Finds images among names that may have an extension, in any of Unicode's forms.
+    """Finds the rows of wanted images among names, with or without extension, in any Unicode form.
 
     Raises:
-      ValueError: names lack an image, or two of them fit it.
+      ValueError: no name fits an image, or two names fit it.
 
     >>> rows_of(["A/A_0002", "A/A_0001"], ["A/A_0001.jpg", "A/A_0002"])
     array([1, 0])
@@ -128,10 +128,10 @@ def rows_of(wanted: Iterable[str], names: Iterable[str]) -> NDArray[np.intp]:
 
 
 def open_face(file: bytes) -> Image.Image:
-    """Decodes an image file as RGB, upright; of an animation, the first picture.
+    """Decodes an image file as upright RGB; an animation gives its first picture.
 
-    16 bits become 8, white staying white. What is transparent becomes black, as outside an aligned
-    face.
+    16-bit values become 8-bit values, and white stays white. Transparent pixels become black, like
+    the pixels outside an aligned face.
 
     Raises:
       ValueError: the file cannot be decoded, or holds 32-bit grey values, whose white is unknown.
@@ -150,19 +150,19 @@ def open_face(file: bytes) -> Image.Image:
                 face = Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
             else:
                 face = image.convert("RGB")
-    except UnidentifiedImageError:  # its message is an address in memory
+    except UnidentifiedImageError:  # its message is only an address in memory
         raise ValueError("cannot be read as an image") from None
     # A damaged file makes Pillow raise errors of many kinds.
     except Exception as error:
         raise ValueError(f"{error}" or type(error).__name__) from error
-    # Only the orientation is taken over: `exif_transpose` fails where another entry is damaged.
+    # Keep the orientation alone: `exif_transpose` fails if another entry is damaged.
     face.info.clear()
     face.getexif()[ExifTags.Base.Orientation] = orientation
     return ImageOps.exif_transpose(face)
 
 
 def _orientation(image: Image.Image) -> int:
-    """How the EXIF block says the picture is turned; upright where the block is damaged."""
+    """Returns the orientation in the EXIF block; upright if the block is damaged."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     # A damaged block makes Pillow raise errors of many kinds.
@@ -171,7 +171,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read_face(file: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Decodes an image file as (height, width, 3): its largest centre of that shape, resized."""
+    """Decodes an image file as (height, width, 3): cuts out the centre and resizes it."""
     return np.asarray(ImageOps.fit(open_face(file), size[::-1], Image.Resampling.BILINEAR))
 
 
@@ -181,12 +181,12 @@ def normalise(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 class FaceImages:
-    """Grain's source: element i is image i with its label and index, or None if it is broken.
+    """Grain's source: element i is image i with its label and index, or None for a broken image.
 
     Grain skips None. `broken` maps the names of the broken images met so far to the reasons.
 
     Raises:
-      ValueError: from an element, once every image has turned out to be broken.
+      ValueError: reading an element shows that every image is broken.
     """
 
     def __init__(self, faces: Faces, size: tuple[int, int]) -> None:
@@ -237,7 +237,7 @@ def _mirror(element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]
 
 
 def _images_of_people(root: Path) -> dict[str, list[str]]:
-    """The names `person/image.jpg` in a folder, by person."""
+    """Lists the names `person/image.jpg` in a folder, by person."""
     images, deeper = defaultdict[str, list[str]](list), list[str]()
     for person in sorted(root.iterdir()):
         if not person.is_dir() or person.name.startswith("."):
@@ -274,6 +274,6 @@ def _has_images(folder: str) -> bool:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    """Whether a regular file has an image's suffix; reading a named pipe would not end."""
+    """Whether entry is a regular file with an image's suffix: reading a named pipe never ends."""
     suffix = os.path.splitext(entry.name)[1].lower()
     return suffix in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()

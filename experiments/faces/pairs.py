@@ -1,6 +1,6 @@
 """Pairs of images drawn from a folder of faces, in the format of LFW's view 2.
 
-Each person is in one fold only, so that a network that learned from some folds may be tested on the
+Each person is in one fold only, so a network that learned from some folds can be tested on the
 others.
 """
 
@@ -17,13 +17,13 @@ Images = dict[str, list[int]]
 
 
 def pairs(faces: Path, out: Path, folds: int = 10, each: int = 300, seed: int = 0) -> None:
-    """Draws pairs of one person and pairs of two from a folder of person/person_0001.jpg.
+    """Draws pairs of one person and pairs of two people from a folder of person/person_0001.jpg.
 
     Args:
       faces: folder of person/person_0001.jpg, or of insightface's train.rec and train.idx.
       out: the file to write, in the format of LFW's pairs.txt.
       folds: number of folds; no two folds share a person.
-      each: number of pairs of one person in a fold, which also has this many of two people.
+      each: number of pairs of one person in a fold; a fold has as many pairs of two people.
       seed: decides the draw.
     """
     for name, value in (("folds", folds), ("each", each)):
@@ -43,7 +43,7 @@ def numbered(faces: Faces) -> Images:
     """Finds the numbers of each person's images.
 
     Raises:
-      ValueError: naming an image that is not called as LFW would, or two of one number.
+      ValueError: an image is not named as in LFW, or two images of a person have one number.
     """
     images: dict[str, dict[int, str]] = {person: {} for person in faces.people}
     for name, label in zip(faces.names, faces.labels, strict=True):
@@ -60,10 +60,10 @@ def numbered(faces: Faces) -> Images:
 
 
 def fold_lines(images: Images, each: int, rng: np.random.Generator) -> list[str]:
-    """Draws ``each`` lines `name i j`, then as many `name i other j`, no pair twice.
+    """Draws ``each`` lines `name i j`, then as many lines `name i other j`, no pair twice.
 
     Raises:
-      ValueError: the fold's people have fewer pairs.
+      ValueError: the fold's people have too few pairs.
     """
     counts = np.array([len(numbers) for numbers in images.values()])
     same = int((counts * (counts - 1) // 2).sum())

@@ -1,4 +1,4 @@
-"""Face verification on LFW's pairs: cosine and thresholds that are cross-validated over the folds.
+"""Face verification on LFW's pairs by cosine, with thresholds cross-validated over the folds.
 
 The protocol is view 2 of LFW as SphereFace's evaluation runs it. The mean, the optional PCA and the
 threshold for a fold are fitted on the other folds:
@@ -42,7 +42,7 @@ class Pairs(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What `verify` measures; the ROC pools the scores of the tested folds."""
+    """The result of `verify`; the ROC pools the scores of the tested folds."""
 
     accuracy: float
     standard_error: float
@@ -52,15 +52,15 @@ class Verification(NamedTuple):
 
 
 def read_pairs(*paths: str | Path) -> Pairs:
-    """Pairs of files in LFW's formats; the folds of a file come after those of the one before it.
+    """Reads pairs from files in LFW's formats, and numbers the folds through all files.
 
-    The first line holds the number of folds and n, as in view 2's `pairs.txt`, or n alone for one
-    fold, as in view 1's `pairsDevTrain.txt` and `pairsDevTest.txt`; each fold has n lines
-    `name i j` (one person, images i and j), then n lines `name i other j`; image i of name is
-    `name/name_000i`. The names come back in Unicode's composed form (NFC).
+    The first line of a file holds the number of folds and n, as in view 2's `pairs.txt`. A file of
+    one fold may hold n alone there, as view 1's `pairsDevTrain.txt` and `pairsDevTest.txt` do. Each
+    fold has n lines `name i j` (images i and j of one person), then n lines `name i other j`. Image
+    i of name is `name/name_000i`. Returned names have Unicode's composed form (NFC).
 
     Raises:
-      ValueError: naming the line that does not fit, or the number of pairs expected and got.
+      ValueError: a line does not fit, or the number of pairs is not that of the first line.
     """
     files = [_pairs_of_file(path) for path in paths]
     before = np.cumsum([0] + [pairs.fold.max() + 1 for pairs in files[:-1]])
@@ -90,10 +90,10 @@ def _pairs_of_file(path: str | Path) -> Pairs:
 
 
 def people_of_fold(pairs: Pairs, fold: int) -> frozenset[str]:
-    """Everybody in a fold's pairs.
+    """Returns everybody in a fold's pairs.
 
     Raises:
-      ValueError: if the pairs have no such fold.
+      ValueError: the pairs have no such fold.
     """
     if fold not in pairs.fold:
         raise ValueError(f"fold must be in 0..{pairs.fold.max()}; got {fold}")
@@ -121,23 +121,24 @@ def verify(
     components: int | None = None,
     tested: Collection[int] | None = None,
 ) -> Verification:
-    """Accuracy and ROC of deciding from two arrays of embeddings which pairs are one person.
+    """Measures how well embeddings tell which pairs show one person: accuracy and ROC.
 
-    The accuracy is the mean over folds, its standard error their sample deviation / sqrt(folds).
+    The accuracy is the mean over folds. Its standard error is the sample standard deviation of the
+    folds / sqrt(folds).
 
     Args:
-      first, second: embeddings, (pairs, D) each; row i of both is pair i. At least f32 inside.
+      first, second: embeddings, (pairs, D) each; row i of both is pair i. Computed in at least f32.
       same: (pairs,) bool, whether both embeddings are of one person.
       fold: (pairs,) integer, the fold of each pair; at least two folds.
       components: number of principal components kept, fitted on the other folds' embeddings;
           None subtracts their mean and keeps all D.
-      tested: the folds that are tested, all by default; the ROC holds only their scores. One fold
-          has no standard error (NaN).
+      tested: the folds to test, all by default; the ROC holds only their scores. The standard error
+          of a single fold is NaN.
 
     Raises:
-      ValueError: if shapes disagree, an embedding is not finite, there are fewer than two folds,
-          the tested folds or those beside one lack same or different pairs, or components or
-          tested is out of range.
+      ValueError: shapes disagree; an embedding is not finite; there are fewer than two folds; the
+          tested folds, or the folds other than a tested one, lack same or different pairs; or
+          components or tested is out of range.
 
     Source: LFW's technical report 07-49 for the protocol; SphereFace for the mean and the cosine.
     """
@@ -155,7 +156,7 @@ def verify(
         raise ValueError(f"tested must be some of the folds {folds}; got {tested}")
 
     def of_fold(held_out: Any) -> tuple[NDArray, NDArray, float, np.floating]:
-        """The fold's scores and kinds, the threshold fitted on the others, the accuracy."""
+        """Scores and kinds of the fold's pairs, threshold of the other folds, accuracy."""
         test = fold == held_out
         known = np.concatenate([first[~test], second[~test]])
         scores = pair_scores(first, second, fitted(known, components))
@@ -177,10 +178,10 @@ def verify(
 
 
 def fitted(embeddings: NDArray[np.floating], components: int | None = None) -> StandardScaler | PCA:
-    """The projection of `verify`, fitted on these embeddings: minus their mean, then PCA if asked.
+    """Fits the projection of `verify`: subtract the mean, then apply PCA if components is given.
 
     Raises:
-      ValueError: if components is below 1 or above D or the number of embeddings.
+      ValueError: components is below 1, or above D or the number of embeddings.
     """
     if components is None:
         projection = StandardScaler(with_std=False)
@@ -203,8 +204,9 @@ def pair_scores(
 
 
 def best_threshold(seen: Roc) -> float:
-    """The threshold with the most decisions right, halfway between the scores it separates;
-    of several such, the highest.
+    """Returns the threshold with the most right decisions; of several such, the highest.
+
+    The threshold lies halfway between the two scores that it separates.
 
     >>> best_threshold(roc([0.9, 0.5, 0.1], [True, True, False]))
     0.3

@@ -1,4 +1,4 @@
-"""The recipe of a run on faces: everything but the images that decides its numbers."""
+"""The recipe of a run on faces: everything that decides its numbers, except the images."""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,10 +13,10 @@ from lsoftmax_jax.schedule import LambdaPreset
 
 @dataclass(frozen=True, kw_only=True)
 class FaceRecipe(Recipe):
-    """Recipe of one training run on faces; no other ``steps`` stretches ``drops`` or ``lam``."""
+    """Recipe of a training run on faces; ``drops`` and ``lam`` do not stretch with ``steps``."""
 
     network: Literal["lfw", "sphere20"] = "lfw"
-    """The paper's network of Table 1, or a network after the authors' SphereFace-20."""
+    """The network of the paper's Table 1, or one like the authors' SphereFace-20."""
     size: tuple[int, int] = (112, 96)
     """Height and width of the images: 112 96, 112 112, or smaller for a trial."""
     margin: int = 4
@@ -26,7 +26,7 @@ class FaceRecipe(Recipe):
     steps: int = 28_000
     """How many updates to make."""
     schedule: Literal["steps", "plateau"] = "steps"
-    """Divide the learning rate by ten after the updates in drops, or once the loss stays."""
+    """Divide the learning rate by ten after the updates in drops, or once the loss is flat."""
     drops: tuple[int, ...] = (16_000, 24_000)
     """Updates after which the schedule "steps" divides the learning rate."""
     patience: int = 2_000
@@ -34,7 +34,7 @@ class FaceRecipe(Recipe):
     minimum_images: int = 1
     """Leave out people who have fewer images than this."""
     left_out_fold: int | None = None
-    """Leave out everybody in this fold of the pairs (0 is the first), so that it can be tested."""
+    """Leave out everybody in this fold of the pairs (0 is the first), to test this fold later."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,14 +62,14 @@ class FaceRecipe(Recipe):
 
 
 class Plateau(NamedTuple):
-    """The lowest loss so far, the update of that loss or of the last drop, the number of drops."""
+    """The lowest loss so far, its update or that of the last drop, and the number of drops."""
 
     loss: float = math.inf
     step: int = 0
     drops: int = 0
 
     def after(self, step: int, loss: float, patience: int) -> "Plateau":
-        """Takes in the loss at a step. A loss counts as lower if it is so by one percent."""
+        """Adds the loss at a step. A loss counts as lower if it is lower by one percent."""
         if loss < 0.99 * self.loss:
             return self._replace(loss=loss, step=step)
         if step - self.step >= patience:

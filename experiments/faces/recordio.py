@@ -1,14 +1,15 @@
 """The training folders of insightface, `train.rec` and `train.idx`: MXNet's indexed RecordIO.
 
-A line of `train.idx` is a record's key, a tab, and its place in `train.rec`. There it is a word of
-magic, a word with its length in the lower 29 bits, its data, and zeros up to a multiple of 4 bytes.
-Where the data holds the magic at a multiple of 4 bytes, the writer cuts it there into records of
-their own, without that word; the upper 3 bits tell them: 0 whole, 1 first, 2 in between, 3 last.
+A line of `train.idx` holds a record's key, a tab, and the record's place in `train.rec`. A record
+is a magic word, a word whose lower 29 bits are the length of the data, the data, and zeros up to a
+multiple of 4 bytes. Where the data contains the magic word at a multiple of 4 bytes, the writer
+drops this word and splits the data into several records. The upper 3 bits of the second word say
+which part a record holds: 0 whole, 1 first, 2 in between, 3 last.
 
 The data of an image is a header (flag, label, id, id), as many float32 labels as the flag says, and
-the file. The first label is the number of the person. Record 0 may be a header alone, whose first
-label is one more than the number of images: the images are then records 1, 2, ..., and what follows
-them is of no use here.
+the image file. The first label is the number of the person. Record 0 may be a header alone. Its
+first label is then one more than the number of images, the images are records 1, 2, ..., and this
+module ignores all later records.
 
 Source: https://github.com/dmlc/dmlc-core/blob/main/src/recordio.cc; `MXFaceDataset` of
 https://github.com/deepinsight/insightface for record 0.
@@ -34,13 +35,13 @@ Integers = NDArray[np.int64]
 
 
 def list_records(folder: Path) -> tuple[dict[str, list[str]], Callable[[str], bytes]]:
-    """Lists the images of each person, as LFW would call them: `7/7_0123.jpg` is record 123.
+    """Lists the images of each person under names like LFW's: `7/7_0123.jpg` is record 123.
 
     Returns:
-      the names by person, and a function that gives the image file of a name.
+      the names by person, and a function that reads a named image file.
 
     Raises:
-      ValueError: a file is missing, damaged, cut off, or no regular file.
+      ValueError: a file is missing, damaged, cut off, or not a regular file.
     """
     path = folder / RECORDS
     for file in (path, folder / INDEX):
@@ -60,7 +61,7 @@ def list_records(folder: Path) -> tuple[dict[str, list[str]], Callable[[str], by
 
 
 def read_image(path: Path, place: int) -> bytes:
-    """The image file of the record that begins at place.
+    """Reads the image file of the record that begins at place.
 
     Raises:
       ValueError: no whole record begins there.
@@ -71,7 +72,7 @@ def read_image(path: Path, place: int) -> bytes:
 
 
 def read_record(path: Path, place: int) -> bytes:
-    """The data of the record that begins at place.
+    """Reads the data of the record that begins at place.
 
     Raises:
       ValueError: no whole record begins there.
@@ -92,7 +93,7 @@ def read_record(path: Path, place: int) -> bytes:
 
 
 def _indexed(path: Path, index: Path) -> tuple[Integers, Integers, Integers]:
-    """Key, place and person of each image, in order of the keys."""
+    """Reads the key, place and person of each image, sorted by key."""
     try:
         keys, places = np.array(read_text(index).split(), np.int64).reshape(-1, 2).T
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Handwritten digits in the place of faces: a folder such as the face commands read.
+"""Handwritten digits in place of faces: a folder that the face commands can read.
 
-The images are scikit-learn's scans; the ten "people" are the digits. A measurement on them shows
-that the commands work, and nothing about faces.
+The images are scikit-learn's scans; the ten "people" are the digits. A measurement on digits shows
+that the commands work; it says nothing about faces.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ def write_digits(folder: Path, images: int = 60, size: int = 32) -> None:
     """Writes folder/zero/zero_0001.png and so on.
 
     Args:
-      folder: made if it is missing.
+      folder: created if missing.
       images: number of scans of each digit, at most 174.
       size: height and width of an image.
     """

@@ -1,7 +1,7 @@
 """Trains a face network on any folder of `person/image.jpg`, streamed from the disk.
 
-Beside what every run keeps in its folder, the place of the stream of images: a stopped run
-continues in the middle of an epoch.
+A run's folder also holds the position of the image stream, so a stopped run continues in the middle
+of an epoch.
 """
 
 import hashlib
@@ -30,18 +30,18 @@ from experiments.store.claims import claim, claimed
 from lsoftmax_jax import training
 from lsoftmax_jax.devices import DATA_AXIS, compile_step, data_mesh
 
-# On an accelerator a dispatch is so many updates; on a CPU one.
+# Updates in one dispatch on an accelerator; on a CPU a dispatch is one update.
 DISPATCH = 20
-# The plateau goes by means over so many updates, and by no λ that still changes the loss.
+# A plateau compares means over PLATEAU_UPDATES losses; a λ below NO_LAM hardly changes the loss.
 PLATEAU_UPDATES, NO_LAM = 20, 0.01
 
 
 class FaceBatches:
-    """The stream of batches of this process on the devices of a mesh, and the plateau of the loss.
+    """Streams this process's batches to the devices of a mesh; tracks the plateau of the loss.
 
     Args:
       recipe: decides the numbers.
-      images: to train on.
+      images: the images to train on.
       mesh: has a "data" axis.
     """
 
@@ -56,7 +56,7 @@ class FaceBatches:
         return self
 
     def __next__(self) -> tuple[jax.Array, jax.Array]:
-        """Images and labels of the next update, of all processes together."""
+        """Returns images and labels of the next update, of all processes together."""
         batch = next(self._stream)
         local = batch["image"], batch["label"]
         return jax.make_array_from_process_local_data((self._rows, self._rows), local)
@@ -70,11 +70,11 @@ class FaceBatches:
         self.plateau, self._losses = Plateau(*position["plateau"]), position["losses"]
 
     def watch(self, step: int, values: Values) -> None:
-        """Lowers the plateau's rate once the loss stays; ``step`` is the one after the values."""
+        """Lowers the rate once the loss stops falling; ``step`` is the step after the values."""
         if self._recipe.schedule == "steps":
             return
         first = step - len(values["loss"])
-        # An annealed margin first has to arrive; other paces have no end to wait for.
+        # While λ falls, the loss may rise; only an annealed λ has an end to wait for.
         annealed = self._recipe.pace == "annealed"
         settled = (1 - 1e-5) / (1 + max(NO_LAM, self._recipe.lam.minimum)) if annealed else 0
         for number, (loss, share) in enumerate(
@@ -87,7 +87,7 @@ class FaceBatches:
                     self.plateau = self.plateau.after(first + number, mean, self._recipe.patience)
 
     def at_rate(self, state: training.State) -> training.State:
-        """The state with the plateau's factor of the learning rate."""
+        """Returns the state with the plateau's factor of the learning rate."""
         if self._recipe.schedule == "steps":
             return state
         old = optax.tree.get(state.opt_state, "step_size")
@@ -107,18 +107,17 @@ def train_faces(
 ) -> int:
     """Trains a face network on a folder of person/image.jpg, or continues such a run.
 
-    On many hosts run the same command in every process, as `train --help` shows. A run continues on
-    as many processes as it began on.
+    On several hosts, run the same command in every process, as `train --help` shows. A run must
+    continue on as many processes as it began on.
 
     Args:
-      faces: folder of person/image.jpg, or of insightface's train.rec and train.idx, in which form
-        CASIA-WebFace circulates.
-      out: folder of the run, which continues if it is there already. The result is OUT.json
-        beside the folder.
+      faces: folder of person/image.jpg, or of insightface's train.rec and train.idx, the usual form
+        of CASIA-WebFace.
+      out: folder of the run; an unfinished run continues. The result is OUT.json beside the folder.
       recipe: decides the run's numbers.
       pairs: files of pairs of faces, as for `verify`; --left-out-fold names one of their folds.
-      init_from: folder of another run, such as one with softmax; start from its weights.
-      devices: how many to train on, the first ones; by default all.
+      init_from: folder of another run, such as a softmax run; start from its weights.
+      devices: train on this many devices, the first ones; by default on all.
       checkpoint_seconds: seconds between two checkpoints.
     """
     with processes.joined(meeting), loop.interruptible() as stop:
@@ -138,7 +137,7 @@ def train_faces(
 def prepare(
     recipe: FaceRecipe, images: FaceImages, out: Path, init_from: Path | None, mesh: Mesh
 ) -> tuple[Task, Shared]:
-    """A run on faces and its functions."""
+    """Makes the task of a run on faces, and the functions that train it."""
     faces, clock = images.faces, Clock()
     people, init = list(faces.people), init_from and init_from.name
     with clock.spent("setup"):
@@ -194,7 +193,7 @@ def prepare(
 
 
 def fingerprint(faces: Faces) -> str:
-    """Of the images' names and every byte of them."""
+    """Hashes the names and all bytes of the images."""
 
     def of_image(name: str) -> bytes:
         return hashlib.sha256(faces.read(name)).digest()
@@ -207,7 +206,7 @@ def fingerprint(faces: Faces) -> str:
 
 
 def training_faces(folder: Path, recipe: FaceRecipe, pairs: tuple[Path, ...]) -> Faces:
-    """The faces to train on: without people of few images and those of the fold left out."""
+    """Lists the faces to train on, without people of few images and of the left-out fold."""
     left_out: frozenset[str] = frozenset()
     if recipe.left_out_fold is not None:
         if not pairs:
@@ -220,9 +219,9 @@ def training_faces(folder: Path, recipe: FaceRecipe, pairs: tuple[Path, ...]) ->
 
 
 def warm_start(graphdef: Any, fresh: training.State, run: Path, mesh: Mesh) -> training.State:
-    """A fresh state with the weights and statistics of another run on faces.
+    """Returns a fresh state with the weights and statistics of another run on faces.
 
-    Its head too, if it has as many people.
+    The head is taken too if both runs have equally many people.
     """
     model, begun = load_run(run, mesh).model, training.restore_model(graphdef, fresh)
     if model.head.kernel.shape != begun.head.kernel.shape:
@@ -235,7 +234,7 @@ def warm_start(graphdef: Any, fresh: training.State, run: Path, mesh: Mesh) -> t
 
 
 class TrainedRun(NamedTuple):
-    """A run's recipe, how it was begun, its people, its last state, its network at inference."""
+    """A run's recipe, how it was begun, its people, its last state, and its inference network."""
 
     recipe: FaceRecipe
     begun: dict[str, Any]
@@ -245,10 +244,10 @@ class TrainedRun(NamedTuple):
 
 
 def load_run(run: Path, mesh: Mesh | None = None) -> TrainedRun:
-    """What a run's folder holds, with its latest checkpoint on a mesh, by default of all devices.
+    """Loads a run's folder, and its latest checkpoint onto a mesh, by default of all devices.
 
     Raises:
-      FileNotFoundError: if the folder holds no run or no checkpoint yet.
+      FileNotFoundError: the folder holds no run or no checkpoint yet.
     """
     there = claimed(run)
     settings = there["settings"]

@@ -1,7 +1,7 @@
-"""Verifies faces, as a table and a JSON: the pairs of a file, and all pairs of the same people.
+"""Verifies the face pairs of a file, and all pairs of the same people; writes a table and a JSON.
 
-A fold's file lists 600 pairs, too few to tell two networks apart. Its people have hundreds of
-thousands of pairs. The mean and the PCA that both use are fitted on the pairs of the other folds.
+LFW lists 600 pairs a fold, too few to tell two networks apart. The fold's people make hundreds of
+thousands of pairs. Both verifications fit their mean and PCA on the listed pairs of other folds.
 """
 
 import math
@@ -38,7 +38,7 @@ LOWEST_RATE = 1e-3
 
 
 class Source(NamedTuple):
-    """Embeddings, the people they were learned from, and what they are, for the record."""
+    """Embeddings, the people they were learned from, and the settings that the result records."""
 
     embeddings: embed.Embeddings
     trained_on: frozenset[str]
@@ -64,17 +64,17 @@ def verify_faces(
 
     Args:
       out: the .json of the result. `figures --out` with its folder draws the ROC.
-      pairs: files of pairs in LFW's formats, `pairs.txt` of view 2 or both files of view 1; the
-        folds are counted through all of them. All pairs of the tested folds' people are verified
-        too, fold by fold.
+      pairs: files of pairs in LFW's formats, `pairs.txt` of view 2 or both files of view 1; folds
+        are numbered through all files. All pairs of the tested folds' people are verified too, fold
+        by fold.
       bin: a test set of insightface, such as lfw.bin, cfp_fp.bin or agedb_30.bin, for --checkpoint
-        and --pixels. It holds the images too, and names nobody: that the checkpoint was not trained
-        on its people is yours to know.
+        and --pixels. It holds the images too, and names nobody: only you can know whether the
+        checkpoint was trained on its people.
       faces: folder of person/image.jpg, for --checkpoint and --pixels with --pairs.
       embeddings: an .npz of names and embeddings, from embed or elsewhere. Only the images in
         it take part.
       checkpoint: folder of a run of train-faces. Folds with people it was trained on are skipped.
-      pixels: take small grey images as embeddings; any network should beat them.
+      pixels: use small grey images as embeddings; any network should beat them.
       components: how many principal components to keep, fitted on the other folds; by default all.
       protocol: name of the protocol, for the result, such as "unrestricted, no outside data".
       batch: images at a time, on all devices together.
@@ -127,10 +127,10 @@ def verify_faces(
 
 
 def untrained_folds(pairs: Pairs, trained_on: frozenset[str]) -> list[int]:
-    """The folds none of whose people was trained on.
+    """Returns the folds that contain nobody in trained_on.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: there is no such fold.
     """
     folds: list[int] = np.unique(pairs.fold).tolist()
     clean = [fold for fold in folds if trained_on.isdisjoint(people_of_fold(pairs, fold))]
@@ -145,7 +145,7 @@ def untrained_folds(pairs: Pairs, trained_on: frozenset[str]) -> list[int]:
 def all_pairs(
     pairs: Pairs, embeddings: embed.Embeddings, tested: list[int], components: int | None = None
 ) -> list[verification.Verification]:
-    """All pairs of the images of a fold's people, for each tested fold."""
+    """Verifies all pairs of images of a fold's people, for each tested fold."""
     names, vectors = embeddings
     first, second = np.split(rows_of([*pairs.first, *pairs.second], names), 2)
     person = np.array([person_of(name) for name in names])
@@ -160,7 +160,7 @@ def all_pairs(
 
 
 def metrics(result: Verification) -> dict[str, Any]:
-    """A result's numbers for JSON, which knows no NaN."""
+    """Returns a result's numbers for JSON, which has no NaN."""
     error = result.standard_error
     return {
         "accuracy": result.accuracy,
@@ -192,14 +192,14 @@ def all_pairs_outcome(folds: list[verification.Verification]) -> dict[str, Any]:
 
 
 def curve(roc: Roc) -> dict[str, list[float]]:
-    """TAR at rates of false accepts evenly apart on a logarithmic axis."""
+    """Returns TAR at false accept rates that are evenly spaced on a logarithmic axis."""
     far = np.geomspace(LOWEST_RATE, 1, CURVE_POINTS)
     tar = np.array([roc.tar_at(min(rate, 1.0)) for rate in far.tolist()])
     return {"false_accepts": far.round(6).tolist(), "true_accepts": tar.round(6).tolist()}
 
 
 def print_table(outcome: dict[str, Any]) -> None:
-    """The accuracy of folds; the error rates of the listed pairs, and of all pairs."""
+    """Prints the accuracy of each fold, and the error rates of the listed and of all pairs."""
     seen, everybody = outcome["metrics"], outcome["all_pairs"]
     folds = Table("fold", "accuracy", "threshold")
     numbers = zip(
@@ -226,7 +226,7 @@ def print_table(outcome: dict[str, Any]) -> None:
 
 
 def embedded(faces: Faces, pairs: Pairs | None, checkpoint: Path | None, batch: int) -> Source:
-    """Images embedded by a run's network or, without a run, as pixels.
+    """Embeds images by a run's network or, without a run, as pixels.
 
     Args:
       pairs: embed only the images that `needed` names; None embeds all.
@@ -244,15 +244,15 @@ def embedded(faces: Faces, pairs: Pairs | None, checkpoint: Path | None, batch: 
 
 
 def person_of(name: str) -> str:
-    """The person of person/image.jpg, composed as in files of pairs: macOS decomposes names."""
+    """The person of person/image.jpg in composed form, as in pairs: macOS decomposes names."""
     return normalize("NFC", name.split("/")[0])
 
 
 def needed(pairs: Pairs, faces: Faces, tested: list[int]) -> Faces:
-    """The images that pairs name, and every image of the people in the tested folds.
+    """Selects the images that pairs name, and every image of the people in the tested folds.
 
     Raises:
-      ValueError: naming the images of pairs that are missing, before the long work begins.
+      ValueError: images of pairs are missing; raised before the long work begins.
     """
     people = frozenset().union(*(people_of_fold(pairs, fold) for fold in tested))
     chosen = np.array([person_of(name) in people for name in faces.names])
