@@ -1,11 +1,11 @@
-"""Kills runs and continues them; each must end in the bits of an unbroken one.
+"""Kills runs and continues them; each must end with the same bits as an unbroken run.
 
     python scripts/crash.py [KILLS] [SEED] [RESULT.json]
 
-Half of the kills come at a random time, half at an exact event of the file system under the run's
-folder (an open, rename, removal or new folder, as Python's audit hooks see it). Every source of
-the training loop takes its share, and so does a network with dropout two of whose updates are
-skipped as not finite. A run is killed several times before it is let through.
+Half of the kills come at a random time. The others come at a numbered file-system event under the
+run's folder: an open, rename, removal or new folder, as Python's audit hooks see it. Each source of
+images gets an equal share of the kills, and so does a network with dropout that skips two updates
+because they are not finite. A run is killed several times before it may finish.
 """
 
 import json
@@ -67,7 +67,7 @@ def skip_and_drop() -> None:
 
 
 def started(words: list[str], out: Path, cache: Path, event: int | None = None) -> int:
-    """A process that trains; it kills itself at the numbered event of the file system."""
+    """Starts a process that trains; it kills itself at the file-system event of this number."""
     if (child := os.fork()) != 0:
         return child
     seen = 0
@@ -97,7 +97,7 @@ def ended(child: int) -> int:
 
 
 def outcome(out: Path) -> tuple:
-    """What must not depend on kills: the curves, the measures, the bits of the last checkpoint."""
+    """The curves, measures and bits of the last checkpoint, which must not depend on kills."""
     (log,) = [*out.glob("metrics.jsonl"), *out.glob("*/metrics.jsonl"),
               *out.glob("*/*/metrics.jsonl")]  # fmt: skip
     folder = log.parent
@@ -106,7 +106,7 @@ def outcome(out: Path) -> tuple:
     with ocp.CheckpointManager(folder / "checkpoints") as manager:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
     leaves, tree = jax.tree.flatten(state)
-    # A random key has no NumPy array.
+    # NumPy cannot hold a random key.
     keyed = jax.dtypes.prng_key
     leaves = [
         jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, keyed) else leaf for leaf in leaves
@@ -115,7 +115,7 @@ def outcome(out: Path) -> tuple:
 
 
 def attack(words: list[str], kills: int, rng: random.Random, folder: Path) -> tuple[Counter, int]:
-    """Where the kills hit, and how many runs ended differently."""
+    """Kills runs; returns where the kills hit, and how many runs ended differently."""
     if words[0] == "train-faces":
         write_digits(folder / "faces", images=8)
         words = [*words, "--faces", str(folder / "faces")]
@@ -134,7 +134,7 @@ def attack(words: list[str], kills: int, rng: random.Random, folder: Path) -> tu
         place = folder / "broken" / "run"
         place.mkdir(parents=True)
         for number in range(min(KILLS_A_RUN, kills - done)):
-            # Later kills find less of the run left.
+            # After each kill less of the run is left.
             left = 1 - number / KILLS_A_RUN
             if rng.random() < 0.5:
                 child = started(
@@ -159,7 +159,7 @@ def attack(words: list[str], kills: int, rng: random.Random, folder: Path) -> tu
 
 
 def run_in_child(function: Callable[[Path], Any], argument: Path) -> bytes:
-    """A value from a process of its own: this one must not start JAX, or it could not fork."""
+    """Hashes a value in a child process: this process could not fork after JAX has started."""
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         import hashlib

@@ -1,22 +1,22 @@
-"""Losses and gradients at random arguments beside an 80-bit reference that shares no code.
+"""Compares losses and gradients at random arguments with an independent 80-bit reference.
 
     python scripts/fuzz.py [SECONDS] [SEED] [RESULT.json]
 
-A case is a call of a loss, with inference logits beside it: on one device, or on a mesh of Auto or
-Explicit axes; in float16 with a loss scale up to 2**15. Or a case is a training step in
-`jax.shard_map`, with dropout; a tenth of these have an unknown label, and must change nothing.
+Most cases call a loss and the inference logits, on one device or on a mesh of Auto or Explicit
+axes; float16 has a loss scale up to 2**15. The other cases make a training step in `jax.shard_map`,
+with dropout. A tenth of the steps have an unknown label, and must change nothing.
 
-Norms of the features or of the columns, one of the two at a time, go from 1e-30 to 1e30, in float16
-from 0.1 to 30. Between 1e-20 and 1e15 numbers must be right; beyond, the script reports how often
-they are not.
+The norms of either the features or the columns go from 1e-30 to 1e30, in float16 from 0.1 to 30.
+Between 1e-20 and 1e15 the numbers must be right. Outside this range the script reports how often
+the numbers are wrong.
 
-Errors are counted in units of what the dtype must lose of each loss, each row of the features'
-gradient and of the logits, and each column of the kernel's gradient: eps times the sum of the
-lengths of its own terms, with a factor for the conditioning of the margin and of the softmax
-(`Reference`). A case fails above 4.
+The unit of an error is what the dtype must lose: eps times the sum of the lengths of the terms,
+with a factor for the conditioning of the margin and of the softmax (`Reference`). Each loss, each
+row of the features' gradient and of the logits, and each column of the kernel's gradient has its
+own unit. A case fails above 4 units.
 
-Every case is tried a second time with a planted fault. The share of the faults that are noticed is
-the power of the fuzz; below 95 % the script fails.
+The script also plants faults in its results. The power of the fuzz is the share of these faults
+that are noticed; below 95 % the script fails.
 """
 
 import functools
@@ -60,9 +60,9 @@ PLANS = [
     lsm.Plan(class_block=4, keep_exponentials=True),
 ]
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float64": 2.0**-52, "float16": 2.0**-11}
-# What rounds to zero on the way: factors of a product lie below the least normal number. In float16
-# the logits' gradient ends at 2**-30 of the largest cotangent, a gradient at 2**-24, and so do the
-# exponentials that class blocks keep.
+# Intermediate numbers below these sizes round to zero, like factors below the least normal number.
+# In float16 the logits' gradient ends at 2**-30 of the largest cotangent. Gradients, and the
+# exponentials that class blocks keep, end at 2**-24.
 TINY = {"float64": np.finfo("float64").tiny, "float16": 2.0**-30}
 KEPT_TINY = 2.0**-24
 Wide = np.longdouble
@@ -70,7 +70,7 @@ PI = np.arccos(Wide(-1))
 
 
 def value_and_slope(margin: Any, theta: Any) -> tuple[Any, Any]:
-    """v and dv / d cos(theta), by the angle; the slope of an angular margin is cut off at 0."""
+    """v and dv / d cos(theta) at an angle; an angular margin's slope is bounded near angle 0."""
     sine = np.sin(theta)
     if isinstance(margin, (lsm.margins.LSoftmax, SphereFace)):
         m = margin.margin
@@ -113,13 +113,13 @@ def reference(
     dtype: str,
     tiny: float,
 ) -> Reference:
-    """`Reference` in 80 bits, row by row.
+    """Computes `Reference` in 80 bits, row by row.
 
     Args:
       where: the rows that count for loss and gradients.
       e: label smoothing.
-      dtype: of the operands; sums and angles are float32 or better.
-      tiny: what rounds to zero in the gradient of a logit.
+      dtype: dtype of the operands; sums and angles are float32 or better.
+      tiny: the size below which the gradient of a logit rounds to zero.
     """
     classes, share, eps = w.shape[1], 1 / (1 + Wide(lam)), EPS[dtype]
     fine = min(eps, EPS["float32"])
@@ -134,7 +134,7 @@ def reference(
     lengths = np.sqrt(np.sum(w**2, axis=0))
     directions = np.divide(w, lengths, out=np.zeros_like(w), where=lengths > 0)
     kept, scale = not margin.unit_columns and margin.scale is None, margin.scale
-    columns = w if kept else directions  # that the logits are made of
+    columns = w if kept else directions  # the columns in the logits
     for i, y in enumerate(labels):
         a = np.sqrt(np.sum(x[i] ** 2))
         ux = x[i] / a if a > 0 else np.zeros_like(x[i])
@@ -152,9 +152,9 @@ def reference(
         logits[y] = (1 - share) * norms[y] * cosines[y] + share * norms[y] * value
         others = np.arange(classes) != y
         alpha, along = 1 + share * (slope - 1), share * (value - slope * cosines[y])
-        # An infinite slope and its own slope feel the rounding of the cosine.
+        # An unbounded slope, and the derivative of this slope, magnify the rounding of the cosine.
         steep = 1 / max(np.sin(theta), np.sqrt(fine)) if abs(slope) > 1 and m == 1 else Wide(1)
-        # The slope of T_m by its cosine is m² / sin², at most m⁴, and feels that rounding too.
+        # The second derivative of T_m, about m² / sin² and at most m⁴, magnifies it too.
         curved = min(1 / max(np.sin(theta), fine), Wide(m))
         bend = (1 + share * m**2 * curved**2) * steep**2
         top = logits.max()
@@ -163,7 +163,7 @@ def reference(
         rest = np.sum(p[others])
         # The recurrence of T_m gathers at most m roundings of U_j <= min(m, 1 / sin theta).
         rounded = 1 + share * (abs(slope) + m * min(Wide(m), 1 / max(np.sin(theta), fine)))
-        # What the rounding of the logits can move of each probability.
+        # How far the rounding of the logits can move each probability.
         shaken = fine * norms.max(initial=0) * rounded
         odds = np.maximum(np.abs(logits - z_without(logits, z)) - 4 * ALLOWED * shaken, 0)
         moved = np.minimum(shaken, 1) * np.exp(-odds) / (1 + np.exp(-odds)) ** 2
@@ -181,7 +181,7 @@ def reference(
             g[y] = -rest
         size_of_g = p + e / classes
         size_of_g[y] = e * (p[y] + 1 / Wide(classes)) + (1 - e) * rest
-        # d logit_j / d row, its part along the row taken out where the row's length is fixed.
+        # Gradients by row and by column; the part along a fixed length is removed below.
         by_row, by_column = g[others] @ columns[:, others].T, np.outer(row, g[others])
         by_row = by_row + g[y] * (alpha * columns[:, y] + along * norms[y] / (size or 1) * ux)
         dw_i = np.zeros_like(w)
@@ -194,7 +194,7 @@ def reference(
             dw_i = np.divide(dw_i, lengths, out=np.zeros_like(w), where=lengths > 0)
         dx[i] = by_row
         dw += dw_i
-        # Lengths of the terms: those of float32 sums, and of operands rounded to their dtype.
+        # Lengths of the terms: float32 rounds the sums, and the dtype rounds the operands.
         target = alpha_size(share, slope, value) * size_of_g[y]
         terms = np.where(others, size_of_g, target)
         terms = eps * terms + fine * np.where(others, size_of_g, bend * size_of_g[y]) + moved * (
@@ -216,7 +216,7 @@ def alpha_size(share: Any, slope: Any, value: Any) -> Any:
 
 
 def z_without(logits: Any, z: Any) -> Any:
-    """logsumexp of the logits but each one."""
+    """For each class, the logsumexp of the other logits."""
     found = np.full(len(logits), -np.inf, Wide)
     for j in range(len(logits)):
         rest = np.delete(logits, j)
@@ -239,7 +239,7 @@ def units(found: Any, exact: Reference, dtype: str, scale: float = 1.0) -> float
 
 
 def lost(dtype: str, scale: float) -> float:
-    """What a gradient loses below the least number of the dtype."""
+    """The size below which a gradient in this dtype is lost."""
     return 2.0**-24 / scale if dtype == "float16" else least(dtype)
 
 
@@ -248,7 +248,7 @@ def least(dtype: str) -> float:
 
 
 Fault = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any, Any]]
-# What is planted; a wrong row or column is the one with the largest gradient.
+# The planted faults; a fault of one row or column changes the one with the largest gradient.
 FAULTS: dict[str, Fault] = {
     "a loss off by 1 %": lambda loss, dx, dw, z: (loss * 1.01, dx, dw, z),
     "no gradient of the features": lambda loss, dx, dw, z: (loss, dx * 0, dw, z),
@@ -273,7 +273,7 @@ STATIC = ("margin", "smoothing", "plan", "total", "mesh")
 
 @functools.partial(jax.jit, static_argnames=STATIC)
 def computed(x: Any, w: Any, labels: Any, where: Any, lam: Any, scale: Any, **static: Any) -> Any:
-    """Loss, gradients and inference logits of a loss that is multiplied by `scale`."""
+    """The loss times `scale`, the gradients of this product, and the inference logits."""
     classes, mesh, margin = w.shape[1], static["mesh"], static["margin"]
     keywords = {"margin": margin, "lam": lam, "where": where, "plan": static["plan"]}
     keywords["label_smoothing"] = static["smoothing"]
@@ -289,7 +289,7 @@ def computed(x: Any, w: Any, labels: Any, where: Any, lam: Any, scale: Any, **st
 
 
 class Rows(nnx.Module):
-    """A model whose features are parameters, of which half are dropped."""
+    """A model whose features are parameters; dropout drops half of them."""
 
     def __init__(self, x: Any, w: Any, margin: Any) -> None:
         (_, length), classes = x.shape, w.shape[1]
@@ -309,8 +309,8 @@ class Rows(nnx.Module):
 def stepped(
     x: Any, w: Any, labels: Any, where: Any, lam: Any, *, margin: Any, devices: int
 ) -> tuple[Any, Any, Any]:
-    """The gradients of a training step's mean loss, (kept, skipped) and what the state became."""
-    # It keeps the gradient, and adds it to the parameters.
+    """Loss, gradients and logits of a training step; dropout factors; whether it was skipped."""
+    # This optimizer keeps the gradient in its state.
     optimizer = optax.trace(decay=0.0)
     graphdef, state = training.create(Rows(x, w, margin), optimizer)
     step = training.train_step(graphdef, optimizer, lambda _: lam, axis_name="data")
@@ -329,7 +329,7 @@ def stepped(
 
 
 def drawn(rng: np.random.Generator, shape: tuple[int, int, int], margin: Any, dtype: str) -> Any:
-    """Arguments of a case, in its dtype; some at a knot, some opposite, some zero."""
+    """Draws a case's arguments in its dtype; some lie at a knot, some are opposite, some zero."""
     batch, length, classes = shape
     x, w = rng.normal(size=(batch, length)), rng.normal(size=(length, classes))
     labels = rng.integers(0, classes, batch)
@@ -350,7 +350,7 @@ def drawn(rng: np.random.Generator, shape: tuple[int, int, int], margin: Any, dt
 
 
 def mesh_of(choose: random.Random) -> Any:
-    """None, or two or four devices for the classes, of an Auto or an Explicit axis."""
+    """None, or a mesh of two or four devices for the classes, with an Auto or Explicit axis."""
     if (shards := choose.choice([1, 1, 2, 4])) == 1:
         return None
     kind = choose.choice([AxisType.Auto, AxisType.Explicit])
@@ -360,7 +360,7 @@ def mesh_of(choose: random.Random) -> Any:
 def fuzz(
     seconds: float = 60.0, seed: int = 0, result: Path | None = None, rounds: int = 2**31
 ) -> int:
-    """Tries rounds of 40 cases until the seconds or the rounds are over; 1 if a case failed."""
+    """Tries rounds of 40 cases until the seconds or rounds are over; returns 1 for a failure."""
     rng, choose = np.random.default_rng(seed), random.Random(seed)
     end, worst = time.monotonic() + seconds, dict.fromkeys(EPS, 0.0)
     count: Counter[tuple[str, str]] = Counter()
@@ -399,14 +399,14 @@ def fuzz(
             tiny = KEPT_TINY if in_blocks else least(dtype)
             exact = reference(wide, columns, labels, where, margin, lam, smoothing, dtype, tiny)
             if step:
-                # A step's sums are float32; half of the features are dropped, and half doubled.
+                # A step's sums are float32; half of the features are dropped, the others doubled.
                 exact = exact._replace(
                     loss_unit=exact.loss_unit + EPS["float32"] * exact.loss,
                     dx=exact.dx * kept,
                     dx_unit=exact.dx_unit * 2,
                 )
             else:
-                if dtype == "float16":  # as far as the gradients leave room below 65504
+                if dtype == "float16":  # the scaled gradients must stay below 65504
                     peak = max(np.abs(exact.dx).max(initial=0), np.abs(exact.dw).max(initial=0))
                     room = 2.0 ** np.floor(np.log2(3e4 / max(float(peak), 1e-9)))
                     scale = min(choose.choice([1.0, 2.0**8, 2.0**15]), room)

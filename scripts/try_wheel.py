@@ -1,4 +1,4 @@
-"""Try the installed lsoftmax_jax once. For an environment that holds the wheel and nothing else."""
+"""Tries the installed lsoftmax_jax once, in an environment with nothing but the wheel."""
 
 import importlib.metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ labels = jnp.arange(6) % 3
 @jax.jit
 @jax.value_and_grad
 def loss_and_gradient(kernel: jax.Array) -> jax.Array:
-    """The mean loss by the function, and its gradient."""
+    """The function's mean loss and its gradient."""
     return lsm.lsoftmax_loss(features, kernel, labels, margin=4, lam=1.0).mean()
 
 
