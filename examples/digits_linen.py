@@ -8,7 +8,7 @@ It prints the mean error of five seeds on 540 test digits, after half a minute o
     softmax              test error 2.30 %
     L-Softmax, m = 4     test error 1.74 %
 
-That is an example: `python -m experiments bench convergence` measures it over many settings.
+This is one setting; `python -m experiments bench convergence` measures many.
 """
 
 import functools
@@ -57,7 +57,7 @@ def update(
 
 
 def test_error(margin: int, seed: int) -> float:
-    """Trains a network; the error on the test digits, in %."""
+    """Trains a network; returns the error on the test digits in %."""
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(
         (images / 16).astype(np.float32), labels, test_size=0.3, random_state=0, stratify=labels

@@ -1,12 +1,12 @@
-"""Faces by ArcFace: unit features, unit columns, an angle of half a radian, verified by cosine.
+"""Face verification with ArcFace: unit features, unit columns, a margin of half a radian.
 
     pip install . scikit-learn pillow   # in a clone: nothing is published yet
     python examples/faces_arcface.py                       # the Olivetti faces, downloaded once
     python examples/faces_arcface.py FOLDER                # your own person/image.jpg or .png
 
-Half of the people train the network, which never sees the others. For those, the cosine of two
-images' features tells whether they show the same person. On the 55 people of LFW with 20 to 60
-images (1,735) it prints, before training and after 40 seconds of CPU time:
+The network learns from half of the people. For the other half, the cosine of two images' features
+tells whether both show the same person. On the 55 people of LFW who have 20 to 60 images (1,735 in
+all) it prints the result before training, and after 40 seconds of CPU time:
 
     area under the ROC curve, people never seen: 0.635 -> 0.718
 """

@@ -1,17 +1,17 @@
-"""A trained softmax classifier goes on with a margin: the checkpoint loads as it is.
+"""A trained softmax classifier goes on with a margin: its checkpoint loads unchanged.
 
     pip install . scikit-learn orbax-checkpoint   # in a clone: nothing is published yet
     python examples/fine_tune.py
 
 The softmax model is trained with a plain, bias-free `nnx.Linear` and saved by Orbax. The model with
-the large-margin head has the same parameters, so the same checkpoint restores it; 300 more updates
-follow with either head. It prints, after some seconds on two CPU cores:
+the large-margin head has the same parameters, so the same checkpoint restores it. Each model then
+makes 300 more updates. The script prints, after some seconds on two CPU cores:
 
     softmax              test error 2.04 %, angle to the class 71 degrees
     300 more of softmax  test error 1.85 %, angle to the class 72 degrees
     300 with m = 4       test error 2.22 %, angle to the class 48 degrees
 
-One seed on 540 digits: the angles tell the two apart, the errors do not.
+One seed on 540 digits: the angles differ clearly, the errors do not.
 """
 
 import tempfile

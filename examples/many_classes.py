@@ -1,11 +1,11 @@
-"""A head with 100,000 classes whose kernel's gradient never exists.
+"""A head with 100,000 classes that never stores the gradient of its kernel.
 
     pip install .   # in a clone: nothing is published yet
     python examples/many_classes.py
 
-Each class is a random centre, each example a centre with noise. `lsoftmax_sgd` computes loss,
-features' gradient and the SGD update of the kernel in blocks of classes. It prints, after half a
-minute on two CPU cores:
+Each class is a random centre, and each example is a centre with noise. `lsoftmax_sgd` computes the
+loss, the features' gradient and the kernel's SGD update in blocks of classes. The script prints,
+after half a minute on two CPU cores:
 
     100,000 classes of 128 features: kernel 51 MB, temporary memory of a step 11 MB
     step   0: loss 11.51, accuracy   0 %
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import lsoftmax_jax as lsm
 
 CLASSES, DIM, BATCH, STEPS = 100_000, 128, 256, 21
-SEEN = 64  # so few steps meet few classes; all of them compete
+SEEN = 64  # classes with examples, few enough for so few steps; all classes compete
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -45,7 +45,7 @@ def update(
 
 
 def main(steps: int = STEPS) -> list[float]:
-    """Prints what some steps see; returns their accuracies."""
+    """Trains, and prints some of the steps; returns the accuracy of every step."""
     keys = jax.random.split(jax.random.key(0), steps + 2)
     kernel = 0.01 * jax.random.normal(keys[-1], (DIM, CLASSES))
     centres, momentum = jax.random.normal(keys[-2], (SEEN, DIM)), jnp.zeros_like(kernel)
@@ -59,7 +59,7 @@ def main(steps: int = STEPS) -> list[float]:
     for number in range(steps):
         step = compiled(kernel, momentum, centres, keys[number])
         kernel, momentum, seen = step.kernel, step.momentum, step.statistics
-        # step.dfeatures goes on into the backward pass of a network
+        # A network would begin its backward pass with step.dfeatures.
         accuracies.append(float(jnp.mean(seen.plain_logit > seen.max_logit)))
         if number % 10 == 0:
             print(f"step {number:3}: loss {step.loss:5.2f}, accuracy {100 * accuracies[-1]:3.0f} %")

@@ -1,9 +1,9 @@
-"""Partial FC: how much accuracy a sample of the classes costs, on every device's own classes.
+"""Partial FC: how much accuracy it costs if every device samples its own classes.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/partial_fc.py
 
-In an update every device draws 10, 20 or 50 % of its classes, beside those of the labels, or takes
-all. Each run prints the error of 2,000 drawn identities and the EER of 300 unseen ones, both in %.
+In each update every device draws 10, 20 or 50 % of its classes beside those of the labels, or takes
+all. Each run prints the error on 2,000 identities and the EER of 300 unseen ones, both in %.
 """
 
 import itertools
@@ -27,7 +27,7 @@ MARGINS = (LSoftmax(4), CosFace(0.35, scale=32.0))
 
 
 def identities(rng: np.random.Generator) -> Any:
-    """Noisy points around drawn centres, seen through a fixed network: (people, EACH, 64)."""
+    """Noisy points around random centres, seen through a fixed network: (people, EACH, 64)."""
     first, second = rng.normal(size=(24, 96)) / 24**0.5, rng.normal(size=(96, 64)) / 96**0.5
     centres = rng.normal(size=(TRAINED + UNSEEN, 1, 24))
     points = centres + 0.8 * rng.normal(size=(len(centres), EACH, 24))
@@ -52,7 +52,7 @@ class Network(nnx.Module):
         drawn = {"negatives": int(share * TRAINED), "corrected": corrected}
         sample = lsm.sample_classes(key, labels, TRAINED, **drawn, layout=head.layout)
         columns = lsm.sampled.take_columns(head.kernel[...], sample, layout=head.layout)
-        # As the head chooses it: a margin with a scale is used without annealing.
+        # The head's own default: a margin with a scale needs no annealing.
         lam = lsm.self_paced() if head.margin.scale is None else 0.0
         settings = {"margin": head.margin, "lam": lam, "layout": head.layout}
         return lsm.lsoftmax_sampled_loss(features, columns, sample, **settings)
@@ -82,7 +82,7 @@ def train(margin: Margin, share: float, corrected: bool, seed: int) -> dict[str,
     optimizer = nnx.Optimizer(model, rule, wrt=nnx.Param)
     for key in jax.random.split(jax.random.key(seed), STEPS):
         seen = update(model, optimizer, inputs, key, share, corrected)
-        seen.block_until_ready()  # CPU devices may hang with many updates on their way
+        seen.block_until_ready()  # CPU devices may hang with many updates in flight
     model.eval()
     embed = nnx.jit(lambda model, x: model.body(x))
     held = embed(model, inputs[:TRAINED, :HELD].reshape(-1, 64))
