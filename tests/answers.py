@@ -1,6 +1,6 @@
-"""What the library answers: losses with their gradients, by name and in every plan.
+"""The library's losses with their gradients, in every plan.
 
-Compiled once for each shape, so tests that share a shape share the program.
+Each shape compiles once, so tests that share a shape share the program.
 """
 
 import functools
@@ -14,7 +14,7 @@ from tests.oracle import Gradients
 
 B, D, C = 7, 5, 4
 RAGGED = (6, 8, 11)
-MANY = (6, 8, 301)  # classes enough for the library to gather each label's column
+MANY = (6, 8, 301)  # with so many classes the library gathers each label's column
 LAMBDAS = [0.0, 5.0, 1e6, np.inf]
 EPS = float(np.finfo(np.float32).eps)
 STATIC = ("margin", "label_smoothing", "plan")
@@ -43,7 +43,7 @@ def loss_and_gradients(features, kernel, labels, cotangent, lam, where=None, **s
 
 @functools.partial(jax.jit, static_argnames=STATIC)
 def sum_and_gradients(features, kernel, labels, weights, lam, where=None, **static):
-    """The weighted sum of the losses, and its gradients by the weights too."""
+    """The weighted sum of the losses, and its gradients, also by the weights."""
 
     def total(features, kernel, lam, weights):
         return lsm.lsoftmax_loss_sum(
@@ -63,7 +63,7 @@ LOSS_AND_SUM_PLANS = [
 
 
 def assert_gradients_close(actual: Gradients, wanted: Gradients, tolerance: float) -> None:
-    """Each gradient that is wanted; the weights' one only where the oracle gives one."""
+    """Compares each gradient in wanted that is not None."""
     for name, value in wanted._asdict().items():
         if value is not None:
             oracle.assert_close(getattr(actual, name), value, tolerance)
@@ -75,12 +75,12 @@ def assert_norm_close(actual, wanted, tolerance):
 
 
 def rounded(*tensors):
-    """The oracle's view of the numbers the library was given."""
+    """Returns the library's operands as the oracle's float64 arrays."""
     return tuple(np.asarray(tensor, np.float64) for tensor in tensors)
 
 
 def conditioning(features, kernel, labels, margin):
-    """m^2 n + |Z|, in units of eps what float32 must lose of a loss."""
+    """m^2 n + |Z|: what float32 must lose of a loss, in units of eps."""
     norm = np.linalg.norm(features, axis=1) * np.linalg.norm(kernel[:, labels], axis=0)
     others = features @ kernel
     others[np.arange(len(labels)), labels] = -np.inf

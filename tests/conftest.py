@@ -1,9 +1,8 @@
-"""What every test shares: eight fake devices on a CPU, fixtures named after what they do.
+"""The setup of every test: eight fake devices on a CPU, and shared fixtures.
 
-The suite runs on the CPU unless JAX_PLATFORMS names another platform. Compiling is most of its
-work: programs are compiled quickly, at the cost of their speed, and kept in .compiled, where the
-next run and the other test processes find them. `XLA_FLAGS= pytest` compiles them as users'
-programs are.
+The suite runs on the CPU unless JAX_PLATFORMS names another platform. Compiling is most of the
+work. So programs are compiled with few optimizations and kept in .compiled, where the next run and
+other test processes find them. `XLA_FLAGS= pytest` compiles like users' programs.
 """
 
 import os
@@ -15,13 +14,12 @@ import jax
 import pytest
 from jax.sharding import AxisType, Mesh
 
-# The processes that tests start read the environment.
+# Processes that tests start inherit the environment.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 if "XLA_FLAGS" not in os.environ:
-    # Each program in one piece, by few of LLVM's passes and by the older way from a fusion to LLVM,
-    # which JAX 0.12 no longer has: what XLA makes of a program before that, its products, fusions
-    # and memory, stays.
+    # Compile each program in one piece, with few LLVM passes and the older fusion emitters, which
+    # newer JAX lacks. XLA's own result before LLVM stays the same: products, fusions and memory.
     quickly = ["--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version_info__ < (0, 11):
         quickly.append("--xla_cpu_use_fusion_emitters=false")
@@ -30,8 +28,8 @@ if "XLA_FLAGS" not in os.environ:
 jax.config.update("jax_num_cpu_devices", 8)
 if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".compiled"))
-# Every program is kept, here and in the processes that tests start, under a key without the
-# folder's path, which is otherwise one of the compiler's options: another clone would find nothing.
+# Keep every program, also of processes that tests start. XLA's own caches would put the folder's
+# path into the compiler's options and so into the key: another clone would find nothing.
 kept = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_enable_xla_caches": "none",
@@ -54,24 +52,24 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 @pytest.fixture
 def x64() -> Iterator[None]:
-    """float64 stays float64."""
+    """Lets JAX use float64."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture
 def kept_programs() -> dict[str, str]:
-    """The environment with which a process shares the programs that are kept.
+    """Environment variables that let a process share the kept programs.
 
-    Only for a process that is not killed before it has compiled everything, or after another one
-    that compiled the same: half a program could stay there.
+    A process that is killed while it compiles could leave half a program. Use this fixture only if
+    the process is not killed then, or if an earlier process has compiled the same programs.
     """
     return {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
 
 
 @pytest.fixture
 def compiled_as_for_users() -> Iterator[None]:
-    """All of the compiler's passes, for a test that asserts what they make or trains for long."""
+    """Enables all compiler passes, for a test that asserts their result or trains for long."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     quickly = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"  # as set above

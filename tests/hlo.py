@@ -1,4 +1,4 @@
-"""What a compiled program says for certain: temporary memory, products, copies of large arrays."""
+"""Facts of a compiled program: temporary memory, products, copies of large arrays."""
 
 import math
 import re
@@ -13,12 +13,12 @@ MOVES = {"copy", "copy-start", "pad", "scatter", "transpose"}
 
 
 class Facts(NamedTuple):
-    """Independent of the machine's load."""
+    """Facts that do not depend on the machine's load."""
 
     temporary_bytes: int
-    reused_bytes: int  # of arguments whose memory the outputs take
-    dots: int  # matrix products; those of a loop count once
-    large_moves: list[str]  # copies and the like of at least as many elements as asked
+    reused_bytes: int  # of arguments whose memory the outputs reuse
+    dots: int  # matrix products; a product in a loop counts once
+    large_moves: list[str]  # MOVES of at least the given number of elements
 
 
 def facts(compiled: Compiled, elements: int) -> Facts:

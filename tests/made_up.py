@@ -1,10 +1,10 @@
-"""Results that nobody measured, in the form of those that runs write."""
+"""Made-up results, in the format that runs write."""
 
 from typing import Any
 
 
 def run_of(name: str, seed: int, error: float | None, **changes: Any) -> dict[str, Any]:
-    """A finished run, or a diverged one if it has no error."""
+    """A finished run, or a diverged run if error is None."""
     outcome = {
         "name": name,
         "seed": seed,

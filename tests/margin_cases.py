@@ -1,4 +1,4 @@
-"""The margins besides L-Softmax, what the oracle calls each, and the losses to ask them about."""
+"""The margins besides L-Softmax with the oracle's arguments, and losses to compare."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ BATCH, DIM, CLASSES = 16, 6, 11
 
 
 class Case(NamedTuple):
-    """A margin and what the oracle calls it."""
+    """A margin and its arguments for the oracle."""
 
     margin: Any
     m: dict[str, Any]
@@ -43,7 +43,7 @@ CASES = {
     "SphereFace, scaled": Case(SphereFace(3, scale=SCALE), {}),
 }
 ANGULAR = {name: case for name, case in CASES.items() if case.m}
-# One of each kind, where all would cost too much.
+# One margin of each kind, for tests where all margins would cost too much.
 KINDS = {name: CASES[name] for name in ("ArcFace", "Combined", "SphereFace")}
 PLANS = {
     "one-shot": lsm.Plan(),

@@ -1,8 +1,8 @@
 """The paper's formula, literally: arccos, k = floor(m theta / pi), logsumexp.
 
-Twice: float64 NumPy, whose gradients follow theta by the chain rule, and mpmath at 60 digits, whose
-gradients are central differences. Neither shares code or algebra with the library. Also the
-problems to ask it about, and how near to it an answer is.
+The formula is written twice: in float64 NumPy, with gradients by the chain rule through theta, and
+in mpmath with 60 digits, with gradients by central differences. Neither shares code or algebra with
+the library. This file also makes test problems and compares results.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class Problem(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a cotangent becomes: the same arrays' gradients; the weights' one is of a sum."""
+    """Gradients by the arguments of a loss; only a sum has weights."""
 
     features: Any
     kernel: Any
@@ -68,7 +68,7 @@ EXTREMES = {
 
 
 def extreme_problems(classes: int) -> Problem:
-    """One example for each of EXTREMES, stacked along a first axis to vmap."""
+    """One example for each of EXTREMES, stacked along a first axis for vmap."""
     features = np.array([[feature] for feature, _ in EXTREMES.values()])
     scales = np.array([scale for _, scale in EXTREMES.values()])
     angles = 2 * np.pi * np.arange(classes) / classes
@@ -82,7 +82,7 @@ def as_arrays(problem, dtype):
 
 
 def assert_close(actual, wanted, tolerance):
-    """The largest difference in units of the largest wanted entry."""
+    """Bounds the largest difference, relative to the largest wanted entry."""
     actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
     assert actual.shape == wanted.shape
     assert np.max(np.abs(actual - wanted), initial=0) <= tolerance * np.max(
@@ -105,7 +105,7 @@ def psi(cosine, margin):
 
 
 def target_weights(lam):
-    """Weights of cos(theta) and psi(theta) in the annealed target; infinity is all cos(theta)."""
+    """Weights of cos(theta) and psi(theta) in the annealed target; (1, 0) for λ = infinity."""
     margin_weight = 1.0 / (1.0 + lam)
     return 1.0 - margin_weight, margin_weight
 
@@ -158,7 +158,7 @@ def logits_pullback(features, kernel, labels, cotangent, margin, lam=0.0):
     return Gradients(features_bar, kernel_bar, np.sum(target * by_lam))
 
 
-# Margins of the angle, for unit columns and for features of unit length times `scale`.
+# Margins of the angle: columns have length 1, features their own length or the length `scale`.
 
 
 def combined_of_theta(theta, m1=1.0, m2=0.0, m3=0.0, easy=False):
@@ -179,7 +179,7 @@ def unit(array, axis):
 
 
 def angular(features, kernel, labels, of_theta, scale, lam):
-    """Logits, their derivatives by each angle, all angles, the target's by lam, and lengths."""
+    """Logits, their slopes by the angles, the angles, the target's slope by lam, and lengths."""
     (rows, norms), (columns, _) = unit(features, 1), unit(kernel, 0)
     length = norms if scale is None else np.full_like(norms, scale)
     theta = np.arccos(np.clip(rows @ columns, -1, 1))
@@ -250,7 +250,7 @@ def loss_pullback(
 
 
 def exact(array):
-    """The very numbers of an array of any float dtype, as an object array of mpf."""
+    """The exact numbers of an array of any float dtype, as an object array of mpf."""
     return np.vectorize(mpmath.mpf, otypes=[object])(np.asarray(array, np.float64))
 
 
@@ -280,7 +280,7 @@ def exact_combined(cosine, m1=1, m2=0, m3=0, easy=False):
 
 
 def exact_combined_slope(cosine, **margin):
-    """Its derivative by the cosine; a step much smaller than 1 - cosine, where it bends most."""
+    """The derivative by the cosine; near 1 the curve bends, so the step is far below 1 - cosine."""
     with mpmath.workdps(DIGITS):
         centre, step = mpmath.mpf(cosine), mpmath.mpf("1e-28")
         ends = (exact_combined(centre + h, **margin) for h in (step, -step))
@@ -288,7 +288,7 @@ def exact_combined_slope(cosine, **margin):
 
 
 def exact_row_loss(feature, kernel, label, margin, lam=0.0, label_smoothing=0.0):
-    """The loss of one example as an mpf, of object arrays of mpf."""
+    """The loss of one example as an mpf, from object arrays of mpf."""
     with mpmath.workdps(DIGITS):
         scores = list(feature @ kernel)
         norm = mpmath.sqrt(feature @ feature) * mpmath.sqrt(kernel[:, label] @ kernel[:, label])
@@ -302,7 +302,7 @@ def exact_row_loss(feature, kernel, label, margin, lam=0.0, label_smoothing=0.0)
 
 
 def exact_loss(features, kernel, labels, margin, lam=0.0, label_smoothing=0.0):
-    """Per-example losses, right to the last digit of float64 however small they are."""
+    """Per-example losses, exact to the last digit of float64, however small."""
     features, kernel = exact(features), exact(kernel)
     rows = zip(features, labels, strict=True)
     arguments = (margin, lam, label_smoothing)

@@ -1,4 +1,4 @@
-"""Small networks with a head, which the tests of training steps share."""
+"""Small networks with a head, shared by the tests of training steps."""
 
 import chex
 import jax
@@ -17,7 +17,7 @@ CLASSES, WIDTH, BATCH = 5, 6, 8
 
 
 class Small(nnx.Module):
-    """One convolution, batch normalisation, the head."""
+    """One convolution, batch normalisation, and the head."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
@@ -31,7 +31,7 @@ class Small(nnx.Module):
 
 
 class Line(nnx.Module):
-    """Nothing but a layer and the head."""
+    """One linear layer and the head."""
 
     def __init__(self, rngs: nnx.Rngs, features: int = 4, **head) -> None:
         self.layer = nnx.Linear(WIDTH, features, rngs=rngs)
@@ -52,14 +52,14 @@ class Headed(nnx.Module):
 
 
 def images_and_labels(*shape: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of `shape`, and of its first axis."""
+    """Random images of `shape`, and a label for each."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=shape).astype(np.float32)
     return images, rng.integers(0, CLASSES, shape[0]).astype(np.int32)
 
 
 def mesh_of(*shape: int, kind: AxisType = AxisType.Auto) -> Mesh:
-    """Of the axes "data" and "model", or of "data" alone."""
+    """A mesh with the axes "data" and "model", or "data" alone."""
     names = ("data", "model")[: len(shape)]
     devices = jax.devices()[: np.prod(shape)]
     return jax.make_mesh(shape, names, (kind,) * len(shape), devices=devices)

@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, its links hold, its reference has every public name.
+"""The documentation builds without a warning, its links work, its reference is complete.
 
 The guide's examples are doctests of their own; see testpaths in pyproject.toml.
 """
@@ -24,9 +24,9 @@ from experiments.benchmarks import open_set
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lsoftmax_jax"
 GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
-# What only the package itself imports; the public names of these are those of __init__.
+# Files that only the package imports; __init__ has their public names.
 INNER = {"losses", "sgd"}
-# Public to the package's other files alone.
+# Names for the package's other files alone.
 INNER_NAMES = {
     "lsoftmax_jax.devices.RepeatedStep",
     "lsoftmax_jax.margins.OURS",
@@ -53,7 +53,7 @@ def site(tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """What a page links to, what it loads, and the places in it."""
+    """The links of a page, the files it loads, and its anchors."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -71,12 +71,12 @@ class Page(HTMLParser):
 
 
 def dead_links(file: Path, pages: dict[Path, Page]) -> set[str]:
-    """The links of a page, and what it loads, that this site does not have."""
-    dead = {url for url in pages[file].loads if urlsplit(url).netloc}  # from elsewhere
+    """The links and loaded files of a page that this site does not have."""
+    dead = {url for url in pages[file].loads if urlsplit(url).netloc}  # from another site
     for url in pages[file].links | pages[file].loads:
         parts = urlsplit(url)
         if parts.scheme or parts.netloc:
-            continue  # `make linkcheck` asks the others
+            continue  # `make linkcheck` checks these
         target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
         place = unquote(parts.fragment)
         if not target.exists() or (place and place not in pages[target].places):
@@ -91,7 +91,7 @@ def test_every_link_inside_the_site_leads_somewhere(site):
     assert {page: links for page, links in dead.items() if links} == {}
 
 
-def test_a_page_with_formulas_brings_what_sets_them(site):
+def test_a_page_with_formulas_loads_mathjax(site):
     loads = Page(site / "guide" / "how-it-works.html").loads
     assert [url for url in loads if "mathjax" in url.lower()]
 
@@ -182,7 +182,7 @@ def test_a_notebooks_outputs_are_on_its_page(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def documented(site):
-    """The names of the reference."""
+    """The names in the reference."""
     inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
     return {name for kind, names in inventory.data.items() if kind != "std:label" for name in names}
 
@@ -205,7 +205,7 @@ def test_the_site_builds_and_its_reference_is_complete(documented):
             module = f"lsoftmax_jax.{path.stem}"
             public |= {module} | {f"{module}.{name}" for name in names(path)}
     exported = {name.rpartition(".")[2] for name in public if name.count(".") == 1}
-    # Found under the shorter name.
+    # The reference has these under the shorter name.
     public -= {
         name for name in public if name.count(".") == 2 and name.rpartition(".")[2] in exported
     }
@@ -242,7 +242,7 @@ def test_written_commands_exist(command, flags, capsys, monkeypatch):
 
 
 def test_the_readme_quotes_the_guide_and_the_scoreboard():
-    """Lines of its tables stand in pages that tests hold to the results themselves.
+    """The lines of its tables are also in pages that tests compare with the results.
 
     `report --check` compares the tables with the results (tests/experiments/report).
     """
@@ -256,7 +256,7 @@ def test_the_readme_quotes_the_guide_and_the_scoreboard():
     scoreboard = (ROOT / "experiments/README.md").read_text()
     section = readme.split("## The paper, re-run")[1].split("\n## ")[0]
     cells = re.findall(r"[\d.]+ (?:_r_ )?/ [\d.]+ (?:± [\d.]+ )?\(\d\)", section)
-    assert len(cells) == 6  # as many as have a full run
+    assert len(cells) == 6  # the cells that have a full run
     shown = set(re.findall(r"-?\d+\.\d+", scoreboard))
     assert all(cell in scoreboard for cell in cells)
     assert set(re.findall(r"-?\d+\.\d+", section)) <= shown

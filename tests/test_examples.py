@@ -1,4 +1,4 @@
-"""Each example is run, with fewer steps than it prints its numbers for."""
+"""Each example runs, with fewer steps than for the numbers in its docstring."""
 
 import importlib.util
 import json
@@ -43,13 +43,13 @@ def test_every_example_stands_alone_in_a_hundred_lines():
         assert "experiments" not in [
             line.split()[1] for line in text.splitlines() if "import" in line
         ]
-        assert f"examples/{file.name}" in text, "it says how it is run"
+        assert f"examples/{file.name}" in text, "the docstring must say how to run the example"
 
 
 @pytest.mark.parametrize("example", ["digits_nnx", "digits_linen"], indirect=True)
 def test_digits_train_at_the_first_try(example, monkeypatch):
     monkeypatch.setattr(example, "STEPS", 150)
-    # Guessing has 90 %, and so has a collapsed run.
+    # Guessing has an error of 90 %, and so has a collapsed run.
     assert example.test_error(margin=4, seed=0) < 10
 
 
@@ -66,7 +66,7 @@ def test_a_sample_of_the_classes_learns_what_all_classes_learn(example, monkeypa
     monkeypatch.setattr(example, "UNSEEN", 20)
     monkeypatch.setattr(example, "STEPS", 60)
     whole, half = (example.train(example.MARGINS[0], share, True, 0) for share in (1.0, 0.5))
-    # Guessing has 98.8 % and 50 %.
+    # Guessing has an error of 98.8 % and an EER of 50 %.
     assert max(whole["error"], half["error"]) < 40
     assert max(whole["eer"], half["eer"]) < 30
 
@@ -84,7 +84,7 @@ def test_a_picture_of_8_or_16_bits_is_read_alike(example, tmp_path, bits):
     pixels = (257 * levels).astype(np.uint16) if bits == 16 else levels.astype(np.uint8)
     (tmp_path / "Ada").mkdir()
     Image.fromarray(pixels).save(tmp_path / "Ada" / "1.png")
-    os.mkfifo(tmp_path / "Ada" / "2.png")  # reading it would wait for ever
+    os.mkfifo(tmp_path / "Ada" / "2.png")  # reading this pipe would wait for ever
     images, people = example.faces(tmp_path)
     np.testing.assert_allclose(images[0, ..., 0], levels / 255 - 0.5, atol=1e-6)
     assert people.tolist() == [0]
@@ -124,7 +124,7 @@ def test_the_small_cnns_numbers_are_those_of_the_committed_runs(example):
 
 @named("small_cnn")
 def test_a_small_cnn_learns_in_spite_of_wrong_labels(example, tmp_path, monkeypatch, capsys):
-    """Each class is a level of grey; a third of the training labels is wrong."""
+    """Each class is a level of grey; a third of the training labels are wrong."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 600)
     images = np.clip(25 * labels[:, None, None, None] + rng.normal(0, 3, (600, 16, 16, 1)), 0, 255)

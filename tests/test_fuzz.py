@@ -1,4 +1,4 @@
-"""A slice of `make fuzz`, which runs as long as one likes."""
+"""A few rounds of `make fuzz`."""
 
 import sys
 from pathlib import Path
@@ -12,5 +12,5 @@ import fuzz
 @pytest.mark.slow
 @pytest.mark.ci
 def test_losses_and_gradients_are_those_of_the_reference():
-    # So many rounds, not seconds: a slow machine draws the same cases.
+    # The limit is rounds, not seconds, so that a slow machine draws the same cases.
     assert fuzz.fuzz(seconds=600, seed=7, rounds=6) == 0

@@ -29,7 +29,7 @@ def test_one_version_everywhere():
     assert sections[:2] == ["Unreleased", version]
 
 
-# A file of the library imports files of the lines above its own, and no other file of its line.
+# A file of the library imports files of earlier lines only, and no other file of its own line.
 ORDER = (
     {"reference", "_checks"},
     {"margins", "schedule", "verification"},
@@ -46,7 +46,7 @@ ORDER = (
     {"devices"},
     {"interop"},
 )
-# The rooms of the experiments, and the rooms that each may import.
+# The rooms (folders) of the experiments, and the rooms that each may import.
 ROOMS = {
     "store": set(),
     "paper": {"store"},
@@ -106,7 +106,7 @@ def test_the_library_is_imported_in_its_order():
         for other in IMPORTS[name] & files:
             assert level[other] < level[name], f"{name} imports {other}"
         assert not any(n.startswith("experiments") for n in IMPORTS[name]), name
-        assert "lsoftmax_jax" not in IMPORTS[name], f"{name} imports the map"
+        assert "lsoftmax_jax" not in IMPORTS[name], f"{name} imports the root package"
 
 
 def test_a_room_knows_only_the_rooms_it_may():
@@ -144,7 +144,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("function", sorted(FUNCTIONS, key=str), ids=lambda f: f.__name__)
-def test_docstrings_say_what_goes_in_what_comes_out_and_show_it(function):
+def test_docstrings_have_arguments_results_and_an_example(function):
     # Python before 3.13 keeps the indentation of docstrings.
     text = inspect.cleandoc(function.__doc__)
     for part in ("\nArgs:\n", "\nReturns:\n", "\nExample:\n  >>> "):

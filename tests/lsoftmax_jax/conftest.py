@@ -1,4 +1,4 @@
-"""Every test of the library runs strictly, except those that Flax or Optax would fail."""
+"""Every test of the library runs with strict promotion, unless Flax or Optax would fail."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def strict(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No implicit promotion of dtypes, nor of ranks; `@pytest.mark.lax` lifts it."""
+    """Forbids implicit promotion of dtypes and ranks; `@pytest.mark.lax` allows it."""
     if request.node.get_closest_marker("lax"):
         yield
         return

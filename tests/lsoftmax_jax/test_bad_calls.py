@@ -1,4 +1,4 @@
-"""Every way to call the library wrongly that came to mind: one error, which names the argument."""
+"""Wrong calls of the library: each ends in one error that names the argument."""
 
 import dataclasses
 import inspect
@@ -28,7 +28,7 @@ L = np.zeros(B, np.int32)
 
 
 class NoScale:
-    """A margin as it was before the scale moved into it."""
+    """A margin without the attributes `scale` and `unit_columns`."""
 
     def value_and_slope(self, cosine):
         return cosine, jnp.ones_like(cosine)
@@ -36,7 +36,7 @@ class NoScale:
 
 @dataclasses.dataclass(frozen=True)
 class Own(NoScale):
-    """A margin of one's own that gives something wrong."""
+    """A user's margin that returns something wrong."""
 
     wrong: Callable
     scale: float | None = None
@@ -90,7 +90,7 @@ LOSSES = {
     "linen": linen_head,
 }
 
-# What every loss takes, and what none of them should. (argument, value, the message)
+# (argument, value, message): arguments of every loss, with values that every loss must refuse.
 SHARED = [
     ("features", None, "features must be a floating-point array"),
     ("features", "x", "features must be a floating-point array"),
@@ -147,7 +147,7 @@ SHARED = [
     ("kernel", np.ones((D, 0), np.float32), "kernel must have shape"),
     ("kernel", np.ones(D, np.float32), "kernel must have shape"),
 ]
-# What some of them do not take at all, or take elsewhere.
+# Arguments that a function does not take, or takes in another place.
 ELSEWHERE = {
     "logits": {"where", "label_smoothing", "plan", "labels"},
     "sampled": {"labels"},
@@ -212,7 +212,7 @@ def gone(array=F):
 
 
 class Dial(NoScale):
-    """A margin of one's own that changes, compared by identity."""
+    """A user's margin with a changing field, compared by identity."""
 
     scale, unit_columns = None, False
 
@@ -225,7 +225,7 @@ class Dial(NoScale):
 
 @dataclasses.dataclass(frozen=True)
 class FrozenDial(Dial):
-    """The same compared by value, which a traced number does not allow."""
+    """The same margin compared by value, which a traced number does not allow."""
 
     moved: jax.Array
 
@@ -235,7 +235,7 @@ def turned(dial, transform=jax.jit):
 
 
 def huge(function):
-    """A shape is enough."""
+    """Calls function with the shape of a huge kernel, without its memory."""
     kernel = jax.ShapeDtypeStruct((D, 2**31), jnp.bfloat16)
     return lambda: jax.eval_shape(lambda kernel: function(kernel=kernel), kernel)
 
@@ -416,7 +416,7 @@ OTHERS = [
         if name not in ("sampled", "nnx", "linen")
     ),
     ("kernel must have fewer than 2", huge(lambda kernel: sampled.take_columns(kernel, sample()))),
-    # what is traced, and must not be
+    # traced values that must be static
     ("a margin that changes in training is what lam is for", lambda: turned(Dial)),
     ("a margin that changes in training is what lam is for", lambda: turned(Dial, jax.grad)),
     ("a margin that changes in training is what lam is for", lambda: turned(FrozenDial)),
@@ -431,7 +431,7 @@ OTHERS = [
         "negatives must be a Python int .* got a traced int32",
         lambda: jax.jit(lambda count: sample(negatives=count))(2),
     ),
-    # arrays that are gone
+    # donated or deleted arrays
     ("features .* donated or deleted", lambda: lsm.lsoftmax_loss(gone(), K, L, margin=2, lam=1.0)),
     (
         "kernel .* donated or deleted",
@@ -498,7 +498,7 @@ OTHERS = [
     ("mesh must be", lambda: devices.repeat(None, None, None)),
     ("mesh must be", lambda: devices.compile_step(lambda: None, None)),
     ("batch", lambda: compiled(devices.data_mesh(), batch=jax.device_count() + 1)),
-    # weights from elsewhere
+    # weights of other libraries
     (
         "loss must be",
         lambda: interop.from_metric_learning("ArcFace", np.ones((D, C)), margin=28.6, scale=64),
@@ -530,7 +530,7 @@ OTHERS = [
 def assert_named(call, message):
     with pytest.raises((TypeError, ValueError), match=message) as caught:
         jax.block_until_ready(call())
-    # Short enough to read, and none of the ways in which Python or JAX speaks of itself.
+    # The message must be short, and must not be one of Python's or JAX's internal errors.
     text = str(caught.value)
     assert len(text) < 600 and "Tracer" not in text and "has no attribute" not in text
 
@@ -553,7 +553,7 @@ def test_bad_call_is_named(message, call):
 
 
 MODULES = devices, interop, margins, sampled, training
-# Operands, and what a call of one argument is about.
+# Operands, and the argument of a function that has only one.
 BY_PLACE = {"weights", "minimum", "devices", "strength", "lam"}
 
 
@@ -571,5 +571,5 @@ def test_what_has_a_default_must_be_named():
     assert named > 40
 
 
-def test_there_are_enough():
+def test_enough_mistakes_are_listed():
     assert len(OTHERS) >= 150

@@ -1,4 +1,4 @@
-"""Steps compiled for a mesh, once and in a row, are the step on one device."""
+"""Steps compiled for a mesh, alone or in a row, give the numbers of one device."""
 
 from contextlib import nullcontext
 
@@ -57,7 +57,7 @@ def examples():
 
 
 def updates(graphdef, state, examples, count=3, optimizer=OPTIMIZER):
-    """Of one device, and their metrics."""
+    """The state after some updates on one device, and their metrics."""
     step, metrics = jax.jit(training.train_step(graphdef, optimizer, LAM)), []
     for _ in range(count):
         state, seen = step(state, *examples)
@@ -70,7 +70,7 @@ def single(graphdef_and_state, examples):
     return updates(*graphdef_and_state, examples)
 
 
-# The batch over all devices.
+# The batch is split over all devices.
 
 
 @pytest.mark.parametrize("count", [0, 99])
@@ -84,7 +84,7 @@ def test_a_mesh_of_devices_that_are_not_there(count):
     [(AxisType.Auto, False), (AxisType.Explicit, False), (AxisType.Explicit, True)],
     ids=["auto", "explicit", "explicit, set"],
 )
-def test_mesh_is_one_device(kind, current, graphdef_and_state, examples, single):
+def test_a_mesh_gives_one_devices_numbers(kind, current, graphdef_and_state, examples, single):
     graphdef, state = graphdef_and_state
     mesh = mesh_of(4, kind=kind)
     step = training.train_step(graphdef, OPTIMIZER, LAM)
@@ -112,14 +112,14 @@ def test_a_mesh_of_two_axes_splits_the_batch_over_both(graphdef_and_state, examp
     assert {sharding.shard_shape((BATCH, 4, 4, 1)) for sharding in rows} == {(2, 4, 4, 1)}
 
 
-def test_updates_in_a_row_are_those_in_a_loop(graphdef_and_state, examples, single):
+def test_updates_in_a_row_equal_single_updates(graphdef_and_state, examples, single):
     graphdef, state = graphdef_and_state
     step = training.train_step(graphdef, OPTIMIZER, LAM)
     many = devices.repeat(step, same, devices.data_mesh(1), loop=False)
     assert_close(many(copied(state), examples, 3), single)
 
 
-def test_updates_in_a_row_are_a_loop_but_on_a_cpu(graphdef_and_state, examples):
+def test_updates_in_a_row_compile_to_a_loop_except_on_a_cpu(graphdef_and_state, examples):
     graphdef, state = graphdef_and_state
     step = training.train_step(graphdef, OPTIMIZER, LAM)
     many = devices.repeat(step, same, devices.data_mesh(1))
@@ -127,7 +127,7 @@ def test_updates_in_a_row_are_a_loop_but_on_a_cpu(graphdef_and_state, examples):
     assert ("stablehlo.while" in text) == (jax.default_backend() != "cpu")
 
 
-def test_ragged_batch_is_the_batch_without_its_padding(graphdef_and_state, examples):
+def test_padding_does_not_change_a_batch(graphdef_and_state, examples):
     graphdef, state = graphdef_and_state
     images, labels = examples
     where, mesh = np.arange(BATCH) < 5, devices.data_mesh(4)
@@ -164,7 +164,7 @@ def test_a_batch_that_does_not_divide(loop):
             call()
 
 
-# The classes over some of them.
+# The classes are split over some devices.
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_a_batch_that_does_not_divide(loop):
     ],
     ids=["auto, two axes", "auto", "explicit, two axes", "explicit", "explicit, named"],
 )
-def test_a_class_parallel_head_is_one_device(kind, shape, named):
-    """Its kernel and the optimizer's moments of it stay split, also where it names the mesh."""
+def test_a_class_parallel_head_gives_one_devices_numbers(kind, shape, named):
+    """The kernel and its optimizer moments stay split, also where the layout names the mesh."""
     batch, mesh, optimizer = images_and_labels(BATCH, WIDTH), mesh_of(*shape, kind=kind), optax.adam
     classes = mesh.axis_names[-1]
     with jax.set_mesh(mesh):
@@ -214,7 +214,7 @@ def test_a_class_parallel_head_is_one_device(kind, shape, named):
     assert_close(evaluated, jax.jit(training.eval_step(graphdef))(wanted, *batch))
 
 
-# The state's memory.
+# The state's memory is donated.
 
 
 def test_state_is_donated(graphdef_and_state, examples):
@@ -241,7 +241,7 @@ def test_an_optimizer_that_keeps_the_parameters_can_be_donated(name):
     for _ in range(4):
         ours, _ = compiled(ours, *batch)
     assert_close(ours.params, wanted.params)
-    # As a caller begins again by hand, with the parameters twice in the state.
+    # A caller may initialise the optimizer again: the state then holds the parameters twice.
     _, state = training.create(model, optimizer)
     aliased = state._replace(opt_state=optimizer.init(state.params))
     repeated, _ = devices.repeat(step, same, mesh, loop=True)(aliased, batch, 4)

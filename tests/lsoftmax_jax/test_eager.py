@@ -65,11 +65,11 @@ CALLS: dict[str, Callable[[], Any]] = {
     "the twin's loss_and_statistics": lambda: TWIN.loss_and_statistics(FEATURES, LABELS),
     "the twin's loss_sum": lambda: TWIN.loss_sum(FEATURES, LABELS),
 }
-# What makes a rule or a sample, or is no function of arrays.
+# Names that make a rule or a layout, or that are not functions of arrays.
 NOT_CALLED = {"self_paced", "ClassParallel", "Plan", "SelfPaced", "SgdStep", "Statistics"}
 
 
-def test_every_public_function_is_among_them():
+def test_every_public_function_is_called():
     public = {name for name in lsm.__all__ if callable(getattr(lsm, name))}
     assert public - NOT_CALLED <= set(CALLS)
 
@@ -79,7 +79,7 @@ SEEN: list[str] = []
 
 @pytest.fixture(scope="module")
 def listener():
-    """Listens for good: older versions of JAX take no listener back."""
+    """Listens until the process ends: older versions of JAX cannot remove a listener."""
 
     def listen(name: str, *_: Any, **__: Any) -> None:
         if name.startswith("/jax/core/compile/"):
@@ -90,7 +90,7 @@ def listener():
 
 @pytest.fixture
 def compilations(listener):
-    """Names of JAX's events of tracing and compiling, as they happen."""
+    """The names of JAX's tracing and compilation events, as they happen."""
     SEEN.clear()
     return SEEN
 
@@ -108,7 +108,7 @@ def test_an_equal_call_compiles_nothing_and_keeps_nothing(compilations, call):
         sizes.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     assert compilations == []
-    # JAX's own caches take a few hundred bytes a call at first; a program is a hundred times that.
+    # JAX's own caches first take a few hundred bytes a call; a program takes a hundred times more.
     assert sizes[1] - sizes[0] < 5 * 4096
 
 

@@ -1,4 +1,4 @@
-"""A trained head leaves as a plain product: under jax.export, and as ONNX where jax2onnx is."""
+"""A trained head exports as a plain product: by jax.export, and as ONNX if jax2onnx is there."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def test_an_exported_network_gives_the_same_numbers(network):
     assert_close(restored.call(IMAGES), jax.jit(classify)(IMAGES), 1e-6)
 
 
-# jax2onnx reads BatchNorm's parameters so.
+# jax2onnx still reads BatchNorm's parameters by `.value`.
 @pytest.mark.filterwarnings(r"ignore:'\.value' access is now deprecated:DeprecationWarning")
 def test_onnx_gives_the_same_numbers(network):
     jax2onnx = pytest.importorskip("jax2onnx", reason="pip install -e '.[onnx]'")

@@ -1,4 +1,4 @@
-"""What users of `nnx.Linear` and `nn.Dense` expect of a layer, the heads do too."""
+"""The heads do what users of `nnx.Linear` and `nn.Dense` expect of a layer."""
 
 import copy
 import inspect
@@ -21,7 +21,7 @@ FEATURES, LABELS = jnp.ones((B, D)), jnp.arange(B) % C
 
 
 class Network(linen.Module):
-    """A head under a name of its own."""
+    """A network with a head that has its own name."""
 
     @linen.compact
     def __call__(self, features, labels=None):
@@ -81,7 +81,7 @@ def test_help_shows_the_real_signature(head):
     assert f"LSoftmaxDense({', '.join(names[:2])}" in text.replace(": int", "")
 
 
-def test_features_out_are_the_classes():
+def test_out_features_is_the_number_of_classes():
     assert NnxHead(D, C, rngs=nnx.Rngs(0)).out_features == LinenHead(C).out_features == C
 
 
@@ -146,7 +146,7 @@ def test_the_devices_of_a_mesh_are_not_pickled(kind):
     }[kind]
     with pytest.raises(TypeError, match="layout cannot be pickled with the devices of its mesh"):
         pickle.dumps(value)
-    # As for a teacher's moving average. JAX 0.7.2 copies no mesh, and NNX keeps it with the kernel.
+    # A teacher's moving average needs a copy. JAX 0.7.2 cannot copy the mesh in an NNX kernel.
     copied_by = nnx.clone if kind == "NNX head" and jax.__version_info__ < (0, 8) else copy.deepcopy
     again = copied_by(value)
     assert getattr(again, "layout", again) == layout and copy.copy(layout) is layout

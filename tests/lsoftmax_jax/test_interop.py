@@ -1,4 +1,4 @@
-"""lsoftmax_jax.interop: each layout against the layer it comes from, written out in NumPy."""
+"""lsoftmax_jax.interop: each layout is compared with its original layer, written out in NumPy."""
 
 import functools
 import json
@@ -130,7 +130,7 @@ def test_other_mistakes_are_named():
 
 
 def test_metric_learning_settings():
-    """Degrees, and scales that belong elsewhere; test_peers.py compares the losses."""
+    """Degrees become radians; a scale may move into the kernel. test_peers.py compares losses."""
     kernel, margin = interop.from_metric_learning("ArcFaceLoss", KERNEL, margin=90, scale=64)
     assert margin == ArcFace(np.pi / 2, scale=64.0)
     np.testing.assert_array_equal(kernel, KERNEL)

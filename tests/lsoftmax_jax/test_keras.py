@@ -1,4 +1,4 @@
-"""The loss beside that of Keras, on its JAX backend; `nox -s parity` installs it."""
+"""Compares the loss with Keras's on its JAX backend; `nox -s parity` installs Keras."""
 
 import os
 
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.lax
 
 @pytest.fixture
 def dense():
-    """A Keras classifier without bias, its kernel known."""
+    """A Keras classifier without bias and with a known kernel."""
     layer = keras.layers.Dense(10, use_bias=False)
     layer.build((None, 16))
     layer.kernel.assign(oracle.problem(seed=7, batch=64, dim=16, classes=10).kernel)
     return layer
 
 
-def test_its_cross_entropy_is_ours_with_margin_1(dense):
+def test_keras_cross_entropy_is_ours_with_margin_1(dense):
     features, _, labels = oracle.problem(seed=7, batch=64, dim=16, classes=10)
     features, labels = jnp.asarray(features, jnp.float32), jnp.asarray(labels)
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -44,7 +44,7 @@ def test_its_cross_entropy_is_ours_with_margin_1(dense):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
-def test_its_kernel_takes_a_margin(dense):
+def test_a_keras_kernel_takes_a_margin(dense):
     problem = oracle.problem(seed=7, batch=64, dim=16, classes=10)
     features, kernel = (np.float32(array) for array in problem[:2])
     loss = lsm.lsoftmax_loss(features, dense.kernel.value, problem.labels, margin=4, lam=0.0)

@@ -40,7 +40,7 @@ def sampled_loss(labels):
 
 
 FEATURES, KERNEL = (jnp.asarray(array, jnp.float32) for array in oracle.problem(1, B, D, C)[:2])
-# Each gives one number a row: its loss, or what a bad label poisons like it.
+# Each gives one number a row, which a bad label makes NaN: the loss, a gradient or a sum of logits.
 RULES = {
     "logits": lambda y: lsm.lsoftmax_logits(FEATURES, KERNEL, y, **ARGUMENTS).sum(axis=1),
     "loss": lambda y: lsm.lsoftmax_loss(FEATURES, KERNEL, y, **ARGUMENTS),
@@ -69,7 +69,7 @@ GOOD = (SIGNED >= 0) & (SIGNED < C)
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_wide_label_is_not_cut_to_a_class(rule):
-    """As closed over by a jitted function; given to one, JAX cuts it before the library sees it."""
+    """The function closes over the labels: JAX would cut an argument before the library sees it."""
     narrow = jnp.asarray(np.where(GOOD, SIGNED, -1), jnp.int32)
     wanted = jax.jit(lambda: RULES[rule](narrow))()
     np.testing.assert_array_equal(np.isnan(wanted), ~GOOD)
@@ -78,7 +78,7 @@ def test_a_wide_label_is_not_cut_to_a_class(rule):
         np.testing.assert_array_equal(answer, wanted, err_msg=name)
 
 
-def test_a_wide_label_that_where_masks_is_silent():
+def test_a_masked_wide_label_gives_zero():
     loss = lsm.lsoftmax_loss(FEATURES, KERNEL, SIGNED, where=GOOD, **ARGUMENTS)
     np.testing.assert_array_equal(np.asarray(loss) == 0, ~GOOD)
 

@@ -33,7 +33,7 @@ def logits_and_pullback(features, kernel, labels, cotangent, lam, margin):
     return value, Gradients(*pull(cotangent))
 
 
-def test_the_oracle_agrees_with_its_other_self():
+def test_the_two_oracles_agree():
     problem = oracle.problem(3, B, D, C)
     cotangent = np.random.default_rng(0).standard_normal(B)
     for margin, lam, smoothing in [(1, 0.0, 0.1), (3, 5.0, 0.0), (8, 0.0, 0.1)]:
@@ -255,7 +255,7 @@ def test_dtypes_are_kept_under_strict_promotion(features_dtype, kernel_dtype, lo
     wanted = oracle.logits(*rounded, problem.labels, 4, 0.5)
     error = np.abs(np.asarray(logits, np.float64) - wanted)
     norms = np.linalg.norm(rounded[0], axis=1)[:, None] * np.linalg.norm(rounded[1], axis=0)
-    # One rounding of the result, and float32 inside.
+    # The result is rounded once; the computation is in float32.
     np.testing.assert_array_less(error, eps * np.abs(wanted) + 8 * 1.2e-7 * 16 * norms)
     wanted_pulled = oracle.logits_pullback(
         *rounded, problem.labels, np.asarray(cotangent, np.float64), 4, 0.5

@@ -1,4 +1,4 @@
-"""Inputs at the edge: one class, no rows, no direction, norms of any size, every λ."""
+"""Inputs at the edge: one class, no rows, zero vectors, norms of any size, every λ."""
 
 import functools
 
@@ -40,7 +40,7 @@ def test_one_class_gives_exactly_zero(plan, label_smoothing):
 
 
 def test_one_class_gives_exactly_zero_self_paced_and_filled_up():
-    """Without other logits there is no rival; columns that fill up a shard are no classes."""
+    """One class has no rivals, and columns that only pad a shard are not classes."""
     features = jnp.asarray(oracle.problem(10, B, D, C).features, jnp.float32)
     labels = jnp.zeros(B, jnp.int32)
     mesh = jax.make_mesh((4,), ("model",), devices=jax.devices()[:4])
@@ -118,8 +118,8 @@ def test_extreme_norms_are_right_and_not_only_finite(x64, which):
         assert_gradients_close(pulled, oracle.loss_pullback(*problem, cotangent, 4), 1e-12)
 
 
-def test_the_target_cosine_is_one_whose_angle_exists():
-    """Of parallel features rounding pushes about every fourth cosine past 1."""
+def test_the_target_cosine_stays_within_one():
+    """Rounding pushes about one in four cosines of parallel features past 1."""
     kernel = np.random.default_rng(0).standard_normal((D, 64))
     features = np.concatenate([0.3 * kernel.T, -1.7 * kernel.T])
     operands = jnp.asarray(features, jnp.float32), jnp.asarray(kernel, jnp.float32)
@@ -131,7 +131,7 @@ def test_the_target_cosine_is_one_whose_angle_exists():
     assert np.max(np.abs(seen.target_cosine)) <= 1
 
 
-def test_a_negative_or_nan_lambda_that_only_the_data_knows_is_not_trained_on():
+def test_a_traced_negative_or_nan_lambda_makes_the_loss_nan():
     features, kernel, labels = as_arrays(oracle.problem(0, B, D, C), jnp.float32)
     for lam in (-0.5, np.nan):
         loss, _ = loss_and_gradients(

@@ -1,4 +1,4 @@
-"""Rows that do not count, and rows that cannot."""
+"""Masked rows, and rows with invalid labels or features."""
 
 import chex
 import jax
@@ -23,7 +23,7 @@ from tests.oracle import as_arrays, assert_close
 
 
 @pytest.mark.parametrize(("rule", "plan"), LOSS_AND_SUM_PLANS)
-def test_a_masked_row_is_exactly_absent_whatever_it_holds(x64, rule, plan):
+def test_a_masked_row_changes_nothing_whatever_it_holds(x64, rule, plan):
     problem = oracle.problem(7, *RAGGED)
     features, kernel, labels = as_arrays(problem, jnp.float64)
     where = np.arange(6) != 2

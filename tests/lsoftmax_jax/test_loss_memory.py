@@ -1,4 +1,4 @@
-"""What the losses keep for the backward pass, and how many products they take."""
+"""Which arrays the losses keep for the backward pass, and how many products they compute."""
 
 import functools
 
@@ -42,7 +42,7 @@ def test_three_products_for_a_gradient_and_one_without():
 
     total = functools.partial(lsm.lsoftmax_loss_sum, margin=4, lam=0.0)
     for rule in (mean, total):
-        # As traced: outside jit nothing removes a product whose result nobody wants.
+        # Count in the traced program: outside jit nothing removes an unused product.
         assert str(jax.make_jaxpr(rule)(*operands)).count(" dot_general[") == 1
         gradient = jax.jit(jax.grad(rule, argnums=(0, 1))).lower(*operands)
         assert gradient.compile().as_text().count(" dot(") == 3

@@ -1,4 +1,4 @@
-"""A caller's mistakes, each named."""
+"""The error of each caller's mistake names the argument."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Every plan gives the same numbers; which one a budget chooses."""
+"""Every plan gives the same numbers, and a memory budget chooses the expected plan."""
 
 import functools
 
@@ -87,7 +87,7 @@ def test_statistics_of_the_other_plans(plan):
         ),
         (lsm.Plan(1024 * 10**5 * 3, None, None, None), False, Pieces(None, 8192, False)),
         (lsm.Plan(2**22, None, None, None), True, Pieces(None, 512, False)),
-        # Twice 4 bytes and 1024 rows for each of 1023 classes, which make 7 times 128.
+        # The budget holds two float32 arrays of 1024 rows by 1023 classes: 7 blocks of 128 fit.
         (lsm.Plan(2**13 * 1023, None, None, None), True, Pieces(None, 896, False)),
         (lsm.Plan(2**22, None, None, True), True, Pieces(None, 512, True)),
         (lsm.Plan(2**30, None, None, False), True, Pieces(None, 8192, False)),

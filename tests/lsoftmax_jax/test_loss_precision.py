@@ -1,4 +1,4 @@
-"""How many digits float32, bfloat16 and float16 keep."""
+"""The number of digits that float32, bfloat16 and float16 keep."""
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def test_tiny_float32_losses_keep_their_digits(margin):
     bound = 1e-5 + 8 * EPS * conditioning(*given, margin)
     np.testing.assert_array_less(error, bound)
 
-    # A rounding of the cosine moves psi' by up to m^4 / 3 more.
+    # One rounding of the cosine moves psi' by up to m^4 / 3 times this rounding.
     features_bar = oracle.exact_gradients(*given, np.ones(B), margin).features
     bound = bound + 8 * EPS * margin**4 / 3
     error = np.linalg.norm(np.asarray(pulled.features, np.float64) - features_bar, axis=1)
@@ -118,7 +118,7 @@ def test_half_precision_operands(dtype, plan, classes):
     ],
 )
 def test_bfloat16_gradients_at_the_small_angles_of_a_trained_network(rule, plan, classes):
-    """There alpha = m^2 and nearly all of it cancels: its rounding must cancel too."""
+    """At small angles alpha is m^2 and nearly all of it cancels: its rounding must cancel too."""
     rng = np.random.default_rng(6)
     _, kernel, labels = oracle.problem(6, 64, 16, classes)
     features = 0.5 * (kernel[:, labels].T + 0.05 * rng.standard_normal((64, 16)))
@@ -170,7 +170,7 @@ def test_any_draw_agrees_with_the_oracle_on_the_same_rounded_inputs(
 
 
 def test_float16_keeps_the_direction_of_a_well_classified_examples_gradient():
-    """At a loss of 3e-8 the label's gradient lies among the subnormal numbers of float16."""
+    """At a loss of 3e-8 the gradient of the label's logit is subnormal in float16."""
     features = np.array([[-10.516, -1.541]], np.float16)
     kernel = np.array([[-0.839, -3.283], [1.284, 0.5005]], np.float16)
 
@@ -187,7 +187,7 @@ def test_float16_keeps_the_direction_of_a_well_classified_examples_gradient():
 
 
 def test_a_loss_scale_reaches_what_is_cast_to_float16():
-    """Unscaled, most of 20,000 probabilities are below the least float16."""
+    """Without the scale, most of 20,000 probabilities are below the least float16."""
     problem = oracle.problem(7, 64, 16, 20_000)
     features, kernel, labels = as_arrays(problem, jnp.float16)
     weights = jnp.full(64, 1 / 64)
@@ -208,7 +208,7 @@ def test_a_loss_scale_reaches_what_is_cast_to_float16():
 
 @pytest.mark.parametrize("norm", [1e-3, 30.0])
 def test_float16_logits_of_unit_columns_keep_the_argmax(norm):
-    """A product of two norms of 30 overflows, one of two norms of 1e-3 underflows."""
+    """A product with two norms of 30 overflows; a product with two norms of 1e-3 underflows."""
     rng = np.random.default_rng(8)
     features, kernel = rng.standard_normal((64, 512)), rng.standard_normal((512, 50))
     features *= norm / np.linalg.norm(features, axis=1, keepdims=True)

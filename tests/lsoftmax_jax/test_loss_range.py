@@ -1,4 +1,4 @@
-"""Gradients are right, not only finite, over the range of norms that README claims."""
+"""Gradients are right, not only finite, over the range of norms in the README."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,12 +41,12 @@ def test_both_ends_of_the_range(rule, dtype, margin):
 
 
 def opposite(feature_norm: float, kernel_norm: float, margin: int) -> tuple:
-    """A feature against its column, another column aside: the end theta = pi, in closed form."""
+    """A feature opposite to its column (theta = pi) beside another column; exact gradients."""
     features = feature_norm * np.array([[-0.6, 0.8]])
     kernel = kernel_norm * np.array([[0.6, 1.0], [-0.8, 0.0]])
     features, kernel = (np.asarray(array, np.float32).astype(float) for array in (features, kernel))
     norms = np.linalg.norm(features), np.linalg.norm(kernel[:, 0])
-    slope = 1 - 2 * margin  # of the target logit, slope |x| |w| to first order
+    slope = 1 - 2 * margin  # the target logit is slope |x| |w| to first order
     other = features[0] @ kernel[:, 1]
     probability = np.exp(-np.logaddexp(0, slope * norms[0] * norms[1] - other))
     along_feature, along_column = features[0] / norms[0], kernel[:, 0] / norms[1]
@@ -58,7 +58,7 @@ def opposite(feature_norm: float, kernel_norm: float, margin: int) -> tuple:
 
 @pytest.mark.parametrize("margin", [2, 4, 8, 256])
 def test_opposite_directions(margin):
-    """1e-19 against 1e15 gave no gradient at all, and m = 256 infinities."""
+    """Norms of 1e-19 and 1e15 once gave a zero gradient, and m = 256 gave infinities."""
     for norms in ((1e-19, 1e15), (1e15, 1e-19), (1e-20, 1.0), (1.0, 1e-20), (1.0, 1e15)):
         problem, wanted = opposite(*norms, margin)
         arguments = *as_arrays(problem, jnp.float32), jnp.ones(1), jnp.float32(0)
@@ -81,7 +81,7 @@ def test_beyond_the_range_nothing_overflows(margin):
 
 @pytest.mark.parametrize("scale", [0.1, 0.01])
 def test_full_label_smoothing_keeps_the_digits_of_tiny_logits(scale):
-    """There g is the difference of two numbers near 1 / classes; of two near 1, digits are lost."""
+    """The gradient must subtract numbers near 1 / classes: numbers near 1 would lose its digits."""
     rng = np.random.default_rng(0)
     problem = oracle.Problem(
         scale * rng.standard_normal((7, 5)),
@@ -93,13 +93,13 @@ def test_full_label_smoothing_keeps_the_digits_of_tiny_logits(scale):
     got = loss_and_gradients(*arguments, margin=4, label_smoothing=1.0)[1]
     given = (*rounded(features, kernel), problem.labels)
     wanted = oracle.loss_pullback(*given, np.ones(7), 4, label_smoothing=1.0)
-    # p - 1 / C is about scale / C, and p is known to an eps of 1 / C.
+    # p - 1 / C is about scale / C, and p has an error of eps / C.
     assert_close(got.kernel, wanted.kernel, 2.5e-7 / scale)
 
 
 @pytest.mark.parametrize("length", [1, 2])
-def test_a_unit_of_tiny_features_keeps_its_direction(length):
-    """Alone, a number of 2e-20 has a square of 0 in float32."""
+def test_tiny_features_keep_their_direction(length):
+    """The square of 2e-20 is 0 in float32."""
     features, kernel = jnp.full((1, length), 2e-20), jnp.ones((length, 3))
     margin = lsm.margins.NormFace(scale=16.0)
     for labels in (None, jnp.array([0])):

@@ -1,4 +1,4 @@
-"""The losses under jit, vmap, scan, remat, twice differentiated, and on several devices."""
+"""The losses under jit, vmap, scan and remat, in second derivatives, and on several devices."""
 
 import functools
 
@@ -182,7 +182,7 @@ def test_pmap_gives_the_numbers_of_one_device():
 
 @pytest.mark.parametrize("rule", [lsm.lsoftmax_loss, lsm.lsoftmax_loss_sum])
 def test_gradient_inside_shard_map_sums_over_devices(mesh, rule):
-    """As for any JAX function: a replicated kernel's cotangent is the sum over the devices."""
+    """As for any JAX function, a replicated kernel's cotangent is the sum over the devices."""
     problem = oracle.problem(21, 8, D, C)
 
     def gradients(features, kernel, labels):

@@ -156,7 +156,7 @@ def test_leading_batch_shapes(leading):
 
 
 @pytest.mark.parametrize("kind", ["big-endian", "nnx.Param"])
-def test_other_arrays_are_taken_as_what_they_hold(kind):
+def test_big_endian_arrays_and_params_are_read_by_value(kind):
     rng = np.random.default_rng(0)
     given = rng.normal(size=(4, 3)).astype(np.float32), rng.normal(size=(3, 5)).astype(np.float32)
     given = *given, np.array([0, 4, 2, 2], np.int32)

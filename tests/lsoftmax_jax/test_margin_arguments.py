@@ -1,4 +1,4 @@
-"""A margin of one's own, the defaults of the margins, and what is refused."""
+"""A user's own margin, the defaults of the margins, and refused arguments."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from tests.margin_cases import (
 
 @dataclasses.dataclass(frozen=True)
 class Quadratic:
-    """A user's own: no base class, no registration."""
+    """A user's margin without base class or registration."""
 
     bend: float
     scale: float | None = None
@@ -39,7 +39,7 @@ class Quadratic:
 
 
 @pytest.mark.parametrize("scale", [None, SCALE], ids=["norms kept", "scaled"])
-def test_a_margin_of_ones_own(x64, scale):
+def test_a_users_own_margin(x64, scale):
     problem = oracle.problem(3, BATCH, DIM, CLASSES)
     *arguments, _ = given(problem)
     rows = jnp.arange(BATCH), arguments[2]
@@ -58,7 +58,7 @@ def test_a_margin_of_ones_own(x64, scale):
     assert_all_close(bars[:2], wanted, 1e-12)
 
 
-def test_what_is_usual_is_the_default():
+def test_the_usual_margin_is_the_default():
     assert ArcFace(scale=SCALE) == ArcFace(0.5, scale=SCALE)
     assert CosFace(scale=SCALE) == CosFace(0.35, scale=SCALE)
     assert SphereFace() == SphereFace(4)
@@ -93,7 +93,7 @@ def test_scales_out_of_range_are_named(scale):
         (lambda: SphereFace(0), ValueError, "margin"),
     ],
 )
-def test_margins_that_are_none_are_named(call, error, name):
+def test_arguments_of_margins_out_of_range_are_named(call, error, name):
     with pytest.raises(error, match=name):
         call()
 
@@ -108,6 +108,6 @@ class Unhashable:
 
 
 @pytest.mark.parametrize("margin", [ArcFace, 0.5, "ArcFace", None, Unhashable()], ids=repr)
-def test_what_is_no_margin_is_refused(margin):
+def test_other_objects_than_margins_are_refused(margin):
     with pytest.raises(TypeError, match="margin must be"):
         lsm.lsoftmax_loss(jnp.ones((2, 3)), jnp.eye(3), [0, 2], margin=margin, lam=0.0)

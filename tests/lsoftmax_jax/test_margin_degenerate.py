@@ -1,4 +1,4 @@
-"""Norms and data at the edge, for every margin."""
+"""Extreme norms and degenerate data, for every margin."""
 
 import functools
 
@@ -74,7 +74,7 @@ def test_lengths_do_not_matter_in_float32(factors):
 
 
 @each_kind
-def test_masked_rows_are_absent_and_invalid_labels_nan(case):
+def test_masked_rows_change_nothing_and_invalid_labels_give_nan(case):
     problem = oracle.problem(3, BATCH, DIM, CLASSES)
     features, kernel, labels, cotangent, _ = given(problem, jnp.float32)
     where = np.arange(BATCH) % 3 != 0

@@ -1,4 +1,4 @@
-"""Losses and logits of every margin against the oracle, in every plan and dtype."""
+"""Compares losses and logits of every margin with the oracle, in every plan and dtype."""
 
 import functools
 
@@ -89,7 +89,7 @@ def test_narrower_operands(strict, case, dtype):
     value, bars = run(features, kernel, labels, cotangent, jnp.float32(0))
     assert value.dtype == jnp.float32 and [bar.dtype for bar in bars[:2]] == [dtype] * 2
     loss, wanted = wanted_of(case, rounded, np.asarray(cotangent, np.float64), 0.0)
-    # An infinite slope feels the cosine's rounding: eps / theta^2, and the least theta is 0.018.
+    # An unbounded slope magnifies the cosine's rounding to eps / theta^2; the least theta is 0.018.
     tolerance = 4e-4 if dtype == jnp.float32 else 4e-3
     oracle.assert_close(value, loss, tolerance)
     for bar, exact in zip(bars[:2], wanted[:2], strict=True):
@@ -100,7 +100,7 @@ def test_narrower_operands(strict, case, dtype):
 @pytest.mark.parametrize("plan", [PLANS["one-shot"], PLANS["class blocks, stored"]], ids=str)
 @each_kind
 def test_bfloat16_at_the_small_angles_of_a_trained_network(case, plan):
-    """There ArcFace's slope is large and nearly all of it cancels."""
+    """At small angles ArcFace's slope is large and nearly all of it cancels."""
     rng = np.random.default_rng(6)
     _, kernel, labels = oracle.problem(6, 64, 16, CLASSES)
     features = 0.5 * (kernel[:, labels].T + 0.05 * rng.standard_normal((64, 16)))
@@ -148,7 +148,7 @@ def test_no_margin_is_normalised_softmax(x64):
     ],
     ids=str,
 )
-def test_detached_is_a_margin_that_is_added_without_gradient(x64, margin):
+def test_a_detached_margin_is_added_without_gradient(x64, margin):
     problem = oracle.problem(8, BATCH, DIM, CLASSES)
     *arguments, _ = given(problem)
     case = CASES["ArcFace" if isinstance(margin, ArcFace) else "Combined"]

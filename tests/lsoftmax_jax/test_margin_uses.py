@@ -122,8 +122,8 @@ def test_both_heads(case):
     oracle.assert_close(apply(), wanted, 1e-5)
 
 
-def test_ten_classes_train():
-    """Six tight groups in the plane: every margin finds them, at scale 10 and any length."""
+def test_six_classes_train():
+    """Six tight groups in the plane: a head with any margin at scale 10 learns them."""
     rng = np.random.default_rng(0)
     labels = rng.integers(6, size=64)
     angles = 2 * np.pi * labels / 6 + 0.05 * rng.standard_normal(64)

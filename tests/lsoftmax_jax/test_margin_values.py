@@ -1,4 +1,4 @@
-"""The margins' functions of the cosine against their formulas."""
+"""Compares the margins' functions of the cosine with their formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def value_and_slope(margin, cosines):
 
 
 def kinks(m):
-    """Where the value has a corner, as an angle."""
+    """The angles at which the value has a corner."""
     last = (np.pi - m.get("m2", 0.0)) / m.get("m1", 1.0)
     return [last, np.pi / 2] if m.get("easy") else [last]
 
@@ -34,7 +34,7 @@ def test_value_and_slope_are_the_formula_at_60_digits(x64, case, dtype):
     exact = np.array([float(oracle.exact_combined_slope(c, **case.m)) for c in wide])
     assert value.dtype == slope.dtype == dtype
     np.testing.assert_allclose(value, wanted, rtol=0, atol=8 * eps)
-    # Near pi what is left of the slope is a difference, as large as its rounding over the sine.
+    # Near pi the slope is a small difference, whose rounding is divided by the sine.
     rounding = 8 * eps * (1 + 1 / np.sqrt(1 - wide**2))
     assert np.all(np.abs(slope - exact) <= rounding + 8 * eps * np.abs(exact))
 
@@ -51,14 +51,14 @@ def test_the_value_increases_with_the_cosine_and_only_easy_jumps(x64, case):
         np.testing.assert_allclose(steps[straddles], -np.sin(case.m["m2"]), atol=2 * spacing)
         return
     assert np.all(steps > 0)
-    # A root at the end, whose step is sqrt(2 spacing).
+    # The value is like a square root at the end, with a first step of sqrt(2 spacing).
     assert np.max(steps) <= 1.3 * np.sqrt(2 * spacing)
     at_pi = np.cos((np.pi - case.m.get("m2", 0)) / case.m.get("m1", 1))
     np.testing.assert_allclose(value[0], -2 - at_pi - case.m.get("m3", 0), rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_the_slope_at_angle_zero_is_cut_off(x64, dtype):
+def test_the_slope_at_angle_zero_is_bounded(x64, dtype):
     floor = np.sqrt(np.finfo(dtype).eps)
     ends = jnp.asarray([1.0, 1 - np.finfo(dtype).epsneg, -1.0], dtype)
     value, slope = value_and_slope(ArcFace(0.5, scale=1.0), ends)

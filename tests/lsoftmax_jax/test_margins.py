@@ -37,7 +37,7 @@ def knots(margin):
 
 
 def padded(cosines):
-    """One length for all margins and draws: a new one compiles for a second."""
+    """Gives all margins and draws one length: each new length compiles for a second."""
     return np.resize(np.asarray(cosines, np.float64), ANGLES)
 
 
@@ -50,7 +50,7 @@ def test_psi_and_slope_are_the_literal_formula(x64, margin):
     wanted = np.array([float(oracle.exact_psi(c, margin)) for c in cosines])
     slope = np.array([float(oracle.exact_psi_slope(c, margin)) for c in cosines])
     assert psi.dtype == jnp.float64
-    # m^2 and m^4 / 3 are the largest slopes of psi and of psi': what one rounding of c costs.
+    # One rounding of c costs at most the slopes of psi and psi', which are m^2 and m^4 / 3.
     np.testing.assert_allclose(psi, wanted, rtol=0, atol=8 * EPS * margin**2)
     np.testing.assert_allclose(reverse, slope, rtol=0, atol=8 * EPS * margin**4)
     np.testing.assert_allclose(forward, reverse, rtol=0, atol=0)

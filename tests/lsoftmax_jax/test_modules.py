@@ -1,4 +1,4 @@
-"""The NNX and the Linen head against the functions, each other and Flax's own Dense."""
+"""Compares the NNX and Linen heads with the functions, each other and Flax's own Dense."""
 
 import functools
 import subprocess
@@ -262,7 +262,7 @@ def test_importing_the_functions_imports_no_flax():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_layout_that_is_none_is_refused():
+def test_other_objects_than_layouts_are_refused():
     with pytest.raises(TypeError, match=r"layout must be .*ClassParallel, got 'model'"):
         NnxHead(4, 3, layout="model", rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"layout must be .*ClassParallel, got 'model'"):
@@ -304,7 +304,7 @@ def test_lam_without_labels_is_refused_in_words():
         (lsm.margins.SphereFace(3), None, lsm.self_paced()),
     ],
 )
-def test_lam_of_a_call_of_the_head_or_of_the_margin(margin, lam, wanted):
+def test_lam_comes_from_the_call_or_the_head_or_the_margin(margin, lam, wanted):
     features, labels, _ = arguments()
     weights = jnp.linspace(0.5, 1.5, B)
     rows = features, jnp.asarray(PROBLEM.kernel, jnp.float32), labels

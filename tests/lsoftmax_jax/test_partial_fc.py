@@ -1,4 +1,4 @@
-"""Sampled classes on a mesh: each device draws, reads and writes its own columns alone."""
+"""Sampled classes on a mesh: each device draws, reads and writes only its own columns."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Loss, gradients and weights beside PyTorch's: pytorch-metric-learning and torch.nn.
+"""Compares loss, gradients and weights with PyTorch's: pytorch-metric-learning and torch.nn.
 
 `nox -s parity` installs PyTorch and runs this file, which writes its measurements to PARITY_JSON.
 """
@@ -24,7 +24,7 @@ NEEDED = "needs PyTorch: nox -s parity"
 torch = pytest.importorskip("torch", reason=NEEDED)
 losses = pytest.importorskip("pytorch_metric_learning.losses", reason=NEEDED)
 
-# pytorch-metric-learning gives SciPy tensors where it means integers.
+# pytorch-metric-learning passes tensors to SciPy instead of integers.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 
 MARGINS = range(1, 6)
@@ -40,20 +40,20 @@ class Answer(NamedTuple):
 
 @pytest.fixture(scope="module")
 def figures() -> Iterator[dict[str, Any]]:
-    """What the tests measured, by name."""
+    """The measurements of the tests, by name."""
     measured: dict[str, Any] = {}
     yield measured
     if path := os.environ.get("PARITY_JSON"):
         packages = ("torch", "pytorch-metric-learning", "numpy")
         versions = {"peers": {package: version(package) for package in packages}}
-        # Here, because the library's own tests do without the packages of the experiments.
+        # Imported here: the library's own tests run without the packages of the experiments.
         from experiments.store import results as result
 
         result.save(Path(path), {"kind": "parity"} | result.provenance(1) | versions | measured)
 
 
 class Annealed(losses.LargeMarginSoftmaxLoss):
-    """With the λ that it lacks."""
+    """Their large-margin loss with the λ that it lacks."""
 
     lam = 0.0
 
@@ -88,7 +88,7 @@ def ours(problem, margin, scale=1.0, lam=0.0, dtype=jnp.float64) -> Answer:
 
 
 def errors(got: Answer, wanted: Answer) -> Answer:
-    """By how much each part is off at most, relative to the largest entry."""
+    """The largest error of each part, relative to the part's largest entry."""
     wide = ([np.asarray(part, np.float64) for part in answer] for answer in (got, wanted))
     pairs = zip(*wide, strict=True)
     return Answer(*(float(np.max(np.abs(g - w)) / np.max(np.abs(w))) for g, w in pairs))
@@ -99,12 +99,12 @@ def worst(several: list[Answer]) -> Answer:
 
 
 def in_float32(problem):
-    """The problem with numbers that float32 holds."""
+    """The problem, rounded to numbers that float32 holds."""
     return oracle.Problem(*(a.astype("f4").astype("f8") for a in problem[:2]), problem.labels)
 
 
 def one_example(theta, norm=1.0):
-    """Three classes in the plane, the first along the first axis; one feature, of that class."""
+    """Three classes in the plane and one feature of the first, whose column is the first axis."""
     kernel = np.array([[1.0, -0.6, 0.0], [0.0, 0.8, -1.0]])
     features = norm * np.array([[np.cos(theta), np.sin(theta)]])
     return in_float32(oracle.Problem(features, kernel, np.array([0])))
@@ -113,7 +113,7 @@ def one_example(theta, norm=1.0):
 def exact(problem, margin) -> Answer:
     return Answer(
         oracle.exact_loss(*problem, margin)[0],
-        *oracle.exact_gradients(*problem, np.ones(1), margin)[:2],  # not by λ, nor by weights
+        *oracle.exact_gradients(*problem, np.ones(1), margin)[:2],  # without λ and weights
     )
 
 
@@ -132,7 +132,7 @@ def test_same_values_and_gradients(x64, figures, margin):
 
 
 @pytest.mark.parametrize("margin", MARGINS)
-def test_float32_is_as_near(x64, figures, margin):
+def test_float32_errors_are_small_in_both(x64, figures, margin):
     problem = in_float32(oracle.problem(seed=7, batch=64, dim=16, classes=10))
     wanted = ours(problem, margin)
     our_error = errors(ours(problem, margin, dtype=jnp.float32), wanted)
@@ -144,7 +144,7 @@ def test_float32_is_as_near(x64, figures, margin):
     assert max(our_error) < 2e-6 and max(their_error) < 2e-6
 
 
-def test_small_losses_stay_here_and_vanish_there(figures):
+def test_small_losses_keep_their_digits_here_and_vanish_in_the_peer(figures):
     for norm in (10, 15, 20):
         problem = one_example(theta=0.02, norm=norm)
         wanted = exact(problem, margin=4)
@@ -163,7 +163,7 @@ def test_small_losses_stay_here_and_vanish_there(figures):
 
 
 def test_gradient_across_the_column_near_pi(figures):
-    """There k is m once float32's cosine is -1, one more than it can be."""
+    """If float32's cosine is -1, the peer's k is m, one more than the largest k."""
     problem = one_example(theta=np.pi - 1e-4)
     across = {
         "exact": float(exact(problem, margin=4).kernel[1, 0]),
@@ -196,14 +196,14 @@ KINDS = {
 
 
 def below_pi(problem, degrees):
-    """Without the rows where theta + margin exceeds pi."""
+    """Drops the rows where theta + margin exceeds pi."""
     theta = oracle.target_geometry(*problem)[3]
     kept = theta + np.radians(degrees) < np.pi
     return oracle.Problem(problem.features[kept], problem.kernel, problem.labels[kept])
 
 
 def both_answers(kind, margin, scale, problem, dtype="float64") -> tuple[Answer, Answer]:
-    """Ours with the weights and settings that interop makes of theirs, and theirs."""
+    """Our answer with weights and settings that interop makes from theirs, and their answer."""
     features, kernel, labels = problem
     peer = getattr(losses, kind)(kernel.shape[1], kernel.shape[0], margin=margin, scale=scale)
     peer.W = torch.nn.Parameter(torch.tensor(kernel, dtype=getattr(torch, dtype)))
@@ -218,7 +218,7 @@ def both_answers(kind, margin, scale, problem, dtype="float64") -> tuple[Answer,
         return lsm.lsoftmax_loss(features, kernel, labels, margin=margin, lam=0.0).mean()
 
     value_here, gradients = mean(jnp.asarray(features, dtype), jnp.asarray(weight, dtype))
-    # The kernel of LargeMarginSoftmaxLoss has the scale in it.
+    # interop multiplies the kernel of LargeMarginSoftmaxLoss by the scale.
     factor = scale if kind == "LargeMarginSoftmaxLoss" else 1
     ours = Answer(value_here, gradients[0], factor * gradients[1])
     return ours, Answer(value.item(), rows.grad.numpy(), peer.W.grad.numpy())
@@ -243,8 +243,8 @@ def test_the_four_losses(x64, figures, kind):
     assert max(worst([ours for ours, _ in single])) < 1e-4
 
 
-def test_arcface_beyond_pi_jumps_there_and_goes_on_here(x64, figures):
-    """A target's logit on both sides of theta + margin = pi, at scale 1."""
+def test_arcface_beyond_pi_jumps_in_the_peer_and_not_here(x64, figures):
+    """Compares the target's logit on both sides of theta + margin = pi, at scale 1."""
     margin, step = 28.6, 1e-6
     radians = np.radians(margin)
     there = losses.ArcFaceLoss(2, 2, margin=margin, scale=1)

@@ -1,4 +1,4 @@
-"""What every plan takes, read off the compiled program; nothing runs, so load does not matter."""
+"""The cost of every plan, read from the compiled program; nothing runs, so load has no effect."""
 
 import functools
 import re
@@ -47,7 +47,7 @@ def each(features, kernel, labels, **keywords):
 
 @functools.cache
 def facts(loss, shape, plan=None, margin=4, lam=5.0):
-    """Of loss and gradients, compiled."""
+    """Facts of the compiled loss and gradients."""
     if loss is not plain:
         loss = functools.partial(loss, margin=margin, lam=lam, plan=plan)
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*operands(shape)).compile()
@@ -97,8 +97,8 @@ def test_sgd_inside_the_head_has_no_gradient_of_the_kernel_and_copies_nothing():
     "margin", [ArcFace(0.5, scale=64.0), SphereFace(4), SphereFace(4, scale=64.0)], ids=str
 )
 def test_the_kernel_is_not_copied_to_be_normalised(margin):
-    # Before the component along its columns is removed, the gradient of a block of columns, in the
-    # one-shot of all, exists once more.
+    # Removing the component along the columns needs one more array, the gradient of a block of
+    # columns. In the one-shot the block holds all columns.
     shape = 256, 128, 8192
     for share, plan in ((0.13, RECOMPUTED), (0.13, STORED), (1.01, lsm.Plan(2**40))):
         kept, ours = facts(summed, shape, plan), facts(summed, shape, plan, margin)
@@ -132,7 +132,7 @@ def test_without_gradients_only_the_logits_are_computed(loss):
 @pytest.mark.parametrize("loss", [lsm.lsoftmax_loss_sum, lsm.lsoftmax_loss, lsm.lsoftmax_logits])
 @pytest.mark.parametrize("classes, precision", [(256, "HIGHEST"), (257, "DEFAULT")])
 def test_few_classes_multiply_at_full_precision(loss, classes, precision):
-    # On a TPU the default rounds float32 to bfloat16.
+    # On a TPU the default precision rounds float32 to bfloat16.
     features, kernel, labels = operands((8, 16, classes))
 
     def total(features, kernel, labels):
@@ -140,7 +140,7 @@ def test_few_classes_multiply_at_full_precision(loss, classes, precision):
 
     text = jax.jit(jax.grad(total, (0, 1))).lower(features, kernel, labels).as_text()
     found = re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", text)
-    # The logits themselves may not be needed.
+    # The gradient may not need the logits themselves.
     assert len(found) >= 2 and set(found) == {(precision, precision)}
 
 
@@ -153,7 +153,7 @@ def gradient_text(margin, classes, platform):
 
 @pytest.mark.parametrize("platform, passes", [("cpu", 0), ("cuda", 1), ("tpu", 1)])
 def test_the_largest_logit_takes_no_pass_of_its_own_on_a_cpu(platform, passes):
-    # Clamping every logit made the one-shot a fifth slower there at 102,400 classes.
+    # On a CPU, clamping every logit made the one-shot a fifth slower at 102,400 classes.
     text = gradient_text(4, 300, platform)
     assert len(re.findall(r"stablehlo\.maximum %.*: tensor<7x300xf32>", text)) == passes
 

@@ -1,4 +1,4 @@
-"""Sampled classes: what is drawn, how uniformly, and what loss the sample gives."""
+"""Sampled classes: the sample, its uniformity, and its loss."""
 
 from functools import partial
 
@@ -41,7 +41,7 @@ def test_drawing_all_classes_draws_each_once():
 
 @pytest.mark.parametrize("classes", [50, 6000], ids=["shuffled", "Feistel network"])
 def test_the_draw_is_uniform(classes):
-    """Chi-squared of how often each class is drawn, drawn first, last, and after another."""
+    """Chi-squared tests of how often a class is drawn, is first, is last, and follows another."""
     negatives, keys = 20, 30_000
     labels = jnp.zeros(0, jnp.int32)
     ids_of = jax.vmap(lambda key: lsm.sample_classes(key, labels, classes, negatives).ids)
@@ -52,7 +52,7 @@ def test_the_draw_is_uniform(classes):
         statistic = np.sum((counts - expected) ** 2) / (expected * variance_share)
         return stats.chi2.sf(statistic, counts.size - 1)
 
-    # Within one draw classes exclude each other, which lowers the variance.
+    # A draw contains a class at most once, which lowers the variance.
     counts = np.bincount(ids.ravel(), minlength=classes)
     assert surprise(counts, (classes - negatives) / (classes - 1)) > 1e-3
     assert surprise(np.bincount(ids[:, 0], minlength=classes)) > 1e-3
@@ -80,7 +80,7 @@ def test_all_classes_drawn_is_the_exact_loss_and_gradient(x64):
 
 
 def test_the_sum_of_exponentials_is_unbiased(x64):
-    """exp(loss) - 1 is the others' sum over exp(target): linear in it, so means must agree."""
+    """exp(loss) - 1 is linear in the sum of the others' exponentials, so the means must agree."""
     features, kernel, labels = oracle.as_arrays(oracle.problem(5, 3, 4, 40), jnp.float64)
 
     @jax.jit

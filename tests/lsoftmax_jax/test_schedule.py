@@ -1,4 +1,4 @@
-"""Schedules of λ: the released code's formula, t counted from 1, and the ramp of the share."""
+"""Schedules of λ: the released code's formula with t counted from 1, and the ramp of the share."""
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +147,6 @@ def test_ramp_of_a_traced_step_is_the_same_float32_scalar_under_strict_promotion
         ({"start": 0.7}, ValueError, "start must be below end, got start 0.7 and end 0.7"),
     ],
 )
-def test_ramps_of_no_run_are_refused(changed, error, message):
+def test_impossible_ramps_are_refused(changed, error, message):
     with pytest.raises(error, match=message):
         lsm.margin_schedule(**{"steps": 100} | changed)

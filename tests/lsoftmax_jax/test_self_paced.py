@@ -1,4 +1,4 @@
-"""λ from each example's own lead, against the rule of `self_paced`'s docstring in NumPy."""
+"""Compares λ from each example's lead with the rule in `self_paced`'s docstring, in NumPy."""
 
 import functools
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ def learned(seed: int, noise: float = 0.15) -> oracle.Problem:
 
 
 def shares(problem, margin=MARGIN, strength=PACE.strength) -> np.ndarray:
-    """The share of each example by the formula."""
+    """The share of each example, by the formula."""
     features, kernel, labels = problem
     rows = np.arange(len(labels))
     plain = features @ kernel
@@ -44,7 +44,7 @@ def shares(problem, margin=MARGIN, strength=PACE.strength) -> np.ndarray:
 
 
 def with_shares(problem, share, margin=MARGIN):
-    """Losses and gradients of the sum, row by row with the λ of each share, by the oracle."""
+    """The oracle's losses and gradients of the sum, row by row with the λ of each share."""
     losses, dfeatures, dkernel = [], [], np.zeros_like(problem.kernel)
     for row, part in enumerate(share):
         alone = problem.features[[row]], problem.kernel, problem.labels[[row]]
@@ -77,7 +77,7 @@ def paced(features, kernel, labels, where=None, *, margin=MARGIN, plan=None, pac
 
 
 def assert_is_the_rule(got, problem, where=None, margin=MARGIN, tolerance=1e-12):
-    """λ, the losses and the gradients, the shares being constants."""
+    """Compares λ, losses and gradients with the rule; the shares are constants."""
     where = np.ones(len(problem.labels), bool) if where is None else where
     kept = oracle.Problem(problem.features[where], problem.kernel, problem.labels[where])
     share = shares(kept, margin)
@@ -139,7 +139,7 @@ def test_masked_rows_and_bad_labels_touch_no_other_row(x64):
 
 
 def test_an_example_that_leads_keeps_its_lead(x64):
-    """Whatever the strength, the margin turns no right answer into a wrong one."""
+    """Even at full strength the margin turns no right answer into a wrong answer."""
     for noise in (0.05, 0.3, 0.6):
         problem = learned(4, noise)
         for margin in (2, 4, 8):

@@ -1,4 +1,4 @@
-"""The head's step with its update inside against the oracle's gradient and Optax's update."""
+"""Compares the fused SGD step with the oracle's gradient and Optax's update."""
 
 import functools
 
@@ -25,7 +25,7 @@ def problem(dtype):
 
 
 @pytest.mark.parametrize("block", [4, 11, 1000], ids=["ragged", "whole", "larger than the head"])
-def test_is_the_unfused_step(x64, block):
+def test_the_fused_step_equals_the_unfused_step(x64, block):
     features, kernel, momentum, labels, weights = problem(jnp.float64)
     rates = {"learning_rate": ETA, "decay": MU, "weight_decay": OMEGA}
     with jax.numpy_dtype_promotion("strict"):

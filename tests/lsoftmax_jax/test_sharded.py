@@ -1,4 +1,4 @@
-"""The class-parallel losses on eight devices against the oracle, and what they communicate."""
+"""Compares the class-parallel losses on eight devices with the oracle; counts collectives."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     names: tuple[str, ...]
     class_axis: str
     batch_axes: tuple[str, ...]
-    collectives: int  # of the loss sum with its gradients
+    collectives: int  # in the loss sum with its gradients
 
 
 LAYOUTS = {
@@ -58,7 +58,7 @@ def keywords(layout, mesh):
 
 
 def placed(layout, mesh, dtype):
-    """features, the kernel filled up to COLUMNS, labels, cotangent, where they belong."""
+    """Places features, the kernel padded to COLUMNS, labels and cotangent on their devices."""
     features, kernel, labels = oracle.problem(3, BATCH, DIM, CLASSES)
     filled = np.full((DIM, COLUMNS), 7.0)
     filled[:, :CLASSES] = kernel
@@ -196,7 +196,7 @@ def test_every_device_holds_only_its_columns(layout):
 def test_masks_statistics_and_invalid_labels(layout):
     mesh = make_mesh(layout)
     features, kernel, labels, _ = placed(layout, mesh, jnp.float32)
-    labels = labels.at[2].set(CLASSES).at[3].set(-1)  # a filled-up column is no class
+    labels = labels.at[2].set(CLASSES).at[3].set(-1)  # a padding column is not a class
     features = features.at[5].set(jnp.nan)
     where = jnp.ones(BATCH, bool).at[5].set(False).at[3].set(False)
     static = {"lam": LAM, "where": where}
@@ -387,8 +387,8 @@ def test_logits_of_a_split_batch_stay_split_without_the_filling():
     with jax.set_mesh(mesh):
         place = NamedSharding(mesh, P("data", "model"))
         logits = jax.device_put(jnp.arange(24.0).reshape(4, 6), place)
-        for count in (4, 5):  # as many as rows, and not
-            # Older versions of JAX take Explicit axes in jax.jit alone.
+        for count in (4, 5):  # equal to the number of rows, and not equal
+            # Older versions of JAX allow Explicit axes inside jax.jit only.
             first = jax.jit(placement.first_columns, static_argnums=1)(logits, count)
             assert jax.typeof(first).sharding.spec == P("data", None)
             np.testing.assert_array_equal(first, np.arange(24.0).reshape(4, 6)[:, :count])

@@ -1,8 +1,8 @@
-"""Every loss in every surrounding gives the numbers of one device, or refuses in words.
+"""Every loss in every surrounding gives the numbers of one device, or raises a clear error.
 
-An entry is a weighted sum of losses, which any split of the batch leaves as it is; a surrounding
-calls an entry in its own way and gives (sum, gradient of features, gradient of the kernel). All of
-them run with strict promotion of dtypes and ranks (conftest.py).
+An entry is a weighted sum of losses, which does not depend on how the batch is split. A surrounding
+calls an entry in its own way and returns (sum, gradient of features, gradient of the kernel). All
+tests run with strict promotion of dtypes and ranks (conftest.py).
 """
 
 import contextlib
@@ -116,7 +116,7 @@ CLASS_PARALLEL = tuple(name for name in ENTRIES if name != "logits")
 
 
 class Case(NamedTuple):
-    """An entry, on one device or with the classes split."""
+    """An entry on one device, or with its classes split."""
 
     entry: Callable[..., Any]
     split: bool
@@ -192,7 +192,7 @@ def leading_shape(case, arrays):
 
 
 def of_sequences(answer, arrays, place=lambda arrays: arrays):
-    """With features (B, T, D)."""
+    """Calls answer with features (B, T, D)."""
     features, kernel, labels, weights = arrays
     sequences = place((parts(features, 4), kernel, parts(labels, 4), parts(weights, 4)))
     total, (dfeatures, dkernel) = flat(answer(*sequences))
@@ -230,7 +230,7 @@ def on_mesh(*kinds, axes=("data",)):
 
 
 def split_sequences(*kinds):
-    """(B, T, D) with T split; classes are not, their axis takes T."""
+    """Features (B, T, D) with T split over the axis "model"; the classes are not split."""
 
     def surrounding(case, arrays):
         mesh = make_mesh(kinds)
@@ -243,7 +243,7 @@ def split_sequences(*kinds):
 
 
 def shard_mapped(*manual, kind=AxisType.Auto):
-    """Rows split over the manual axes, the kernel whole on each."""
+    """Splits the rows over the manual axes; each device has the whole kernel."""
 
     def surrounding(case, arrays):
         mesh = make_mesh((kind, kind))
@@ -252,7 +252,7 @@ def shard_mapped(*manual, kind=AxisType.Auto):
 
         def local(*arrays):
             total, (dfeatures, dkernel) = flat(answer(*arrays))
-            # JAX sums the gradient of a replicated kernel; a step with the update inside does not.
+            # JAX sums the gradient of a replicated kernel over devices; the fused step does not.
             left = tuple(varying_axes(dkernel))
             dkernel = jax.lax.psum(dkernel, left) if left else dkernel
             return jax.lax.psum(total, manual), dfeatures, dkernel
@@ -271,7 +271,7 @@ def nans_debugged(case, arrays):
 
 
 def nans_debugged_op_by_op(case, arrays):
-    """As JAX calls again what has given a NaN, to find the operation."""
+    """JAX calls a function this way after a NaN, to find the operation."""
     with jax.debug_nans(True), jax.disable_jit():
         return case.answer(case.layout())(*arrays)
 
@@ -284,7 +284,7 @@ def checkified(case, arrays):
 
 
 def exported(case, arrays):
-    """With a symbolic batch, for a CPU and a TPU."""
+    """Exports with a symbolic batch, for a CPU and a TPU."""
     (batch,) = export.symbolic_shape("batch")
     shapes = [
         jax.ShapeDtypeStruct((batch if len(a) == BATCH else len(a), *a.shape[1:]), a.dtype)
@@ -323,7 +323,7 @@ MAPPED = {name for name in SURROUNDINGS if name == "pmap" or name.startswith("sh
 
 
 def refusal(surrounding, name):
-    """What is said where an entry cannot run in a surrounding."""
+    """The error of an entry that cannot run in a surrounding; None if it can."""
     if name.endswith(", split") and surrounding in MAPPED:
         return "layout: .* already mapped"
     if name.endswith(", split") and surrounding == "export":
@@ -337,12 +337,12 @@ def refusal(surrounding, name):
 
 CASES = {name: Case(entry, False) for name, entry in ENTRIES.items()}
 CASES |= {f"{name}, split": Case(ENTRIES[name], True) for name in CLASS_PARALLEL}
-# One of each kind runs in every surrounding by default, and every entry under jit.
+# By default one entry of each kind runs in every surrounding, and every entry runs under jit.
 OFTEN = ("logits", "loss", "sum, split", "sampled sum", "sgd")
 
 
 def each(names, surrounding=None):
-    """Parameters of a test: what does not run often is marked as slow."""
+    """Parameters of a test; those that do not run by default are marked as slow."""
     often = CASES if surrounding == "jit" else OFTEN
     return [
         pytest.param(*given, marks=() if name in often else pytest.mark.slow)
@@ -355,7 +355,7 @@ def each(names, surrounding=None):
 
 
 def flat(answer):
-    """(total, dfeatures, dkernel) or (total, (dfeatures, dkernel)) as the second."""
+    """Turns (total, dfeatures, dkernel) into (total, (dfeatures, dkernel))."""
     total, *gradients = answer
     return total, gradients if len(gradients) == 2 else gradients[0]
 
@@ -378,7 +378,7 @@ def arrays_of(dtype):
 
 @functools.cache
 def lambdas(paced):
-    """λ of each row: the given one, or that of the heads' rule, which test_self_paced.py judges."""
+    """λ of each row: LAM, or λ by the heads' default rule, which test_self_paced.py tests."""
     (features, kernel, labels), _ = problem()
     if not paced:
         return np.full(BATCH, LAM)
@@ -411,7 +411,7 @@ def assert_numbers(answer, wanted, tolerance):
         oracle.assert_close(one, other, tolerance)
 
 
-# JAX 0.10's own fault: checkify takes no branch by platform inside a second jax.shard_map.
+# A bug of JAX 0.10: checkify allows no branch by platform inside a second jax.shard_map.
 WITHOUT_SPLIT = {name: case for name, case in CASES.items() if not case.split}
 
 

@@ -1,4 +1,4 @@
-"""What a TPU's order of storage asks for; the compiled programs are in test_compiled.py."""
+"""The order in which a TPU stores the kernel; test_compiled.py has the compiled programs."""
 
 import math
 
@@ -20,8 +20,8 @@ from lsoftmax_jax._core import tiles
         ((65, 1_000_000), False),
     ],
 )
-def test_the_order_that_fills_up_less_is_the_one_stored(shape, by_columns):
-    # As libtpu 0.0.42 reported them for bfloat16 and float32, v5e and v6e.
+def test_the_order_with_less_padding_is_stored(shape, by_columns):
+    # libtpu 0.0.42 reported these orders for bfloat16 and float32, on v5e and v6e.
     assert tiles.is_by_columns(shape) == by_columns
 
 

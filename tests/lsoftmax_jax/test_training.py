@@ -1,4 +1,4 @@
-"""What one update and one evaluation compute, on one device."""
+"""One update and one evaluation on one device."""
 
 import math
 from functools import partial
@@ -60,7 +60,7 @@ def single(graphdef_and_state, examples, train):
     return state, stacked(metrics)
 
 
-def test_one_update_is_the_written_out_one(graphdef_and_state, examples, train):
+def test_one_update_equals_the_written_out_update(graphdef_and_state, examples, train):
     graphdef, state = graphdef_and_state
     images, labels = examples
 
@@ -142,7 +142,7 @@ def test_tree_mode_of_nnx(graphdef_and_state, examples, single):
 
 
 def trained(lam, noise):
-    """100 updates on one batch, each class around its own axis."""
+    """Makes 100 updates on one batch in which each class lies around its own axis."""
     rng = np.random.default_rng(1)
     labels = rng.integers(0, CLASSES, 64)
     images = np.eye(CLASSES, WIDTH, dtype=np.float32)[labels]
@@ -155,7 +155,7 @@ def trained(lam, noise):
 
 
 @pytest.mark.parametrize("lam", [None, lsm.self_paced()], ids=["the head's rule", "self-paced"])
-def test_a_self_paced_run_learns_and_is_told_healthy(lam):
+def test_a_self_paced_run_learns_and_is_reported_healthy(lam):
     _, metrics = trained(lam, 0.1)
     assert metrics.sums.correct[-1] == 64
     assert metrics.share[0] < 1 / 11 < metrics.share[-1] <= 0.5
@@ -163,7 +163,7 @@ def test_a_self_paced_run_learns_and_is_told_healthy(lam):
     assert not metrics.margin_idle[-1]
 
 
-def test_a_collapse_is_told_while_it_happens():
+def test_a_collapse_is_reported_while_it_happens():
     """Without annealing m = 4 shrinks the features; plain softmax learns the same batch."""
     _, metrics = trained(lambda step: jnp.float32(0.0), 1.0)
     assert metrics.sums.correct[-1] < 32
@@ -184,7 +184,7 @@ def test_the_margin_is_idle_below_a_share_of_a_hundredth(lam, idle):
         np.testing.assert_allclose(metrics.share, (margin != 1) / (1 + lam), rtol=1e-6)
 
 
-def test_the_share_of_a_padded_batch_is_the_mean_over_the_others():
+def test_the_share_of_a_padded_batch_is_the_mean_over_its_examples():
     graphdef, state = training.create(Headed(nnx.Rngs(0)), OPTIMIZER)
     step = jax.jit(training.train_step(graphdef, OPTIMIZER, lambda step: 3.0))
     _, metrics = step(state, *images_and_labels(4, 3), jnp.arange(4) < 3)
@@ -193,7 +193,7 @@ def test_the_share_of_a_padded_batch_is_the_mean_over_the_others():
 
 
 class Pair(Line):
-    """A line whose input comes in two halves."""
+    """A Line whose input comes in two halves."""
 
     def __call__(self, halves):
         return super().__call__(jnp.concatenate([halves["left"], halves["right"]], axis=-1))
@@ -223,7 +223,7 @@ def test_the_mean_is_over_the_labels_of_sequences(masked):
 
 
 def test_the_kernel_norm_is_over_the_real_classes():
-    """A sharded kernel has columns that only fill it up."""
+    """A sharded kernel may have padding columns."""
     mesh = jax.make_mesh((1, 3), ("data", "model"), devices=jax.devices()[:3])
     layout = lsm.ClassParallel("model", "data", mesh)
     with jax.set_mesh(mesh):
@@ -253,11 +253,11 @@ def test_a_feature_without_length_is_at_a_right_angle_to_its_column():
         (0.97 * math.log(2), 0.04, 1, False),  # better than guessing
         (math.log(2), 0.06, 1, False),  # logits of 0.12
         (math.log(2), 0.04, 1 / 99, True),
-        (math.log(2), 0.04, 1 / 101, False),  # plain softmax, but for a hundredth
+        (math.log(2), 0.04, 1 / 101, False),  # plain softmax except for a hundredth
     ],
 )
 def test_what_counts_as_a_collapse(loss, length, share, collapsing):
-    """Of 4 examples in 2 classes, whose columns have length 2."""
+    """4 examples of 2 classes, whose columns have length 2."""
     head = LSoftmaxDense(3, 2, rngs=nnx.Rngs(0))
     sums = training.Sums(*map(jnp.float32, (4, 4 * loss, 2, 6.0, 4 * length, 4 * share)))
     assert bool(training._collapsing(head, sums, jnp.float32(2))) == collapsing
@@ -273,8 +273,8 @@ def test_what_counts_as_a_collapse(loss, length, share, collapsing):
     ],
     ids=["features", "unit features", "arcface", "unit columns"],
 )
-def test_only_features_whose_length_counts_can_collapse(head, collapsing):
-    """Features of almost no length; the loss is that of guessing, or said to be."""
+def test_only_features_whose_length_matters_can_collapse(head, collapsing):
+    """The features have almost no length; the loss is that of guessing, or is replaced by it."""
     model = Headed(nnx.Rngs(0), **head)
     features, labels = images_and_labels(BATCH, 3)
     graphdef, state = training.create(model, OPTIMIZER)

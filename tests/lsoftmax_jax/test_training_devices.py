@@ -1,4 +1,4 @@
-"""The step under pmap, under shard_map and under vmap is the step on one device."""
+"""The step under pmap, shard_map and vmap gives the numbers of one device."""
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,13 @@ HINGE = optax.losses.multiclass_hinge_loss
 
 
 def over_shard_map(step, check_vma):
-    """The step over four devices, and what a replicated state and a split batch are to it."""
+    """The step on four devices, with a replicated state and a split batch."""
     specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P(), "check_vma": check_vma}
     return jax.jit(jax.shard_map(step, mesh=mesh_of(DEVICES), **specs))
 
 
 def over_pmap(step):
-    """The same under pmap; the devices' results must be equal, and one of them is returned."""
+    """The same under pmap; checks that the devices' results are equal, and returns one result."""
     mapped = jax.pmap(step, "data", in_axes=(None, 0, 0), devices=jax.devices()[:DEVICES])
 
     def run(state, *batch):
@@ -52,7 +52,7 @@ def over_pmap(step):
 
 
 def data_of(tree):
-    """Random keys as numbers."""
+    """Replaces random keys by their numbers."""
     keyed = jax.dtypes.prng_key
     return jax.tree.map(
         lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, keyed) else leaf, tree
@@ -72,7 +72,7 @@ def over_devices(request):
 
 
 class Normed(Line):
-    """A line with batch normalisation."""
+    """A Line with batch normalisation."""
 
     def __init__(self, rngs):
         super().__init__(rngs)
@@ -87,7 +87,7 @@ class Normed(Line):
     [(LAM, None), (None, None), (lsm.self_paced(), None), (LAM, HINGE)],
     ids=["schedule", "the head's rule", "self-paced", "own loss"],
 )
-def test_devices_are_one_device(over_devices, lam, loss):
+def test_devices_give_one_devices_numbers(over_devices, lam, loss):
     graphdef, state = training.create(Normed(nnx.Rngs(0)), OPTIMIZER)
     batch = images_and_labels(BATCH, WIDTH)
 
@@ -102,14 +102,14 @@ def test_devices_are_one_device(over_devices, lam, loss):
     assert_close(two_updates(over_devices, "data"), two_updates(jax.jit, None))
 
 
-def test_evaluation_on_devices_is_that_on_one(over_devices):
+def test_evaluation_on_devices_gives_one_devices_numbers(over_devices):
     graphdef, state = training.create(Normed(nnx.Rngs(0)), OPTIMIZER)
     batch = images_and_labels(BATCH, WIDTH)
     sums = over_devices(training.eval_step(graphdef, axis_name="data"))(state, *batch)
     assert_close(sums, jax.jit(training.eval_step(graphdef))(state, *batch))
 
 
-def test_a_convolution_under_pmap_is_one_device():
+def test_a_convolution_under_pmap_gives_one_devices_numbers():
     graphdef, state = training.create(Small(nnx.Rngs(0)), OPTIMIZER)
     batch = images_and_labels(BATCH, 4, 4, 1)
     step = over_pmap(training.train_step(graphdef, OPTIMIZER, LAM, axis_name="data"))
@@ -117,7 +117,7 @@ def test_a_convolution_under_pmap_is_one_device():
     assert_close(step(state, *batch), single(state, *batch))
 
 
-def test_an_axis_of_vmap_is_summed_over():
+def test_the_step_sums_over_an_axis_of_vmap():
     graphdef, state = training.create(Normed(nnx.Rngs(0)), OPTIMIZER)
     images, labels = images_and_labels(BATCH, WIDTH)
     step = training.train_step(graphdef, OPTIMIZER, LAM, axis_name="data")
@@ -152,7 +152,7 @@ COLUMNS = 4096
 
 
 class Dropping(nnx.Module):
-    """Ones, half of them dropped, and their mean over all rows as a batch statistic."""
+    """Drops half of many ones, and keeps their mean over all rows as a batch statistic."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
@@ -163,8 +163,8 @@ class Dropping(nnx.Module):
         return self.norm(self.dropout(jnp.broadcast_to(rows, (len(rows), COLUMNS))))
 
 
-def test_every_device_drops_its_own(over_devices):
-    """The mean of four coins that show 0 or 2; one mask for all would make it 0 or 2."""
+def test_every_device_draws_its_own_dropout(over_devices):
+    """Each mean is that of four coins that show 0 or 2; a shared mask would give only 0 or 2."""
     graphdef, state = training.create(Dropping(nnx.Rngs(0)), optax.sgd(0.1))
     step = training.train_step(graphdef, optax.sgd(0.1), LAM, axis_name="data")
     run, means = over_devices(step), []
@@ -178,7 +178,7 @@ def test_every_device_drops_its_own(over_devices):
         found = [np.mean(np.isclose(mean, value)) for value in (0, 0.5, 1, 1.5, 2)]
         np.testing.assert_allclose(found, np.array([1, 4, 6, 4, 1]) / 16, atol=0.03)
     assert np.mean(means[0] == means[1]) < 0.5
-    # The streams stay the same on every device, and go on.
+    # The random streams stay the same on every device, and advance.
     before, after = (data_of(tree.other["dropout"]["rngs"]) for tree in (state, reached))
     np.testing.assert_array_equal(after["key"], before["key"])
     assert after["count"] == before["count"] + 2

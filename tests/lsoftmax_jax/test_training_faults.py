@@ -1,4 +1,4 @@
-"""What a step does with numbers that are not finite, and with a caller's mistakes."""
+"""A step with numbers that are not finite, and with a caller's mistakes."""
 
 import chex
 import jax
@@ -42,7 +42,7 @@ def assert_skipped(state, kept, metrics):
 
 
 def least_likely(model, feature):
-    """The class that a model of the head alone likes least."""
+    """The least likely class by a model that is a head alone."""
     return np.argmin(model(nnx.Rngs(0)).head(feature), axis=-1)
 
 
@@ -50,7 +50,7 @@ def least_likely(model, feature):
 
 
 @pytest.mark.parametrize("loss", [None, CROSS_ENTROPY], ids=["head", "own"])
-def test_a_batch_that_is_no_number_changes_nothing_but_the_step(loss):
+def test_a_batch_with_nan_changes_nothing_but_the_step(loss):
     unknown = np.where(np.arange(BATCH) == 2, -1, LABELS)
     images = np.where(np.arange(BATCH)[:, None] == 2, np.float32(np.nan), ROWS)
     assert_skipped(*update(OPTIMIZER, ROWS, unknown, loss=loss))
@@ -64,12 +64,12 @@ def test_a_batch_that_is_no_number_changes_nothing_but_the_step(loss):
     ids=["NaN rate", "infinite rate", "no epsilon"],
 )
 def test_an_update_that_is_not_finite_changes_nothing_but_the_step(optimizer):
-    """Its loss and gradient are finite; a batch of padding has no gradient at all."""
+    """The loss and its gradient are finite: a batch of padding has a zero gradient."""
     assert_skipped(*update(optimizer, ROWS, LABELS, np.zeros(BATCH, bool)))
 
 
 def test_a_half_precision_kernel_outlives_adam():
-    """Its epsilon and its squares vanish in float16: an update of 0 / 0."""
+    """Adam's epsilon and squares vanish in float16, so its update is 0 / 0."""
 
     def half(rngs):
         return Headed(rngs, param_dtype=jnp.float16)
@@ -87,15 +87,15 @@ def test_an_optimizer_state_that_would_overflow_is_kept():
     assert_skipped(state, kept, metrics)
 
 
-def test_a_state_that_begins_at_infinity_is_no_fault():
+def test_a_state_that_begins_at_infinity_is_allowed():
     optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
     state, after, metrics = update(optimizer, ROWS, LABELS)
     assert any(np.isinf(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
     assert not metrics.skipped and optax.tree.get(after.opt_state, "best_value") < 10
 
 
-def test_a_large_half_precision_gradient_is_taken():
-    """Its squares sum to more than float16 holds."""
+def test_a_large_half_precision_gradient_is_applied():
+    """The sum of its squares overflows float16."""
 
     def half(rngs):
         return Headed(rngs, margin=1, param_dtype=jnp.float16)
@@ -112,7 +112,7 @@ def test_a_large_half_precision_gradient_is_taken():
     assert np.any(after.params["head"]["kernel"] != state.params["head"]["kernel"])
 
 
-def test_a_gradient_in_float64_is_in_float64(x64):
+def test_a_float64_gradient_keeps_its_digits(x64):
     def double(rngs):
         return Headed(rngs, param_dtype=jnp.float64)
 
@@ -167,7 +167,7 @@ def test_a_batch_of_padding_alone_is_a_step_without_gradient():
     ],
     ids=["scalar", "(B, 1)", "(B, C)", "integers", "Booleans", "tuple", "None"],
 )
-def test_a_loss_that_gives_no_number_an_example(loss, error, got):
+def test_a_loss_without_a_number_for_each_example_is_refused(loss, error, got):
     graphdef, state = training.create(Line(nnx.Rngs(0)), OPTIMIZER)
     message = rf"loss must give one floating-point number an example, shape \(8,\), got .*{got}"
     with pytest.raises(error, match=message):
@@ -208,7 +208,7 @@ def test_the_optimizer_state_of_other_parameters():
         jax.jit(step)(state._replace(opt_state=other.opt_state), ROWS, LABELS)
 
 
-def test_a_state_that_is_none():
+def test_other_objects_than_states_are_refused():
     graphdef, state = training.create(Headed(nnx.Rngs(0)), OPTIMIZER)
     step = training.train_step(graphdef, OPTIMIZER, LAM)
     with pytest.raises(TypeError, match="state must be a State, as `create` makes it, got dict"):
@@ -239,7 +239,7 @@ def test_a_model_without_a_large_margin_head(head):
         training.train_step(graphdef, OPTIMIZER, LAM)(state, ROWS, LABELS)
 
 
-# Optimizers that want more than the gradient.
+# Optimizers that need more than the gradient.
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_model_without_a_large_margin_head(head):
     [optax.polyak_sgd(), optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1))],
     ids=["polyak", "plateau"],
 )
-def test_an_optimizer_may_want_the_loss(optimizer):
+def test_an_optimizer_may_use_the_loss(optimizer):
     state, after, metrics = update(optimizer, ROWS, LABELS, lam=lambda step: 1.0)
 
     @jax.jit
@@ -265,6 +265,6 @@ def test_an_optimizer_may_want_the_loss(optimizer):
     assert not metrics.skipped
 
 
-def test_an_optimizer_that_wants_more_is_refused_in_words():
+def test_an_optimizer_that_needs_more_is_refused_in_words():
     with pytest.raises(TypeError, match=r"optimizer must want no more than .*'value_fn'"):
         update(optax.lbfgs(), ROWS, LABELS)

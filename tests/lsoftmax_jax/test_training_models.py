@@ -1,4 +1,4 @@
-"""Models that tie, freeze and sow: the steps look for the head in the model."""
+"""Models that tie or freeze parameters, sow values, or drop features."""
 
 import chex
 import jax
@@ -18,7 +18,7 @@ ROWS, LABELS = images_and_labels(BATCH, WIDTH)
 
 
 class Tied(Line):
-    """Its head's kernel is its embedding too, a name that sorts before the head's."""
+    """The head's kernel is also an embedding; the name "embedding" sorts before "head"."""
 
     def __init__(self, rngs):
         super().__init__(rngs)
@@ -46,7 +46,7 @@ def test_a_kernel_tied_to_an_embedding_is_trained_by_both():
 
 
 class Frozen(nnx.Variable):
-    """What no optimizer sees."""
+    """A variable that no optimizer sees."""
 
 
 def test_a_frozen_kernel_stays():
@@ -68,7 +68,7 @@ class Sowing(Line):
         return features
 
 
-# Flax would rather see `nnx.capture` around a call.
+# Flax deprecates `sow` in favour of `nnx.capture`.
 SOWS = pytest.mark.filterwarnings("ignore:.*Module.sow:DeprecationWarning")
 
 
@@ -89,7 +89,7 @@ def test_a_model_may_sow(called):
 
 @SOWS
 def test_create_leaves_the_model_to_the_caller():
-    """Also what it has sown; and no step that reuses memory takes the model's."""
+    """The model keeps its sown values, and a donating step does not take the model's memory."""
     model = Sowing(nnx.Rngs(0))
     features = model(ROWS)
     graphdef, state = training.create(model, OPTIMIZER)
@@ -111,7 +111,7 @@ class Dropping(Line):
 
 
 def test_dropout_goes_on_from_step_to_step():
-    """On one device, and in evaluation not at all."""
+    """Training on one device drops features; evaluation drops none."""
     graphdef, state = training.create(Dropping(nnx.Rngs(0)), optax.sgd(0.0))
     step = jax.jit(training.train_step(graphdef, optax.sgd(0.0), LAM))
     norms = []

@@ -1,4 +1,4 @@
-"""What a strict mypy makes of a user's script: the heads' arguments are seen."""
+"""A strict mypy checks the arguments of heads and losses in a user's script."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def test_mypy_sees_the_arguments_of_heads_and_losses(tmp_path):
     pytest.importorskip("mypy")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT + "\n".join(WRONG) + "\n")
-    # Strict, as pyproject.toml says; with no other options the cache of `make lint` holds JAX.
+    # pyproject.toml makes mypy strict; without other options mypy reuses the cache of `make lint`.
     command = [sys.executable, "-m", "mypy", "--no-color-output", str(script)]
     output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     first = SCRIPT.count("\n") + 1

@@ -1,4 +1,4 @@
-"""EER, AUC, TAR, rank 1 and angles against scikit-learn and against loops over pairs."""
+"""Compares EER, AUC, TAR, rank 1 and angles with scikit-learn and with loops over pairs."""
 
 import itertools
 import tracemalloc
@@ -15,12 +15,12 @@ from sklearn.metrics import roc_auc_score, roc_curve
 import lsoftmax_jax as lsm
 from lsoftmax_jax import verification
 
-# Nothing here compiles.
+# Nothing here compiles, so examples are cheap.
 many = settings(max_examples=40)
 
 
 def naive_eer(scores, same):
-    """Where FAR + TAR = 1 on the line through the points of all thresholds, in fractions."""
+    """FAR where FAR + TAR = 1 on the line through the points of all thresholds, in fractions."""
     genuine, impostors = Fraction(sum(same)), Fraction(len(same) - sum(same))
     points = [(Fraction(0), Fraction(0))]
     for threshold in sorted(set(scores), reverse=True):
@@ -34,7 +34,7 @@ def naive_eer(scores, same):
 
 
 def check(roc, scores, same):
-    """A ROC against scikit-learn's, and its numbers against loops over thresholds and pairs."""
+    """Compares a ROC with scikit-learn's, and its numbers with loops over thresholds and pairs."""
     far, tar, thresholds = roc_curve(same, scores, drop_intermediate=False)
     np.testing.assert_allclose(roc.far, far, rtol=1e-15)
     np.testing.assert_allclose(roc.tar, tar, rtol=1e-15)
@@ -53,7 +53,7 @@ def check(roc, scores, same):
 
 @st.composite
 def scored_pairs(draw):
-    """Scores with many ties, or with few, and both kinds of pairs."""
+    """Scores with many ties or with few, and both kinds of pairs."""
     score = draw(st.sampled_from([st.integers(-3, 3), st.floats(-10, 10)]))
     scores = draw(st.lists(score.map(float), min_size=2, max_size=30))
     same = draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)))
@@ -76,7 +76,7 @@ def test_a_tie_is_half_accepted_on_the_line_of_the_curve():
         0.0,
         np.inf,
     )
-    # A third of the way along the tie of a genuine and an impostor pair.
+    # The EER lies a third of the way along the tie of a genuine and an impostor pair.
     seen = verification.roc([4, 3, 2, 2, 1, 0], [True, False, True, False, False, False])
     assert seen.eer == pytest.approx(1 / 3, abs=1e-15)
 
@@ -93,7 +93,7 @@ SIGNS = np.array(list(itertools.product([-1.0, 1.0], repeat=4)))
 
 
 def naive_rank_1(cosines, classes, compared):
-    """Over rows with compared pairs of both kinds; ``compared`` is symmetric."""
+    """Rank 1 over the rows with compared pairs of both kinds; ``compared`` is symmetric."""
     results = []
     for row, seen in enumerate(compared):
         same = classes == classes[row]
@@ -133,7 +133,7 @@ def test_given_pairs(example, data):
     n = len(classes)
     every = list(itertools.permutations(range(n), 2))
     pairs = data.draw(st.lists(st.sampled_from(every), max_size=40))
-    same = np.argsort(classes)[-3:]  # rows of 7, 7 and 8
+    same = np.argsort(classes)[-3:]  # rows of classes 7, 7 and 8
     pairs = np.array([*pairs, (same[0], same[1]), (same[2], same[0])])
     seen = verification.verify(embeddings, classes, pairs)
     cosines = embeddings @ embeddings.T / 4
@@ -168,7 +168,7 @@ def people():
     return embeddings.astype(np.float32), labels
 
 
-def test_the_rounding_of_cosines_moves_nothing_that_matters(people):
+def test_rounded_cosines_hardly_change_the_numbers(people):
     embeddings, labels = people
     seen = verification.verify(embeddings, labels)
     units = embeddings.astype(np.float64)
@@ -183,7 +183,7 @@ def test_the_rounding_of_cosines_moves_nothing_that_matters(people):
     assert 0.01 < exact.eer < 0.3
     assert seen.roc.eer == pytest.approx(exact.eer, abs=2e-6)
     assert seen.roc.auc == pytest.approx(exact.auc, abs=1e-8)
-    # One genuine pair of the few that a threshold parts from impostors 1e-6 away.
+    # Rounding may move one genuine pair that lies within 1e-6 of an impostor pair.
     for far in (1e-4, 1e-3, 1e-2, 0.1):
         assert seen.roc.tar_at(far) == pytest.approx(exact.tar_at(far), abs=1.5 / exact.genuine)
     compared = ~np.eye(len(labels), dtype=bool)
@@ -191,7 +191,7 @@ def test_the_rounding_of_cosines_moves_nothing_that_matters(people):
 
 
 def test_a_collapsed_network_is_at_chance(people):
-    """Equal embeddings tie wherever their product is computed."""
+    """Equal embeddings must tie, however their product is computed."""
     embeddings, labels = people
     seen = verification.verify(np.broadcast_to(embeddings[0], embeddings.shape), labels)
     assert (seen.roc.eer, seen.roc.auc, seen.rank_1) == (0.5, 0.5, 0.5)
@@ -221,7 +221,7 @@ def test_arrays_of_jax(dtype):
 
 
 def test_memory_does_not_grow_with_the_square(monkeypatch):
-    """The steps alone take 32 MB; few of them show what the blocks need."""
+    """All steps would take 32 MB alone; with few steps the blocks' memory shows."""
     monkeypatch.setattr(verification, "_STEPS", 2**10)
     embeddings = np.random.default_rng(0).normal(size=(4096, 4)).astype(np.float32)
     tracemalloc.start()
