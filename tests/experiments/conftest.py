@@ -10,7 +10,7 @@ from experiments.paper.data import import_tfds
 
 @pytest.fixture(scope="session")
 def tfds() -> None:
-    """TFDS can be imported; not so with the pins of Colab's CPU and GPU runtimes."""
+    """Skips if TFDS cannot be imported, as with the pins of Colab's CPU and GPU runtimes."""
     try:
         import_tfds()
     except ImportError as error:
@@ -18,7 +18,7 @@ def tfds() -> None:
 
 
 def real_data(variable: str, expected: str, source: str) -> Path:
-    """The folder that an environment variable names, if it holds what is expected there."""
+    """The folder that an environment variable names; skips if the expected entry is missing."""
     folder = os.environ.get(variable, "")
     if not folder or not (Path(folder) / expected).exists():
         pytest.skip(f"no {expected} in {variable}={folder!r}; {source}")

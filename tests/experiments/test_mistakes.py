@@ -1,4 +1,4 @@
-"""Every way to type a command wrongly that came to mind: exit code 2, and a line that names it."""
+"""Wrong command lines: each ends with exit code 2 and one line that names the mistake."""
 
 import os
 import re
@@ -24,7 +24,7 @@ VERIFY = ["verify", "--out", "{out}/v.json"]
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A folder of everything that may go wrong."""
+    """A folder with faces and data, good and damaged."""
     folder = tmp_path_factory.mktemp("good")
     for person in "AB":
         for number in range(1, 5):
@@ -190,7 +190,7 @@ MISTAKES = [
     ([*MNIST, "{good}/objects"], "objects/mnist.npz .* Python objects"),
     ([*MNIST, "{good}/gap"], "gap lacks mnist.01.npz, though it has mnist.02.npz"),
     ([*MNIST, "{good}/whole"], "batch must be at most the 12 training images"),
-    # what is in the folder already
+    # files that are in the folder already
     *[(["train", "digits-m4", "--out", f"{{good}}/foreign_{name}"], "seed0.json must hold")
       for name in ("empty", "list", "null", "number", "cut", "nulls", "strange", "deep")],
     *[(["train", "digits-m4", "--out", f"{{good}}/claims_{name}"], "claim must hold")
@@ -277,7 +277,7 @@ def test_mistake_is_named_in_a_line(words, message, good, tmp_path, capsys, monk
     message = message.format(**places) if "{good}" in message else message
     try:
         code = main(words)
-    except SystemExit as stop:  # tyro's own mistakes
+    except SystemExit as stop:  # raised by tyro
         code = stop.code
     said = capsys.readouterr().err
     assert code == 2, said
@@ -296,7 +296,7 @@ def test_broken_tfds_data_are_named(good, tfds, tmp_path, capsys):
 
 def test_protobuf_too_old_for_tfds_is_named(good, tmp_path, capsys, monkeypatch):
     class Made(types.ModuleType):
-        """As tensorflow-metadata's modules do, made for the protobuf of next year."""
+        """Fails like tensorflow-metadata's modules, generated for a future protobuf."""
 
         def __getattr__(self, name):
             if name == "__path__":
@@ -316,7 +316,7 @@ def test_protobuf_too_old_for_tfds_is_named(good, tmp_path, capsys, monkeypatch)
     assert "Traceback" not in said
 
 
-def test_there_are_enough():
+def test_enough_mistakes_are_listed():
     assert len(MISTAKES) >= 80
 
 
@@ -363,7 +363,7 @@ os.execv(sys.executable, [sys.executable, "-m", "experiments", *sys.argv[2:]])
 
 
 def run_without(streams, *words, **pipes):
-    """The command in a process to which some streams are closed."""
+    """Runs the command in a process with some closed streams."""
     command = [sys.executable, "-c", CLOSED, streams, *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
     return subprocess.run(

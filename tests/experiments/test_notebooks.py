@@ -63,7 +63,7 @@ def test_notebook_has_the_cells_of_its_script(name):
 
 
 def test_jupytext_pairs_a_notebook_with_its_script():
-    """So Jupyter writes both files when either is saved."""
+    """With this pairing, Jupyter writes both files when it saves one of them."""
     command = [sys.executable, "-m", "jupytext", "--paired-paths", "tour.ipynb"]
     asked = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
     assert asked.stdout.split() == ["tour.py"]
@@ -111,7 +111,7 @@ def test_a_notebook_of_the_paper_defines_no_model_and_no_loss(name):
     assert not used & (layers | losses)
 
 
-# Each is evaluated in the notebook's kernel after the last cell; the tests read its value.
+# The notebook's kernel evaluates its question after the last cell; the tests read the value.
 QUESTIONS = {
     "tour": """{
         "error": {title: error for title, (error, _) in results.items()},
@@ -169,9 +169,9 @@ class Executed:
 
 
 def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, pictures: int) -> Executed:
-    """Runs a notebook in an empty folder; checks what holds for all of them."""
+    """Runs a notebook in an empty folder, with the checks that all notebooks share."""
     monkeypatch.setenv("PYTHONWARNINGS", "default")
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # on an accelerator they are not small
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # on an accelerator the notebooks train larger runs
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
     notebook = Executed(name, folder)
     assert "Warning" not in notebook.printed
@@ -190,9 +190,9 @@ def test_tour(tmp_path, monkeypatch):
     seen = executed("tour", tmp_path, monkeypatch, pictures=3).answer
     softmax, large = "softmax", "L-Softmax, m = 4"
     assert seen["error"].keys() == {softmax, large}
-    assert max(seen["error"].values()) < 25  # of ten classes, features in the plane
+    assert max(seen["error"].values()) < 25  # ten classes, features in the plane
     assert seen["angle"][large] < 0.75 * seen["angle"][softmax]
-    assert 0.01 < seen["share"] <= 0.5  # the margin has come in; the rule gives it a half at most
+    assert 0.01 < seen["share"] <= 0.5  # the margin takes part; the rule's share is at most a half
     margin_free, with_margin = seen["accuracy"]
     assert margin_free > 0.85 and with_margin <= margin_free
     assert seen["linen"][-1] < 0.5 * seen["linen"][0]
@@ -228,7 +228,7 @@ def test_reproduce(tmp_path, monkeypatch):
     lines = map(json.loads, log.read_text().splitlines())
     steps = [line["step"] for line in lines if line["kind"] == "train"]
     assert steps == list(range(1, seen["steps"] + 1))
-    assert seen["error"] < 50  # of ten classes
+    assert seen["error"] < 50  # ten classes
     assert f"{seen['error']:.2f}" in notebook.tables[0]
     assert json.loads((out / f"{seen['name']}.json").read_text())["status"] == "finished"
 

@@ -28,7 +28,7 @@ def test_shows_draws_and_writes(tiny, tmp_path, capsys):
     assert softmax.keys() == margin.keys() == quickstart.ROWS.keys()
     assert all(len(of) == 2 for of in margin.values())
     assert softmax["share"] == [0, 0] and min(margin["share"]) > 1
-    for of in (softmax, margin):  # guessing has 90 %
+    for of in (softmax, margin):  # guessing has an error of 90 %
         assert np.mean(of["error_of_seen"]) < np.mean(of["error"]) + 3 < 20
         assert np.mean(of["error_of_noisy"]) > np.mean(of["error"])
         assert 10 < np.mean(of["eer_of_unseen"]) < 50
@@ -36,7 +36,7 @@ def test_shows_draws_and_writes(tiny, tmp_path, capsys):
 
 
 def test_digits_that_verify_were_not_trained(tiny, monkeypatch):
-    """Labels of the others never reach the loss: other labels there change no parameter."""
+    """Training and its test see the first SEEN digits only."""
     seen = []
     fitted = quickstart.fitted
 
@@ -57,7 +57,7 @@ def test_spread_by_hand():
 
 
 def test_picture_shows_points_where_they_are(tmp_path):
-    """Two classes of opposite directions: their colours fill opposite halves of the panel."""
+    """Two classes with opposite directions: their colours fill opposite halves of the panel."""
     points = np.array([[0.0, 5.0]] * 50 + [[0.0, -5.0]] * 50)
     measured = {
         "points": points.tolist(),

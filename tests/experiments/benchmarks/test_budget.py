@@ -1,4 +1,4 @@
-"""`bench all`: its order, its minutes, and that it goes on where it was stopped."""
+"""`bench all`: its order, its time limit, and its continuation after a stop."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_the_most_useful_comes_first_and_every_size_is_there():
             assert {f"head {size} {dtype}, {kind} arms" for kind in ("main", "all")} <= {*names}
 
 
-def test_what_is_named_exists():
+def test_every_named_test_file_exists():
     for words in budget.pieces("gpu", budget.OUT, quick=False).values():
         files = [word for word in words if word.startswith("tests/")]
         assert all((budget.CLONE / file).exists() for file in files)
@@ -51,7 +51,7 @@ def test_a_stopped_command_goes_on(tmp_path, monkeypatch, capsys):
     assert saved["device"] == "H200" and "go on" not in saved["command"]
     assert "the same command goes on" in capsys.readouterr().out
     code, again, saved = bench(monkeypatch, tmp_path, {})
-    # What failed is tried again, what was done is not.
+    # The failed piece is tried again, and the finished piece is not.
     assert again[0] == ran[1] and len(again) == len(saved["pieces"]) - 1
     assert code == 0 and "continues: 1 of" in capsys.readouterr().out
     assert bench(monkeypatch, tmp_path, {})[1] == []
@@ -64,7 +64,7 @@ def test_a_result_of_another_commit_is_kept(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "all-gpu.json").read_text()) == saved
 
 
-def test_a_piece_ends_with_its_minutes():
+def test_a_piece_ends_at_its_time_limit():
     sleeps = [budget.sys.executable, "-c", "import time; time.sleep(60)"]
     assert budget.outcome(sleeps, dict(os.environ), 0.2) == (None, "")
     fails = [budget.sys.executable, "-c", "raise SystemExit('why')"]

@@ -1,4 +1,4 @@
-"""What the compilers of accelerators say of heads and steps; nothing runs, so load does not matter.
+"""Heads and steps, compiled for accelerators; nothing runs, so load does not matter.
 
 Those marked `aot` need the extra aot-tpu.
 """
@@ -25,7 +25,7 @@ def aot(test):
 
 
 def program(target, name, size):
-    """The row of one program."""
+    """The result row of one program."""
     on = targets.target(target)
     cases = [case for case in compiled.head_cases(on) if (case.name, case.size) == (name, size)]
     return compiled.compiled_row(on, cases[0])
@@ -49,7 +49,7 @@ def test_every_rate_has_its_source():
     for chip in targets.CHIPS.values():
         assert min(chip.memory, chip.tflops, chip.bandwidth, chip.link) > 0 and chip.source
         assert bool(chip.config) == (chip.platform == "cuda")
-        # A GPU's text and its rates are of one chip.
+        # The description of a GPU and its rates must be of the same chip.
         assert f"device_memory_size: {chip.memory}\n" in chip.config or chip.platform == "tpu"
 
 
@@ -83,11 +83,11 @@ ENTRY %main (x: f32[4]) -> (f32[4], f32[4]) {
         ),
     ],
 )
-def test_a_refusal_says_how_much_of_how_much(message, said):
+def test_a_refusal_gives_the_needed_and_the_available_memory(message, said):
     assert targets.how_much(message) == said
 
 
-# By rows a TPU stores a kernel whose classes are a multiple of 128, by columns most others.
+# A TPU stores a kernel by rows if the classes are a multiple of 128, and most others by columns.
 @aot
 @pytest.mark.parametrize(
     "target, classes",
@@ -140,7 +140,7 @@ def test_which_products_a_tpu_computes_at_full_precision(target, classes, contex
 
 
 def sharded(on, shape, dtype, name, mesh):
-    """The case of an arm whose classes lie over a mesh."""
+    """The case of an arm whose classes are split over a mesh."""
     cases = compiled.slice_head_cases(on, [(shape, dtype)])
     (found,) = (c for c in cases if c.name == f"class-parallel {name}" and c.size.endswith(mesh))
     return found
@@ -155,7 +155,7 @@ def test_1e8_classes_on_256_chips_fit_and_gather_no_logits():
     assert facts.argument_bytes < 6.5e9 and facts.temporary_bytes < 64e6
     found = hlo.collectives(program, 256)
     assert len(found) <= 5
-    # The gradient of the kernel is summed over data; nothing of a row and a class is sent.
+    # The kernel's gradient is summed over data; no array of rows by classes is sent.
     rows, columns = shape.batch // 16, shape.classes // 16
     others = [c for c in found if c.size < case.elements]
     assert len(others) == len(found) - 1
@@ -181,17 +181,17 @@ def test_arms_over_a_mesh_send_little_and_update_in_place(name):
 
 
 @pytest.mark.parametrize("lower", [notebooks.lower_tour, notebooks.lower_devices])
-def test_the_notebooks_steps_are_theirs_and_run_nothing(lower, capsys):
+def test_the_notebooks_steps_are_compiled_and_nothing_runs(lower, capsys):
     here = targets.Target("here", targets.CHIPS["v5e"], jax.devices("cpu")[:1])
     step = lower(here)
     assert [leaf.shape for leaf in jax.tree.leaves(step.in_avals)][-2:] == [(64, 64), (64,)]
     facts = hlo.facts(step.compile(), sys.maxsize)
-    # Both have a first layer of 64 x 128 numbers, and more.
+    # Both notebooks have a first layer of 64 x 128 numbers, and further layers.
     assert facts.argument_bytes > 4 * 64 * 128 and capsys.readouterr().out == ""
 
 
 def compile_two(monkeypatch, folder, commit="a" * 40, versions=None, only=""):
-    """Names of what is compiled of a part with programs `one` and `two`; and the saved result."""
+    """Compiles a part with programs `one` and `two`; returns the compiled names and the result."""
     done = []
 
     def row(on, case):
@@ -224,7 +224,7 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch):
 
 def test_another_commit_or_version_compiles_again(tmp_path, monkeypatch):
     compile_two(monkeypatch, tmp_path)
-    # What is not asked for keeps its row.
+    # A program that is not asked for keeps its row.
     done, saved = compile_two(monkeypatch, tmp_path, commit="b" * 40, only="one")
     assert done == ["one"] and [row["commit"][0] for row in saved["programs"]] == ["b", "a"]
     assert compile_two(monkeypatch, tmp_path, versions={"jax": "2"})[0] == ["one", "two"]
@@ -241,7 +241,7 @@ def test_a_program_that_is_not_there_is_named(capsys):
 
 @aot
 def test_a_slice_steps_over_all_chips_by_jit_and_by_pmap(monkeypatch):
-    # The digits' network: the same programs, in seconds.
+    # The digits' network has the same programs and compiles in seconds.
     monkeypatch.setitem(compiled.CONFIGS, "mnist-m4", compiled.CONFIGS["digits-m4"])
     on = targets.target("v5e:2x2")
     rows = [compiled.compiled_row(on, case) for case in compiled.slice_step_cases(on)]
@@ -249,7 +249,7 @@ def test_a_slice_steps_over_all_chips_by_jit_and_by_pmap(monkeypatch):
     assert by_jit["name"] == "data-parallel step" and by_pmap["name"] == "pmap's step"
     for row in by_jit, by_pmap:
         assert {(c["kind"], c["devices"]) for c in row["collectives"]} == {("all-reduce", 4)}
-    # The classes over every two chips: a few numbers of a row are gathered.
+    # The classes are split over pairs of chips, which gather a few numbers of each row.
     assert {c["kind"] for c in sharded["collectives"]} == {"all-reduce", "all-gather"}
     assert all(row["fits"] and not row["float64"] for row in rows)
 
@@ -324,7 +324,7 @@ def test_a_stopped_search_for_the_largest_head_goes_on(tmp_path, monkeypatch):
         {"data": 1, "model": 2, "bound": 20_000, "plain": None, "ours": 19_800},
     ]
     assert largest.table(rows).row_count == 2
-    # Seven sizes at most of each kind, none of them twice.
+    # At most seven sizes of each kind are tried, and none twice.
     assert 15 < len(before + tried) <= 21
     assert json.loads(file.read_text())["largest"] == rows
     facts["commit"] = "b" * 40

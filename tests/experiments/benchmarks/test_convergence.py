@@ -1,4 +1,4 @@
-"""`bench convergence`: its sums against numbers made by hand, and a short run of it."""
+"""`bench convergence`: its tables against tables by hand, and a short run."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ PLAIN = Data()
 
 
 def entry(name, softmax, paced, apart=True, data=PLAIN):
-    """A setting's part of a result, with two policies."""
+    """The entry of a setting in a result, with two policies."""
     runs = [
         {"policy": policy.name, "margin": 4, "errors": of, "rarest": of, "shares": [share] * 2}
         for policy, of, share in ((SOFTMAX, softmax, 0.0), (DEFAULT, paced, 0.25))
@@ -59,7 +59,7 @@ def test_spoilt_digits():
         np.testing.assert_array_equal(split.test[1], plain.test[1])
 
 
-def test_identities_are_the_same_in_training_and_test():
+def test_training_and_test_have_the_same_identities():
     inputs, labels = (split := convergence.split_of(Data(identities=7, dim=3, spread=0.01))).train
     centres = np.stack([inputs[labels == label].mean(axis=0) for label in range(split.classes)])
     distances = np.linalg.norm(split.test[0][:, None] - centres, axis=-1)
@@ -95,14 +95,14 @@ def test_every_policy_has_its_own_runs():
     (softmax, none), (whole, all_of_it) = (errors_and_shares(4, None, lam) for lam in (np.inf, 0.0))
     assert (softmax < 20).all() and (whole > 60).all()
     assert (none == 0).all() and (all_of_it == 1).all()
-    # Softmax is the head's λ = infinity here; a head without a margin gives the same.
+    # Softmax is a head with λ = infinity here; a head without a margin gives the same numbers.
     np.testing.assert_allclose(errors_and_shares(1, None, 7.0)[0], softmax, atol=0.4)
     paced, shares = errors_and_shares(4, lsm.self_paced(1.0), 0.0)
     assert (paced < 20).all() and (shares > 0).all() and (shares < 0.36).all()
 
 
 def test_the_rarest_classes_are_the_last_three(monkeypatch):
-    """A network that answers 7 always is right about a third of the rarest three."""
+    """A network that always answers 7 is right about a third of the three rarest classes."""
     setting = Setting("always seven", steps=1)
     labels = convergence.split_of(setting.data).test[1]
 

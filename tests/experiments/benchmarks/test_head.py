@@ -1,4 +1,4 @@
-"""`bench head`: what it writes, what it refuses to time, what README shows of it."""
+"""`bench head`: its result, the arms that it refuses to time, and its numbers in the README."""
 
 import json
 
@@ -107,8 +107,8 @@ def test_the_changed_cosines_are_the_papers(margin, changed):
     np.testing.assert_allclose(found, changed(theta), atol=1e-12)
 
 
-def test_the_paced_loss_is_that_of_the_rule():
-    # Features that lie near their label's column, so that the margin takes part.
+def test_the_exact_paced_loss_is_the_librarys():
+    # The features lie near their label's column, so that the margin takes part.
     kernel = jnp.eye(4)
     features, labels = 3 * kernel[:3] + 0.2, jnp.arange(3)
     given = arms.Problem(features, kernel, labels, jnp.full(3, 1 / 3), jnp.float32(0))

@@ -1,4 +1,4 @@
-"""`bench open-set`: how examples are divided, its sums by hand, and a short run of it."""
+"""`bench open-set`: its division of examples, its numbers by hand, and a short run."""
 
 import json
 
@@ -18,7 +18,7 @@ POOL = np.arange(60, dtype=np.float32)[:, None] * np.ones(4, np.float32), np.rep
 TASK = TASKS["digits"]._replace(trained=2, held=5, pairs=7)
 
 
-def test_every_example_has_one_place():
+def test_every_example_is_in_one_part_only():
     split = open_set.split_of(POOL, TASK, 0)
     rows = [part[0][:, 0] for part in split]
     assert [len(of) for of in rows] == [30, 10, 7]
@@ -35,7 +35,7 @@ def test_every_example_has_one_place():
             assert POOL[1][int(row)] == names[label]
 
 
-def test_another_number_trains_other_classes():
+def test_another_split_trains_other_classes():
     firsts = [open_set.split_of(POOL, TASK, number).unseen[0][0, 0] // 20 for number in range(8)]
     assert len(set(firsts)) == 3
 
@@ -50,14 +50,14 @@ def test_whitened_features_have_unit_covariance_where_they_were_fitted():
 
 
 def test_frozen_features_see_where_a_pattern_is():
-    """One image differs in its upper left quarter; so do its features of that quarter alone."""
+    """One image differs in its upper left quarter; only the features of this quarter differ."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (300, 24, 24, 1), dtype=np.uint8)
     before = frozen.frozen(images)
     assert before.shape == (300, 8 * frozen.FILTERS) and before.min() >= 0
     other = images.copy()
     other[0, :6, :6] = 0
-    # Filters are drawn from all images, so only what pools the answers is compared.
+    # Filters are drawn from all images, so compare only the pooling, with fixed filters.
     mean, weights = rng.normal(size=36).astype(np.float32), np.eye(36, dtype=np.float32)
     first, second = (
         frozen._pooled(of[:1], mean, weights)[0].reshape(4, -1) for of in (images, other)
@@ -134,8 +134,8 @@ def test_a_short_run_continues_and_draws(tmp_path, capsys, monkeypatch):
     assert measured == ["self_paced()"]
 
 
-def test_policies_of_a_task_differ_as_they_say():
-    """The whole margin, a scale and a weight decay reach the training."""
+def test_weight_decay_and_lam_reach_the_training():
+    """A weight decay shortens the kernel; λ = 3 gives a share of 0.25."""
     task = TASKS["identities"]._replace(trained=5, steps=30, hidden=0, feature=8)
     split = open_set.split_of(open_set.identities(np.random.default_rng(0), 8, 30), task, 0)
     keys = jax.random.split(jax.random.key(0), 2)

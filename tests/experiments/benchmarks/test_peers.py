@@ -1,4 +1,4 @@
-"""What others offer is checked before it is timed, and timed before and after ours."""
+"""Other libraries' losses are checked before timing, and timed before and after ours."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ SHAPE = Shape(16, 8, 12)
 
 
 def stand_in(loss):
-    """What the peers' process would print, had it this loss of the large margin."""
+    """The output of the peers' process, if its large-margin loss were this number."""
     given = arms.problem(SHAPE, "f32", 0.0)
     losses = {peers.SOFTMAX: arms.exact_loss(given, 1), peers.LARGE_MARGIN: loss}
     losses |= {

@@ -23,7 +23,7 @@ def test_steps_are_timed(tmp_path):
     assert plain["ratio"] == [1, 1, 1] and margin["loss"] > plain["loss"]
     assert no_margin["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert margin["memory_ratio"] == margin["temporary_bytes"] / plain["temporary_bytes"]
-    # Its λ is that of the lead: infinite or below 10, where the schedule begins near 1000.
+    # The default λ comes from the lead: infinite or below 10. The schedule begins near 1000.
     default = timed[step.DEFAULT]["loss"]
     assert default >= plain["loss"] * (1 - 1e-5) and default != margin["loss"]
     assert step.table(entry).row_count == 4 and "targets" not in entry

@@ -1,4 +1,4 @@
-"""Five-point alignment against a transform written down by hand."""
+"""Five-point alignment against a transform by hand."""
 
 import unicodedata
 
@@ -15,7 +15,7 @@ TURN = np.array([[np.cos(ANGLE), -np.sin(ANGLE)], [np.sin(ANGLE), np.cos(ANGLE)]
 
 
 def elsewhere(points):
-    """Where a point of the template lies in the picture."""
+    """The position of a template point in the picture."""
     return SCALE * points @ TURN.T + SHIFT
 
 
@@ -55,7 +55,7 @@ def test_landmarks_off_the_template_are_fitted_in_least_squares():
 
 
 @pytest.mark.parametrize("landmarks", [np.ones((5, 2)), np.ones((4, 2))])
-def test_landmarks_of_no_face_are_refused(landmarks):
+def test_impossible_landmarks_are_refused(landmarks):
     with pytest.raises(ValueError, match="landmarks must"):
         align.align_face(picture(), landmarks, "112x96")
 

@@ -1,4 +1,4 @@
-"""insightface's test sets: what Python 2 and 3 write is read, anything else refused unread."""
+"""insightface's test sets: files of Python 2 and 3 are read, others refused without unpickling."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from experiments.faces.bins import parsed, read_bin
 
 
 def face(seed, noise=0):
-    """A coarse picture, and the same with noise on it."""
+    """A coarse picture of the seed, with noise."""
     coarse = np.random.default_rng(seed).integers(40, 216, (4, 4, 3)).repeat(8, 0).repeat(8, 1)
     pixels = coarse + np.random.default_rng(noise).integers(-20, 20, (32, 32, 3))
     file = io.BytesIO()
@@ -25,7 +25,7 @@ def face(seed, noise=0):
 
 
 def python_2(images, same):
-    """Protocol 2 of Python 2, whose strings are bytes: its opcodes, written by hand."""
+    """Pickles as Python 2 would with protocol 2, where strings are bytes; opcodes by hand."""
     lists = b"]q\x00("
     for image in images:
         short = len(image) < 256
@@ -50,7 +50,7 @@ def test_what_python_writes_is_read(tmp_path, write):
     assert parsed(path) == (images, [True, False])
 
 
-def test_one_object_may_be_there_twice(tmp_path):
+def test_an_object_may_occur_twice(tmp_path):
     image = b"the same bytes"
     (tmp_path / "lfw.bin").write_bytes(pickle.dumps(([image] * 2100, [True, False, True] * 350)))
     assert parsed(tmp_path / "lfw.bin") == ([image] * 2100, [True, False, True] * 350)
@@ -69,7 +69,7 @@ def test_pairs_are_neighbours_and_folds_are_kfolds(tmp_path):
 
 
 def test_verify_takes_a_bin(tmp_path, capsys):
-    """Two pictures of one person differ by noise: pixels tell all pairs."""
+    """Two pictures of one person differ only by noise, so pixels decide every pair."""
     images, same = [], []
     for pair in range(20):
         images += [face(pair, 1), face(pair if pair % 2 else 100 + pair, 2)]
@@ -102,7 +102,7 @@ LISTS = [b"a", b"b"], [True]
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_objects_are_refused_and_not_made(tmp_path, protocol):
+def test_objects_are_refused_and_not_created(tmp_path, protocol):
     path = tmp_path / "lfw.bin"
     for value in (Attack(tmp_path), ([b"a", Attack(tmp_path)], [True])):
         path.write_bytes(pickle.dumps(value, protocol=protocol))
@@ -128,8 +128,8 @@ def test_other_values_are_refused(tmp_path, value):
         parsed(tmp_path / "lfw.bin")
 
 
-def test_damage_is_told_and_never_another_error(tmp_path):
-    """Every prefix, and bytes changed at random: the right lists or a ValueError."""
+def test_damage_gives_no_other_error(tmp_path):
+    """Every prefix, and random changes of bytes, give valid lists or a ValueError."""
     path, rng = tmp_path / "lfw.bin", np.random.default_rng(0)
     for whole in (pickle.dumps(LISTS), python_2(*LISTS)):
         files = [whole[:length] for length in range(len(whole))]

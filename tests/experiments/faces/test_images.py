@@ -1,4 +1,4 @@
-"""Folders of faces through Grain: what is listed, what is skipped, and the order of the stream."""
+"""Folders of faces in Grain: listed images, skipped images, and the order of the stream."""
 
 import itertools
 import os
@@ -26,7 +26,7 @@ def write_face(path, seed, size=(30, 32), mode="RGB"):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ada 5 images, Bob 3 (one grey, one PNG), Cy 1, and files that are no faces."""
+    """Ada has 5 images, Bob 3 (one grey, one PNG) and Cy 1; other files are not faces."""
     for i in range(5):
         write_face(tmp_path / "Ada" / f"Ada_{i + 1:04d}.jpg", i)
     write_face(tmp_path / "Bob" / "Bob_0001.JPG", 10)
@@ -163,7 +163,7 @@ def test_lfw_folder(lfw_dir):
 
 
 def test_an_image_of_144_million_pixels_is_skipped(tmp_path):
-    """In a process of its own, whose warnings are not pytest's."""
+    """Runs in a process of its own, without pytest's filter of warnings."""
     write_face(tmp_path / "Ada" / "Ada_0001.png", 0)
     Image.new("1", (12_000, 12_000)).save(tmp_path / "Ada" / "Ada_0002.png")
     script = (
@@ -184,12 +184,12 @@ def test_an_image_of_144_million_pixels_is_skipped(tmp_path):
 
 
 def grey16():
-    """Values that 8 bits hold exactly: 257 k, for k = 0, 1, ..., 255, 0, 1, ..."""
+    """16-bit values that 8 bits hold exactly: 257 k, for k = 0, 1, ..., 255, 0, 1, ..."""
     return Image.fromarray((257 * (np.arange(28 * 24).reshape(28, 24) % 256)).astype(np.uint16))
 
 
 def half_transparent(mode):
-    """Left opaque red, right transparent green."""
+    """A picture with opaque red on the left and transparent green on the right."""
     pixels = np.zeros((28, 24, 4), np.uint8)
     pixels[:, :12], pixels[:, 12:] = (255, 0, 0, 255), (0, 255, 0, 0)
     return Image.fromarray(pixels).quantize() if mode == "P" else Image.fromarray(pixels)
@@ -245,7 +245,7 @@ def exif(orientation):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 def test_a_picture_is_turned_upright_whatever_else_its_exif_block_holds(tmp_path, suffix):
-    """Bytes of the block are overwritten at random: no error, and each of two ways up is tried."""
+    """Random bytes in the block cause no error; the picture is turned or left as it is."""
     pixels = np.zeros((24, 28, 3), np.uint8)
     pixels[:, :14] = 250  # bright on the left, which orientation 6 turns to the top
     turned, file = exif(6), tmp_path / "face"
@@ -259,7 +259,7 @@ def test_a_picture_is_turned_upright_whatever_else_its_exif_block_holds(tmp_path
         kind = {"jpg": "JPEG"}.get(suffix, suffix.upper())
         Image.fromarray(pixels).save(file, kind, exif=bytes(block), **options)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # Pillow's, once for each kind of damage
+            warnings.simplefilter("ignore", UserWarning)  # Pillow warns of each kind of damage once
             face = np.asarray(faces.open_face(file.read_bytes()))
         if attempt == 0:
             assert face.shape == (28, 24, 3)
@@ -269,7 +269,7 @@ def test_a_picture_is_turned_upright_whatever_else_its_exif_block_holds(tmp_path
 
 
 def test_the_orientation_counts_also_where_another_entry_is_damaged(tmp_path):
-    """The resolution, entry 282, is text: Pillow cannot write such a block again."""
+    """The resolution (entry 282) is text here, and Pillow cannot write such a block again."""
     damaged = exif(6).replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")
     assert damaged != exif(6)
     pixels = np.zeros((24, 28, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Pairs drawn from a folder: LFW's format, no person in two folds, no pair twice."""
+"""Pairs drawn from a folder have LFW's format, no person in two folds, and no pair twice."""
 
 import shutil
 import unicodedata
@@ -28,7 +28,7 @@ def test_digits_are_a_folder_of_people(digits):
         assert np.asarray(image).max() > 200
 
 
-def test_pairs_are_lfws_and_folds_share_nobody(digits, tmp_path):
+def test_pairs_have_lfws_format_and_folds_share_nobody(digits, tmp_path):
     file = tmp_path / "pairs.txt"
     command = ["pairs", "--faces", str(digits), "--folds", "3", "--each", "12", "--out", str(file)]
     assert main(command) == 0
@@ -48,7 +48,7 @@ def test_pairs_are_lfws_and_folds_share_nobody(digits, tmp_path):
     assert file.read_bytes() != before
 
 
-def test_too_few_pairs_and_other_names_are_said(digits, tmp_path, capsys):
+def test_too_few_pairs_and_other_names_are_refused(digits, tmp_path, capsys):
     command = ["pairs", "--faces", str(digits), "--out", str(tmp_path / "pairs.txt")]
     assert main([*command, "--folds", "5", "--each", "13"]) == 2
     said = capsys.readouterr().err
@@ -59,7 +59,7 @@ def test_too_few_pairs_and_other_names_are_said(digits, tmp_path, capsys):
     assert "Ada/Ada_0001.jpg; found Ada/holiday.png" in capsys.readouterr().err
 
 
-def test_two_images_of_one_number_are_no_pair(digits, tmp_path, capsys):
+def test_two_images_of_one_number_are_refused(digits, tmp_path, capsys):
     shutil.copytree(digits, tmp_path / "faces")
     shutil.copy(tmp_path / "faces/one/one_0001.png", tmp_path / "faces/one/one_0001.jpg")
     command = ["pairs", "--faces", str(tmp_path / "faces"), "--folds", "2", "--each", "2"]
@@ -72,7 +72,7 @@ def test_two_images_of_one_number_are_no_pair(digits, tmp_path, capsys):
 
 
 def test_a_folder_and_pairs_may_write_a_name_in_two_forms(digits, tmp_path):
-    """macOS hands out folder names decomposed; editors, and this command, write them composed."""
+    """macOS returns decomposed folder names; editors and this command write composed names."""
     composed, parts = (unicodedata.normalize(form, "José") for form in ("NFC", "NFD"))
     for person, other in ((parts, "one"), ("Ada", "two")):
         (tmp_path / "faces" / person).mkdir(parents=True)

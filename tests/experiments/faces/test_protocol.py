@@ -1,4 +1,4 @@
-"""The verification protocol against loops that share no code with it."""
+"""The verification protocol against independent loops."""
 
 import doctest
 import itertools
@@ -15,7 +15,7 @@ FOLDS, PAIRS, WIDTH = 4, 60, 6
 
 @pytest.fixture(scope="module")
 def pairs():
-    """Overlapping classes with a large common mean, so that mean, PCA and thresholds all matter."""
+    """Overlapping classes with a large common mean, so that mean, PCA and thresholds matter."""
     rng = np.random.default_rng(3)
     people = rng.normal(size=(2, FOLDS * PAIRS, WIDTH)) * np.arange(1, WIDTH + 1)
     same = rng.permutation(np.arange(FOLDS * PAIRS) % 2 == 0)
@@ -24,7 +24,7 @@ def pairs():
 
 
 def literal_protocol(first, second, same, fold, components):
-    """Pair by pair and candidate by candidate; PCA by the eigenvectors of the scatter matrix."""
+    """Loops over pairs and thresholds; PCA from the eigenvectors of the scatter matrix."""
     accuracy, scores = [], np.zeros(len(same))
     for test in range(FOLDS):
         known = [row for side in (first, second) for row in side[fold != test]]

@@ -1,4 +1,4 @@
-"""insightface's training folders, written here from the description of the format."""
+"""insightface's training folders, written from the description of the format."""
 
 import io
 import json
@@ -25,14 +25,14 @@ def picture(seed):
 
 
 def packed(label, file, flag=0, key=0):
-    """MXNet's IRHeader and the file; with a flag, that many labels."""
+    """MXNet's IRHeader and the file; a flag is the number of labels."""
     if not flag:
         return struct.pack("<IfQQ", 0, label, key, 0) + file
     return struct.pack("<IfQQ", flag, 0.0, key, 0) + np.array(label, "<f4").tobytes() + file
 
 
 def record(data):
-    """A record that holds no magic word, filled up to four bytes."""
+    """A record without the magic word in its data, padded to a multiple of four bytes."""
     return MAGIC + struct.pack("<I", len(data)) + data + bytes(-len(data) % 4)
 
 
@@ -49,7 +49,7 @@ def write(folder, records):
 
 
 def as_insightface(labels, flag=0):
-    """Record 0 with the number of images, the images, and a record a person."""
+    """Record 0 with the number of images, the images, and a record for each person."""
     images = {
         key: packed([label, 0.0] if flag else label, picture(key), flag, key)
         for key, label in enumerate(labels, start=1)
@@ -87,7 +87,7 @@ def test_without_record_0_every_record_is_an_image_in_any_order(tmp_path):
 
 
 def test_a_record_that_holds_the_magic_word_lies_in_parts(tmp_path):
-    """The writer leaves the word out and cuts there; elsewhere the word stays."""
+    """The writer drops an aligned magic word and splits there; elsewhere the word stays."""
     begin = packed(5, b"abcd")
     middle, end = b"....", b"x" + MAGIC + b"yz"
     parts = [(1, begin), (2, middle), (2, b""), (3, end)]
@@ -167,7 +167,7 @@ def index(change):
         (index(lambda text: "".join(text.splitlines(True)[:4])), "expected 6 images"),
     ],
 )
-def test_damage_is_told(folder, damage, message):
+def test_damage_is_named(folder, damage, message):
     damage(folder)
     with pytest.raises(ValueError, match=message):
         list_faces(folder)

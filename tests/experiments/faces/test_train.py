@@ -1,4 +1,4 @@
-"""Training on a folder of faces, and what its run's folder is then good for."""
+"""Training on a folder of faces, and later uses of the run's folder."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ def tiny_network():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Four people, each a colour with noise, and pairs of two folds: A and B, C and D."""
+    """Four people, each a colour with noise, and two folds of pairs: A and B, C and D."""
     folder = tmp_path_factory.mktemp("faces")
     rng = np.random.default_rng(0)
     for person, colour in zip("ABCD", np.eye(4, 3) * 90 + 80, strict=True):
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
-    """The folder of a run of all six updates on A and B: the other fold was left out."""
+    """The folder of a finished run of six updates on A and B; the other fold is left out."""
     out = tmp_path_factory.mktemp("run")
     recipe = replace(RECIPE, left_out_fold=1)
     code = train_faces.train_faces(folder, out, recipe, (folder / "pairs.txt",), devices=1)
@@ -71,7 +71,7 @@ def lines(out):
 
 
 def run_for(folder, out, updates=6, recipe=RECIPE, without="CD", **keywords):
-    """One session on two people of so many updates; its outcome, None if it was stopped."""
+    """Trains on two people for some updates; returns the outcomes, or None if stopped."""
     images = FaceImages(list_faces(folder, without=without), recipe.size)
     keywords = {"init_from": None, "mesh": data_mesh()} | keywords
     task, shared = train_faces.prepare(recipe, images, out, **keywords)
@@ -102,7 +102,7 @@ def test_the_result_says_what_ran(folder, tmp_path):
     assert outcome["ran"]["drops"] == [4] and outcome["ran"]["lam"]["base"] == 10.0
     assert outcome["data"]["people"] == 2 and outcome["broken_images"] == 0
     assert 0 < outcome["curves"]["train"]["target_angle"][0] < 180
-    # Radians would all lie below pi: features of a fresh network are far from their columns.
+    # In radians all angles would be below pi; a fresh network's features are far from the columns.
     assert outcome["curves"]["train"]["target_angle"][0] > 10
 
 
@@ -153,7 +153,7 @@ def test_fine_tuning_starts_from_another_run(folder, tmp_path):
         run_for(folder, tmp_path / "wide", recipe=wide, init_from=tmp_path / "softmax")
 
 
-def test_plateau_drops_once_the_loss_stays():
+def test_plateau_drops_once_the_loss_is_flat():
     plateau = Plateau()
     for step, loss in enumerate([5.0, 4.0, 3.99, 3.98, 3.0, 3.0, 3.0, 3.0, 3.0], start=1):
         plateau = plateau.after(step, loss, patience=3)
@@ -179,7 +179,7 @@ def test_a_plateau_lowers_the_rate_also_after_a_resume(folder, tmp_path, monkeyp
     assert steady["plateau"][2] == 0  # λ is still high
 
 
-def test_the_plateaus_factor_is_the_learning_rates():
+def test_the_plateaus_factor_scales_the_learning_rate():
     recipe = replace(RECIPE, schedule="plateau", learning_rate=0.5)
     params = {"layer": {"kernel": np.ones(2, np.float32)}}
     sgd = recipe.optimizer
@@ -195,7 +195,7 @@ def test_the_plateaus_factor_is_the_learning_rates():
         np.testing.assert_allclose(updates["layer"]["kernel"], expected, rtol=1e-6)
 
 
-def test_recipes_that_cannot_be_are_refused():
+def test_impossible_recipes_are_refused():
     with pytest.raises(ValueError, match="margin must be >= 1, got 0"):
         FaceRecipe(margin=0)
     with pytest.raises(ValueError, match="size must be at least 32 x 32"):
@@ -249,7 +249,7 @@ def test_a_file_of_something_else_is_no_embeddings(tmp_path, content):
         embed.load_embeddings(path)
 
 
-def test_embeddings_of_one_name_are_refused(tmp_path):
+def test_two_embeddings_of_one_name_are_refused(tmp_path):
     names = np.array(["A/A_0001.jpg", "B/B_0001.jpg", "A/A_0001.jpg"])
     np.savez(tmp_path / "e.npz", names=names, embeddings=np.eye(3, dtype=np.float32))
     with pytest.raises(ValueError, match=r"e.npz: expected each name once; got A/A_0001.jpg twice"):

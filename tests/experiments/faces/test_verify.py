@@ -16,7 +16,7 @@ PAIRS = "2\t2\nA\t1\t2\nA\t2\t3\nA\t1\tB\t1\nA\t2\tB\t2\nC\t1\t2\nC\t2\t3\nC\t1\
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Five people of five images, of whom E is in no pair, and pairs of A and B, of C and D."""
+    """Five people with five images each; pairs of A and B, and of C and D. E is in no pair."""
     folder = tmp_path_factory.mktemp("faces")
     rng = np.random.default_rng(0)
     for person in "ABCDE":
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def embeddings(folder):
-    """Few numbers and noise, so that genuine and impostor pairs overlap."""
+    """Short, noisy embeddings, so that genuine and impostor pairs overlap."""
     names = np.array(list_faces(folder).names)
     people = np.random.default_rng(1).normal(size=(5, 3)).repeat(5, axis=0)
     noise = np.random.default_rng(2).normal(size=(25, 3))
@@ -39,9 +39,9 @@ def embeddings(folder):
 
 
 def literal(embeddings, people, others):
-    """Wins of genuine over impostor pairs, and right nearest neighbours, pair by pair."""
+    """Counts of pairs, wins of genuine over impostor pairs, and right nearest neighbours."""
     rows = {name.split(".")[0]: row for name, row in zip(*embeddings, strict=True)}
-    # The other fold's pairs are (1, 2), (2, 3) of one person, (1, 1), (2, 2) of two.
+    # The other fold has the pairs (1, 2), (2, 3) of one person and (1, 1), (2, 2) of two people.
     one, two = others
     fitted = [f"{one}_{i:04d}" for i in (1, 2, 2, 3, 1, 2)] + [f"{two}_{i:04d}" for i in (1, 2)]
     mean = np.mean([rows[f"{name[0]}/{name}"] for name in fitted], axis=0, dtype=np.float64)

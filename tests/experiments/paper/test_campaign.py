@@ -1,4 +1,4 @@
-"""The batches hold what was written down, and `campaign` trains what is missing of one."""
+"""The batches hold the planned runs, and `campaign` trains the missing runs of a batch."""
 
 import sys
 from dataclasses import replace
@@ -19,7 +19,7 @@ def test_no_run_is_in_two_batches_and_a_call_of_ten_minutes_has_nine_at_most():
     assert list(campaign.BATCHES) == list(abreast.Batch.__args__)
 
 
-def test_batch_a_asks_what_mirroring_and_the_released_recipe_explain():
+def test_batch_a_varies_mirroring_and_the_released_recipe():
     wanted = campaign.BATCHES["A"]
     assert [(run.name, run.seed, changes_of(run)) for run in wanted] == [
         ("cifar10-softmax", 0, {"mirror": True}),
@@ -65,7 +65,7 @@ def test_a_batch_is_trained_side_by_side_and_a_second_call_has_nothing_to_do(
     assert "all runs are done" in capfd.readouterr().out
 
 
-def test_what_a_process_is_given(tmp_path, monkeypatch):
+def test_the_command_and_environment_of_a_process(tmp_path, monkeypatch):
     begun = []
 
     class Process:
@@ -93,7 +93,7 @@ def test_what_a_process_is_given(tmp_path, monkeypatch):
     ]
 
 
-def test_a_budget_that_is_over_begins_nothing(tmp_path, monkeypatch, capsys):
+def test_nothing_begins_after_the_budget(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(abreast.subprocess, "Popen", None)
     assert main(["campaign", "B", "--budget-minutes", "0", "--out", str(tmp_path)]) == 0
     assert "9 of 9 runs left" in capsys.readouterr().out

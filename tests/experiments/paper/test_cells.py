@@ -1,4 +1,4 @@
-"""The lab notebook: every cell is there, and a run says how it departs from its name."""
+"""The lab notebook has every cell, and a run's name gives its changes."""
 
 import json
 from dataclasses import asdict, replace
@@ -116,7 +116,7 @@ def test_every_configuration_is_written_for_its_own_steps():
         assert config.stretch == 1 and config.name == name
 
 
-def test_the_annealing_and_the_drops_that_ran_are_said():
+def test_the_annealing_and_the_drops_that_ran_are_recorded():
     short = replace(CONFIGS["mnist-m4"], steps=180)
     assert short.ran == {
         "pace": "annealed",

@@ -1,4 +1,4 @@
-"""Sources agree, batches go by the step alone, augmentation moves images and nothing else."""
+"""Sources agree, batches depend on seed and step alone, augmentation only moves images."""
 
 import os
 
@@ -125,7 +125,7 @@ def test_validation_is_held_out_of_training(count, held):
 
 
 def labels_of(feed, steps):
-    """The labels of some steps, each asked of the feed for itself."""
+    """The labels of some steps, with one call of the feed for each step."""
     batch = jax.jit(lambda step, source: data.batch(step, source, size=SIZE, crop=0, mirror=False))
     return np.stack([batch(jnp.int32(step), feed.feed(step))[1] for step in steps])
 
@@ -142,7 +142,7 @@ def test_every_epoch_shows_every_image_once(split):
     assert len({tuple(epoch) for epoch in stream}) == 4
 
 
-def test_batches_go_by_seed_and_step_alone(split):
+def test_batches_depend_on_seed_and_step_alone(split):
     unbroken = labels_of(make_feed(split), range(10))
     np.testing.assert_array_equal(labels_of(make_feed(split), range(7, 10)), unbroken[7:])
     assert (labels_of(make_feed(split, seed=1), range(10)) != unbroken).any()

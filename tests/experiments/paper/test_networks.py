@@ -1,4 +1,4 @@
-"""The networks of the table: sizes by Table 1's arithmetic, the order of a layer's parts."""
+"""The networks of Table 1: their sizes, and the order of a layer's parts."""
 
 import itertools
 
@@ -14,12 +14,12 @@ from experiments.paper.networks import NETWORKS, ConvNet, Network, Stage
 
 
 def conv(size: int, *filters: int) -> int:
-    """Parameters of convolutions with bias, BN scale and bias, and a PReLU slope a channel."""
+    """Parameters of convolutions with bias, BN scale and bias, and a PReLU slope per channel."""
     return sum(size * size * i * o + 4 * o for i, o in itertools.pairwise(filters))
 
 
 def fully(inputs: int, outputs: int, classes: int) -> int:
-    """The fully connected layer with bias, BN and PReLU, and the head without bias."""
+    """Parameters of the fully connected layer with bias, BN and PReLU, and of the head."""
     return inputs * outputs + 4 * outputs + outputs * classes
 
 
@@ -102,7 +102,7 @@ def prelu(array):
 
 
 def convolve(array, kernel):
-    """3 x 3, padding 1, stride 1, written out."""
+    """A 3 x 3 convolution with padding 1 and stride 1, written out."""
     padded = np.pad(array, ((0, 0), (1, 1), (1, 1), (0, 0)))
     height, width = array.shape[1:3]
     return sum(

@@ -1,4 +1,4 @@
-"""Every difference has its interval, over what the runs can say something about."""
+"""Every difference has its interval, over seeds or over test images."""
 
 import base64
 import math
@@ -21,7 +21,7 @@ def seeds_of(name, errors, **changes):
 
 
 SOFTMAX, MARGIN = (2.0, 4.0, 6.0), (1.0, 3.5, 4.5)
-# Of Student's t, 97.5 %: with 2 degrees of freedom, and with Welch's 3.954 of these two.
+# 97.5 % of Student's t: with 2 degrees of freedom, and with Welch's 3.954 for these two samples.
 T2, T_WELCH = 4.302653, 2.788
 
 
@@ -67,7 +67,7 @@ TRUTH = np.arange(100) % 10
 
 
 def predicting(name, wrong, truth=TRUTH):
-    """A run that gets some of a hundred images wrong, with its labels as a result holds them."""
+    """A run that gets some of a hundred images wrong, with labels packed as in a result."""
     predicted = truth.copy()
     predicted[wrong] = (predicted[wrong] + 1) % 10
 
@@ -83,7 +83,7 @@ def predicting(name, wrong, truth=TRUTH):
 def test_two_networks_image_by_image():
     softmax = predicting("mnist-softmax", list(range(12)))
     margin = predicting("mnist-m4", [0, 1, 2, 50, 51])
-    # Of the 11 images that one alone gets wrong 2 are the margin's: (1 + 11 + 55) / 2^10.
+    # Only one network gets 11 images wrong; in 2 of them it is the margin: (1 + 11 + 55) / 2^10.
     assert differences.mcnemar(margin, softmax) == (2, 9, pytest.approx(67 / 1024))
     assert differences.mcnemar(softmax, softmax) == (0, 0, 1.0)
     one, other = groups_of(softmax, margin)
@@ -105,7 +105,7 @@ def test_images_in_another_order_are_refused():
         differences.mcnemar(one, other)
 
 
-def test_softmax_beside_a_margin_is_tuned_alike_or_the_only_one():
+def test_a_margin_is_compared_with_softmax_tuned_alike_or_the_only_one():
     plain, tuned, margin, at_rate, other = groups_of(
         run_of("mnist-softmax", 0, 3.0, steps=8),
         run_of("mnist-softmax", 0, 2.0, steps=8, learning_rate=0.05),

@@ -1,4 +1,4 @@
-"""Figures show what results hold and the loss computes; what has no run is named, not drawn."""
+"""Figures show stored results and computed losses; a figure without runs is named, not drawn."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def of(names, found):
 
 
 def shown(name, found):
-    """A figure of the paper from its groups alone."""
+    """Draws a figure of the paper from the groups that it needs."""
     drawing = figures.DRAWINGS[name]
     return drawing.draw(of(drawing.needs, found))
 
@@ -122,7 +122,7 @@ def test_a_loss_has_one_colour_in_every_figure():
     assert drawn["cifar100"][2] == ("tab:red", "-")
 
 
-def test_a_figure_shows_runs_that_are_reduced_alike_the_longest():
+def test_a_figure_shows_the_longest_of_equally_reduced_runs():
     def group(name, **changes):
         (made,) = grouped([run_of(name, 0, 1.0, **changes)])
         return made

@@ -1,4 +1,4 @@
-"""The nearest neighbours are those that the embeddings say."""
+"""The picture shows the nearest neighbours by the embeddings."""
 
 import numpy as np
 from matplotlib.colors import to_rgba
@@ -19,6 +19,6 @@ def test_neighbours_are_the_nearest_about_the_mean_framed_by_person(tmp_path):
     query, *others = figure.axes
     assert query.get_title() == "eight"
     frames = [panel.spines["left"].get_edgecolor() for panel in others]
-    # The image shown is the third; nearest are the fifth, of another, and the first.
+    # The third image is shown. Its nearest are the fifth, of another person, and the first.
     assert frames == [to_rgba("tab:red"), to_rgba("tab:green")]
     assert [panel.get_title() for panel in others] == ["1.00", "0.98"]

@@ -1,4 +1,4 @@
-"""What counts as a result, and which of them belong together."""
+"""Which files are results, and which results form a group."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def test_benchmarks_and_checkpoints_are_no_runs(tmp_path):
 
 
 def test_a_trained_cell_shows_beside_the_results_of_the_clone(tmp_path, monkeypatch, capsys):
-    """`train` writes into runs, and list, report and figures read it without a flag."""
+    """`train` writes into runs; list, report and figures read this folder without a flag."""
     monkeypatch.chdir(tmp_path)
     run = run_of("cifar100-m2", 0, 12.34)
     result.save(RUNS / "cifar100-m2" / "seed0.json", run)
@@ -140,7 +140,7 @@ def test_committed_results_lie_where_their_configuration_says():
         assert outcome["file"] == f"{run_name(Config.from_json(outcome['config']))}.json"
 
 
-def test_folds_with_networks_of_their_own_are_one_verification(tmp_path):
+def test_folds_with_separate_networks_are_one_verification(tmp_path):
     def of_fold(fold, accuracy, **config):
         return {
             "kind": "verification",

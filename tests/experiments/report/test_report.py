@@ -1,4 +1,4 @@
-"""The report says what the results say, and nothing that was not run."""
+"""The report shows the numbers of the results, and nothing that was not run."""
 
 import re
 import subprocess
@@ -50,7 +50,7 @@ def sections(folder, runs):
 
 
 def row(table, first):
-    """The entries of the row that begins so, by header."""
+    """The entries, by header, of the row that begins with first."""
     lines = [line[1:-1].split("|") for line in table.splitlines() if line[:1] == "|"]
     header, _, *rows = [[entry.strip() for entry in line] for line in lines]
     (found,) = [entries for entries in rows if entries[: len(first)] == first]
@@ -121,7 +121,7 @@ def test_every_entry_of_a_changed_run_says_its_λ_and_decay(tmp_path):
     assert faces == "90.00 (1 fold): λ minimum 30, decay 0.0005"
 
 
-def test_λ_of_a_whole_batch_is_not_taken_for_the_rule_of_today(tmp_path):
+def test_λ_by_batch_of_old_runs_differs_from_λ_by_example(tmp_path):
     run = run_of("mnist-m4", 0, 7.0, steps=8, pace="self-paced")
     of_old = run | {"curves": {"train": {"step": [1], "lam": [None]}}}
     of_today = run | {"curves": {"train": {"step": [1], "share": [0.25]}}}
@@ -134,7 +134,7 @@ def test_λ_of_a_whole_batch_is_not_taken_for_the_rule_of_today(tmp_path):
         assert every["share"] == share
 
 
-def test_what_the_campaign_still_wants(tmp_path):
+def test_the_missing_runs_of_the_campaign_are_listed(tmp_path):
     runs = [
         run_of("cifar10-softmax", 0, 12.0, mirror=True) | {"file": "cifar10-softmax/mirror-seed0"},
         run_of("cifar10-m4", 2, None) | {"file": "cifar10-m4/seed2"},
@@ -172,7 +172,7 @@ def test_diverged_runs_stand_apart(tmp_path):
     assert whole["test error %"] == "9.00" and whole["to the column"] == "10.0"
 
 
-def test_how_the_error_moved_is_said_of_runs_that_were_evaluated_often(tmp_path):
+def test_runs_that_were_evaluated_often_show_how_the_error_moved(tmp_path):
     run = run_of("cifar10-softmax", 0, 2.0)
     often = [9.0] * 23 + [1.0, 2.0, 3.0, 2.0, 3.0, 2.0, 3.0]
     for name, errors, said in (("often", often, ("1.00", "0.55")), ("seldom", often[1:], ("", ""))):
@@ -236,7 +236,7 @@ def test_a_network_that_went_on_from_softmax_says_so(tmp_path):
     assert entry == "90.00 (1 fold): λ minimum 30, from softmax, decay 0.0005"
 
 
-def test_accuracy_is_compared_fold_by_fold_with_softmax_going_on(tmp_path):
+def test_accuracy_is_compared_fold_by_fold_with_continued_softmax(tmp_path):
     def of_fold(fold, margin, accuracy, went_on):
         command = "train-faces --init-from run" if went_on else "train-faces"
         metrics = FACES["metrics"] | {"accuracy": accuracy, "fold_accuracy": [accuracy]}
@@ -254,10 +254,10 @@ def test_accuracy_is_compared_fold_by_fold_with_softmax_going_on(tmp_path):
         outcome["config"] |= {"steps": 5}
     gains = (0.02, 0.01, 0.03)
     margin = [of_fold(f, 4, 0.8 + 0.05 * f + gains[f], True) for f in range(3)]
-    # The files' names do not put the folds in the same order.
+    # The order of the files' names is not the order of the folds.
     table = sections(tmp_path, [*softmax, *begun, *margin[::-1]])["LFW"]
     lines = [line.split(" | ") for line in table.splitlines()[2:]]
-    # Student's t of 1, 2, 3 with two degrees of freedom: 2 ± 4.3027 / sqrt(3).
+    # Student's t interval of 1, 2, 3 with two degrees of freedom: 2 ± 4.3027 / sqrt(3).
     assert sorted(line[5] for line in lines)[0] == ""
     assert "2.00 [-0.48, 4.48]" in [line[5] for line in lines]
 

@@ -1,4 +1,4 @@
-"""The ROC curves of all models: named, and no further than their pairs allow."""
+"""The ROC curves of all models have names, and end where their pairs end."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_a_curve_begins_at_one_false_accept():
     few, many = verification(600), verification(6000)
     (panel,) = roc.roc_figure({"few": few, "many": many}).axes
     first, second, _ = panel.lines
-    # 300 and 3,000 of the pairs are different.
+    # 300 and 3,000 of the pairs show two people.
     below = first.get_xdata()[0] / (RATES[1] / RATES[0])
     assert below < 1 / 300 <= first.get_xdata()[0]
     assert second.get_xdata()[0] == panel.get_xlim()[0] == RATES[0]
@@ -47,7 +47,7 @@ def test_a_model_is_named_by_its_loss_and_training(title, config):
     assert roc.face_title(verification(600, **config)) == title
 
 
-def test_a_loss_has_its_colour_whatever_stands_beside_it():
+def test_a_loss_has_the_same_colour_beside_any_other():
     softmax, margin = {"margin": 1, "lam": {}}, {"margin": 4, "lam": {"minimum": 5.0}}
     models = {
         "pixels": verification(600, pixels=[28, 24]),

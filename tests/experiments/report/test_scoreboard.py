@@ -1,4 +1,4 @@
-"""`list`: the paper's number, ours, and what ran beside it."""
+"""`list`: the paper's number, ours, and the numbers of changed runs."""
 
 import re
 
@@ -8,7 +8,7 @@ from experiments.store import results as result
 from made_up import run_of
 
 
-def test_every_cell_in_one_line_of_a_pipe(tmp_path, capsys):
+def test_a_pipe_gets_one_line_for_each_cell(tmp_path, capsys):
     runs = [run_of("mnist-m4", seed, error) for seed, error in enumerate((0.3, 0.4))]
     runs += [
         run_of("mnist-m4", 0, 9.0, steps=8),
@@ -27,7 +27,7 @@ def test_every_cell_in_one_line_of_a_pipe(tmp_path, capsys):
     assert not any("9.00" in line for line in lines)
 
 
-def test_a_terminal_is_as_wide_as_it_is(tmp_path, capsys, monkeypatch):
+def test_the_list_fits_the_width_of_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("COLUMNS", "80")
     result.save(tmp_path / "0.json", run_of("mnist-m4", 0, 4.0, steps=9, pace="self-paced"))

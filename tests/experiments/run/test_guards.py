@@ -1,4 +1,4 @@
-"""Other data, lost files and updates that are not finite are noticed, never trained over."""
+"""Other data, lost files and updates that are not finite are noticed."""
 
 import hashlib
 import itertools
@@ -77,12 +77,12 @@ def refused(out, capsys, message):
     assert all(after[f] == content for f, content in before.items() if f in after)
 
 
-def test_other_data_is_no_continuation(stopped, capsys):
+def test_a_run_does_not_continue_on_other_data(stopped, capsys):
     write(stopped, seed=1)
     refused(stopped, capsys, "holds another run (data ")
 
 
-def test_a_lost_checkpoint_is_no_start_from_zero(stopped, capsys):
+def test_a_run_with_a_lost_checkpoint_does_not_start_again(stopped, capsys):
     shutil.rmtree(stopped / run_name(CONFIG) / "checkpoints")
     refused(stopped, capsys, "has lost its checkpoint of step 4")
 
@@ -166,7 +166,7 @@ def spoil(monkeypatch, steps, kind=Spoiled):
 
 
 class Interrupted(Spoiled):
-    """Batches during which Ctrl-C is pressed so many times, at some steps."""
+    """Batches that press Ctrl-C `times` times at some steps."""
 
     times = 1
 
@@ -223,7 +223,7 @@ def test_updates_that_are_not_finite_are_skipped_and_named(tmp_path, monkeypatch
         assert part in said
 
 
-def test_the_last_of_so_many_ends_the_run(tmp_path, monkeypatch, capsys):
+def test_the_last_allowed_skipped_update_ends_the_run(tmp_path, monkeypatch, capsys):
     write(tmp_path)
     spoil(monkeypatch, {1, 3, 6})
     outcome = run(tmp_path)
@@ -244,7 +244,7 @@ def test_skipped_updates_of_earlier_sessions_count(stopped, monkeypatch):
     assert outcome["status"] == "diverged" and outcome["diverged"]["step"] == 5
 
 
-def test_a_margin_that_takes_no_part_is_said_once(tmp_path, monkeypatch, capsys):
+def test_a_margin_that_takes_no_part_is_reported_once(tmp_path, monkeypatch, capsys):
     write(tmp_path)
     prepare = train.prepare
 
@@ -280,7 +280,7 @@ def test_the_margin_is_expected_after_a_tenth_of_a_paced_run():
 
 @pytest.mark.filterwarnings("error")
 def test_a_run_whose_last_iterate_is_not_finite_has_diverged(tmp_path, capsys):
-    """The last update is finite, and what the parameters then compute is not."""
+    """The last update is finite, but the loss with the new parameters is not."""
     write(tmp_path)
     config = replace(CONFIG, steps=1, learning_rate=1e30, drops=())
     words = ["train", "mnist-m4", *FLAGS, "--steps", "1", "--learning-rate", "1e30", "--drops"]
@@ -293,7 +293,7 @@ def test_a_run_whose_last_iterate_is_not_finite_has_diverged(tmp_path, capsys):
     json.dumps(outcome, allow_nan=False)
 
 
-def test_a_collapse_is_said_once(tmp_path, monkeypatch, capsys):
+def test_a_collapse_is_reported_once(tmp_path, monkeypatch, capsys):
     write(tmp_path)
     prepare = train.prepare
 

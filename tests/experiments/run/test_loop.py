@@ -1,4 +1,4 @@
-"""A run killed at any point and continued ends in the bits of an unbroken one, in every source."""
+"""A killed and continued run ends with the bits of an unbroken run, for every source."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from experiments.faces.stand_in import write_digits
 
 ROOT = Path(__file__).parents[3]
 STEPS = "12"
-# No deeper pattern than needed: a checkpoint's folders come and go while they are listed.
+# The patterns are as shallow as possible: a checkpoint's folders change while they are listed.
 LOGS = {"train": "*/*/metrics.jsonl", "train-faces": "metrics.jsonl"}
 SOURCES = {
     "images in memory": ["train", "digits-m4", "--batch", "16", "--width", "0.125"],
@@ -24,7 +24,7 @@ SOURCES = {
 
 
 def start(words, out, environment):
-    """A process that trains, with a checkpoint after every update."""
+    """Starts a process that trains, with a checkpoint after every update."""
     command = [sys.executable, "-m", "experiments", *words, "--steps", STEPS, "--out", str(out)]
     return subprocess.Popen(
         [*command, "--checkpoint-seconds", "0"],
@@ -42,7 +42,7 @@ def the(found):
 
 
 def outcome_of(out, logs):
-    """What must not depend on interruptions: curves, and the bits of the last checkpoint."""
+    """The curves and the last checkpoint, which must not depend on interruptions."""
     folder = the(out.glob(logs)).parent
     outcome = json.loads(folder.with_name(f"{folder.name}.json").read_text())
     with ocp.CheckpointManager(folder / "checkpoints") as manager:
@@ -50,7 +50,7 @@ def outcome_of(out, logs):
     return outcome["status"], outcome["curves"], outcome.get("test"), state
 
 
-# CI kills a queue of runs with images in memory, in test_queue.py.
+# For images in memory, CI kills a queue of runs instead, in test_queue.py.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "source",

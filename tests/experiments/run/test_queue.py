@@ -1,4 +1,4 @@
-"""The queue runs what is missing, in order, and what it wrote does not depend on interruptions."""
+"""The queue makes the missing runs in order; its results do not depend on interruptions."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def numbers(outcome):
-    """What must not depend on interruptions."""
+    """The numbers that must not depend on interruptions."""
     return {key: outcome[key] for key in ("train", "test", "curves", "config", "data")}
 
 
@@ -44,7 +44,7 @@ def pair(tmp_path_factory):
         raise
 
 
-def test_together_is_alone_up_to_rounding(pair, tmp_path):
+def test_seeds_together_equal_seeds_alone_up_to_rounding(pair, tmp_path):
     alone = train.run(SEEDS[1], out=tmp_path, **OPTIONS)
     together = pair[1][1]
     assert together["together"] == [0, 1] and alone["together"] == [1]
@@ -61,7 +61,7 @@ def test_together_continues_to_the_same_bits(pair, tmp_path):
     asked = itertools.count()
     keywords = {"out": tmp_path, "checkpoint_seconds": 0.0, **OPTIONS}
     assert train.run_seeds(SEEDS[:2], stop=lambda: next(asked) == 5, **keywords) is None
-    # A kill amid the saves leaves the runs with different newest checkpoints.
+    # A kill between the saves leaves the runs with different newest checkpoints.
     folders = [tmp_path / run_name(config) / "checkpoints" for config in SEEDS[:2]]
     assert [steps_in(folder) for folder in folders] == [{4, 5}] * 2
     ledger.rewound(folders[1].parent, 4, logs.read(folders[1].parent))
@@ -73,11 +73,11 @@ def test_together_continues_to_the_same_bits(pair, tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nobody handles it."""
+    """Stands for SIGKILL: no code handles this exception."""
 
 
 def killed_at(monkeypatch, owner, name, call):
-    """Ends the process at such a call of a method."""
+    """Raises Killed at the numbered call of a method."""
     method, calls = getattr(owner, name), itertools.count()
 
     def killed(*arguments):
@@ -96,7 +96,7 @@ def killed_at(monkeypatch, owner, name, call):
 def test_a_kill_amid_saves_or_results_keeps_the_group(
     pair, tmp_path, monkeypatch, owner, name, call
 ):
-    """Of three seeds, two train together; a kill must not make it other two."""
+    """Two of three seeds train together; a kill must not change which two."""
 
     def train_all():
         waiting = Queue(SEEDS[:2] + SEEDS[2:], tmp_path, Budget(math.inf))
@@ -118,7 +118,7 @@ def test_a_kill_amid_saves_or_results_keeps_the_group(
 
 
 def test_a_kill_after_a_seed_diverged_keeps_the_group(tmp_path, monkeypatch):
-    """Seed 1 diverges in the third update; a kill before its result, or right after."""
+    """Seed 1 diverges in the third update; the kill comes right before or after its result."""
     whole = tmp_path / "whole"
 
     def diverging(patch):
@@ -183,7 +183,7 @@ def test_groups_are_seeds_of_one_configuration_that_can_go_on_together(tmp_path,
     assert waiting.next_group(2) == waiting.next_group(5) == [SEEDS[0], SEEDS[2]]
     with pytest.raises(ValueError, match="stopped at different steps"):
         loop.common_step([tmp_path / run_name(config) for config in SEEDS[:2]])
-    # A run that has begun does not go back to wait for one that has not, but from step 0.
+    # A run that has begun does not wait for one that has not, except at step 0.
     for begun, together in (({0}, 3), ({0, 4}, 1), ({4}, 1), (set(), 3)):
         steps.clear()
         steps[run_name(SEEDS[0])] = begun
@@ -259,7 +259,7 @@ def test_budget_stops_before_its_end(monkeypatch):
     monkeypatch.setattr(queue.time, "perf_counter", lambda: next(times))
     budget = Budget(27)
     assert budget.allows(25)
-    # Compiling took 20, a dispatch 2: at 23 there is no time for two more.
+    # Compiling took 20 and a dispatch 2: at 23 there is no time for two more dispatches.
     assert [budget.over() for _ in range(3)] == [False, False, True]
     assert not budget.allows(0)
     assert not Budget(9).allows(9)

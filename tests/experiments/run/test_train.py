@@ -1,4 +1,4 @@
-"""A run resumes to the same bits, records what happened, and stops when it must."""
+"""A run resumes to the same bits, records its numbers, and stops when it must."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ def run(out, config=CONFIG, **keywords):
 
 
 def numbers(outcome):
-    """What must not depend on interruptions."""
+    """The numbers that must not depend on interruptions."""
     return {key: outcome[key] for key in ("train", "test", "curves", "config", "data")}
 
 
@@ -103,7 +103,7 @@ def test_broken_run_continues_from_its_checkpoint_to_the_same_bits(unbroken, tmp
                 raise KeyboardInterrupt
             return advance(group, progress)
 
-        # Saves after step 1 and then no more, so that the log is ahead of the checkpoint.
+        # The run saves after step 1 only, so that the log is ahead of the checkpoint.
         clock = itertools.chain([0.0], itertools.repeat(100.0))
         patch.setattr(loop.Group, "_advance", broken)
         patch.setattr(loop, "time", FakeTime(clock))
@@ -248,8 +248,8 @@ def test_folder_of_another_configuration_is_refused(tmp_path):
         run(tmp_path)
 
 
-def test_a_claim_knows_no_prose(tmp_path, monkeypatch):
-    """Other words about a cell leave its half-finished runs alone."""
+def test_a_claim_contains_no_prose(tmp_path, monkeypatch):
+    """A half-finished run continues after an edit of its cell's words."""
     asked = itertools.count()
     assert run(tmp_path, stop=lambda: next(asked) == 2) is None
     claims = result.load(tmp_path / run_name(CONFIG) / "claim")
@@ -263,14 +263,14 @@ def test_a_claim_knows_no_prose(tmp_path, monkeypatch):
 
 
 def test_first_interrupt_asks_and_the_second_ends():
-    before = signal.getsignal(signal.SIGINT)  # ignored, in what a shell started in the background
+    before = signal.getsignal(signal.SIGINT)  # ignored in a background job of a shell
     with loop.interruptible() as stop:
         assert not stop()
         signal.raise_signal(signal.SIGINT)
         assert stop()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # amid what is being closed
+        signal.raise_signal(signal.SIGINT)  # while the run closes its files
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -291,7 +291,7 @@ def test_command_line_mistakes_end_with_2(tmp_path, capsys, monkeypatch):
     for words in (["train", "mnist-m4", "--stepz", "3"], ["trian"]):
         try:
             code = main(words)
-        except SystemExit as end:  # the command-line library's own
+        except SystemExit as end:  # raised by the command-line library
             code = end.code
         assert code == 2
     monkeypatch.setenv("EXPERIMENTS_TRACEBACK", "1")

@@ -1,4 +1,4 @@
-"""λ is chosen on a validation split, from the whole grid, and tuning can be broken off."""
+"""λ is chosen on a validation split, from the whole grid, and tuning can be interrupted."""
 
 import pytest
 
@@ -51,7 +51,7 @@ def test_tune_reads_no_test_image(tmp_path, capsys, monkeypatch):
 
 
 def outcomes(monkeypatch, error_of):
-    """Replaces training: a run's validation error, None where it diverges."""
+    """Replaces training by error_of, a run's validation error, or None if the run diverges."""
 
     def run_seeds(group, out, **_):
         made = []
@@ -84,7 +84,7 @@ def test_lowest_mean_wins_and_no_diverged_candidate(tmp_path, monkeypatch):
     assert second["validation_error"] == 5.0 and second["validation_errors"] == [4.0, 6.0]
 
 
-def test_all_diverged_is_said(tmp_path, monkeypatch):
+def test_a_tuning_whose_runs_all_diverge_has_no_best(tmp_path, monkeypatch):
     outcomes(monkeypatch, lambda config: None)
     assert main(words(tmp_path)) == 1
     assert result.load(tmp_path / "tune" / FILE)["best"] is None

@@ -1,4 +1,4 @@
-"""Files are whole or not there, folders have one owner, and what was saved is missed."""
+"""Files are complete or absent, folders have one owner, and lost files are noticed."""
 
 import errno
 import logging
@@ -36,7 +36,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
 
 @pytest.fixture
 def deadline():
-    """Ends a test that waits for ever, on a named pipe say."""
+    """Ends a test that would wait for ever, for example on a named pipe."""
 
     def late(*_):
         raise TimeoutError
@@ -125,7 +125,7 @@ def something_else(kind, file):
 @pytest.mark.usefixtures("deadline")
 @pytest.mark.parametrize("through", ["itself", "a link"])
 @pytest.mark.parametrize("kind", ["a named pipe", "a folder", "a socket"])
-def test_what_is_no_regular_file_is_neither_replaced_nor_read(kind, through, tmp_path):
+def test_only_regular_files_are_replaced_or_read(kind, through, tmp_path):
     file = link = tmp_path / "it"
     something_else(kind, file)
     if through == "a link":
@@ -153,7 +153,7 @@ def test_a_log_or_a_checkpoint_of_pipes_is_refused(run):
         checkpoints.latest(state(0))
 
 
-def test_leftovers_of_killed_processes_go(tmp_path):
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
     killed = subprocess.Popen([sys.executable, "-c", "pass"])
     killed.wait()
     left = tmp_path / f".metrics.jsonl.{killed.pid}"
@@ -194,14 +194,14 @@ def test_a_folder_has_one_owner_until_it_is_killed(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"text", bytes(1000)])
-def test_a_file_of_something_else_is_no_npz(tmp_path, content):
+def test_a_file_that_is_no_npz_is_refused(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(ValueError, match=r"a.npz must be an .npz of x; it is no .npz"):
         files.read_npz(tmp_path / "a.npz", ["x"])
 
 
 def test_damage_anywhere_in_an_npz_is_named_or_harmless(tmp_path):
-    """Every 7th byte flipped: the right numbers, or one error that names the file."""
+    """A flip of every 7th byte gives the right numbers, or an error that names the file."""
     file, x = tmp_path / "a.npz", np.arange(12.0)
     np.savez(file, x=x)
     whole, refused = file.read_bytes(), []
@@ -233,9 +233,9 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_all_there_is_right(run):
+def test_a_complete_folder_passes(run):
     ledger.check(run, 4, logs.read(run))
-    ledger.check(run, 6, logs.read(run))  # killed between a checkpoint and its note
+    ledger.check(run, 6, logs.read(run))  # after a kill between a checkpoint and its note
 
 
 @pytest.mark.parametrize("latest", [None, 2])
@@ -322,7 +322,7 @@ def test_interrupts_wait_for_the_checkpoint(tmp_path, monkeypatch):
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["4"]
 
 
-def test_what_a_kill_left_of_a_checkpoint_goes(run):
+def test_leftovers_of_a_killed_checkpoint_are_removed(run):
     left = run / "checkpoints" / "5.orbax-checkpoint-tmp"
     left.mkdir()
     (left / "half").write_text("")
@@ -356,7 +356,7 @@ except OSError as error:
 
 
 def test_events_that_find_no_room_are_named(tmp_path):
-    """Neither a thread's traceback nor a wait for ever."""
+    """A full disk gives neither a thread's traceback nor an endless wait."""
     done = subprocess.run(
         [sys.executable, "-c", NO_ROOM, str(tmp_path)],
         cwd=ROOT,
@@ -369,7 +369,7 @@ def test_events_that_find_no_room_are_named(tmp_path):
     assert done.stderr == "" and done.returncode == 0
 
 
-def test_who_reads_checkpoints_writes_nothing(tmp_path):
+def test_reading_checkpoints_writes_nothing(tmp_path):
     with Checkpoints(tmp_path / "absent", writes=False) as checkpoints:
         assert checkpoints.latest(state(0)) is None
     assert not (tmp_path / "absent").exists()

@@ -1,4 +1,4 @@
-"""A disk that is full where a checkpoint is written: exit code 2, a line, and nothing lost."""
+"""A full disk at a checkpoint: exit code 2, one line, and nothing is lost."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-# Files of at most so many bytes stand in for the disk.
+# A limit on the size of files stands in for a full disk.
 SCRIPT = """
 import resource, sys
 from experiments.__main__ import main
@@ -32,7 +32,7 @@ def test_a_checkpoint_that_finds_no_room(kept_programs, tmp_path):
             timeout=300,
         )
 
-    full = train(20_000, {})  # and keeps no program: half of one would stay
+    full = train(20_000, {})  # without kept_programs: half a program would stay
     said = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
     assert full.returncode == 2 and len(said) == 1, full.stderr
     assert "checkpoints: no checkpoint could be written: [Errno 27] File too large" in said[0]

@@ -1,4 +1,4 @@
-"""A process whose partner never comes gives up in time, in words."""
+"""A process whose partner never comes gives up in time, with a clear error."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Processes over loopback train the numbers of one, stop together, and end when one is lost."""
+"""Processes over loopback give the numbers of one, stop together, and end when one is lost."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_devices_must_reach_into_every_process(monkeypatch):
         devices.data_mesh(1)
 
 
-def test_processes_must_have_the_same(monkeypatch):
+def test_processes_must_have_the_same_data(monkeypatch):
     processes.check_same("mine", "data")
     gather = processes.multihost_utils
     monkeypatch.setattr(gather, "process_allgather", lambda mine: np.stack([mine, mine + 1]))
@@ -96,7 +96,7 @@ def test_other_processes_write_no_log(tmp_path):
 
 @contextmanager
 def pair(out, environment):
-    """Two processes of two devices each that train CONFIG; killed in the end if need be."""
+    """Two processes with two devices each that train CONFIG; killed at the end if necessary."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -129,7 +129,7 @@ def until_step(step, out, both):
 
 
 def assert_numbers_of_one(outcome, one):
-    """Equal up to the rounding of float32, and some steps' growth of it."""
+    """Compares up to float32 rounding, which grows over some steps."""
     for kind in ("train", "test"):
         assert outcome["curves"][kind]["step"] == one["curves"][kind]["step"]
         for name in ("loss", "feature_norm"):
@@ -142,7 +142,7 @@ def assert_numbers_of_one(outcome, one):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """The run in this process, on as many devices as the two have together."""
+    """The same run in this process, on as many devices as the two processes have together."""
     return train.run(CONFIG, out=tmp_path_factory.mktemp("one"), devices=4)
 
 
@@ -168,7 +168,7 @@ def test_two_processes_stop_together_and_end_with_the_numbers_of_one(one, kept_p
     assert (outcome["processes"], outcome["devices"]) == (2, 4)
     assert (one["processes"], one["devices"]) == (1, 4)
     assert_numbers_of_one(outcome, one)
-    assert len(list((tmp_path / run_name(CONFIG) / "events").iterdir())) == 2  # one a start
+    assert len(list((tmp_path / run_name(CONFIG) / "events").iterdir())) == 2  # one per start
 
 
 # Not in CI: `make crash-test` runs it.

@@ -1,4 +1,4 @@
-"""Progress in a pipe is a line now and then, and not a flood."""
+"""Progress in a pipe is an occasional line; in a terminal it is a bar."""
 
 import errno
 import io
@@ -14,7 +14,7 @@ from experiments.store.progress import Progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that a test sets."""
+    """A clock whose seconds a test sets."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -79,12 +79,12 @@ def test_a_terminal_that_is_gone_does_not_end_the_work(clock, capsys, monkeypatc
             shown.advance(2)
 
 
-def test_days_are_hours():
+def test_days_are_shown_as_hours():
     assert progress.hours(100 * 3600 + 5 * 60 + 7) == "100:05:07"
     assert progress.hours(59.6) == "0:01:00"
 
 
-def test_tracked_items_are_the_items(clock, capsys):
+def test_tracking_yields_the_items(clock, capsys):
     seen = []
     for item in progress.tracked("abcd", 4, "work", "letters"):
         clock[0] += 20.0
@@ -96,7 +96,7 @@ def test_tracked_items_are_the_items(clock, capsys):
     ]
 
 
-def test_a_process_that_does_not_speak_is_silent(clock, capsys):
+def test_progress_that_is_not_shown_is_silent(clock, capsys):
     with Progress("run", 10, "updates", shown=False) as progress:
         clock[0] = 100.0
         progress.advance(5)

@@ -1,4 +1,4 @@
-"""What a result says of where it came from, and what no result can say."""
+"""The origin that a result records, and files that cannot be results."""
 
 import base64
 import json
@@ -92,7 +92,7 @@ def test_a_result_is_read_as_it_is(tmp_path):
         ({"curves": None}, "its curves is None"),
     ],
 )
-def test_a_result_that_cannot_be_is_refused(changes, message, tmp_path):
+def test_an_impossible_result_is_refused(changes, message, tmp_path):
     file = folder_with(tmp_path, json.dumps(RUN | changes))
     for read in (lambda: results.load_run(file), lambda: results.load_all(tmp_path)):
         with pytest.raises(ValueError, match=rf"seed0.json must hold a result.* {message}"):
@@ -115,7 +115,7 @@ def test_predicted_labels_come_back(tmp_path):
     np.testing.assert_array_equal(found, labels)
     true = results.true_labels(results.load(tmp_path / "a.json"))
     np.testing.assert_array_equal(true, labels[::-1])
-    # The form that other programs read: base64 of zlib of little-endian uint16.
+    # Other programs read this format: base64 of zlib of little-endian uint16.
     raw = zlib.decompress(base64.b64decode(saved["predictions"]["labels"]))
     assert raw[:2] == int(labels[0]).to_bytes(2, "little") and len(raw) == 20_000
     assert results.predicted_labels({}) is None and results.true_labels({}) is None
@@ -141,7 +141,7 @@ def test_damaged_predictions_are_refused(packed):
         results.predicted_labels({"predictions": packed})
 
 
-def test_older_results_say_the_share_as_lambda():
+def test_the_share_of_older_results_comes_from_lambda():
     assert results.shares({"share": [0.25, None, 1.0]}) == [0.25, None, 1.0]
     assert results.shares({"lam": [3.0, None, 0.0]}) == [0.25, 0.0, 1.0]
     assert results.shares({"step": 7, "lam": 1.0}) == [0.5]
