@@ -95,7 +95,7 @@ class Events:
     """TensorBoard's events of one session.
 
     tensorboardX's own SummaryWriter writes from a thread. On a full disk that thread ends, and the
-    next scalars wait for it for ever (test_a_log_that_finds_no_room).
+    next scalars wait for it for ever (test_events_that_find_no_room_are_named).
 
     Args:
       folder: of the events; every session adds a file.
