@@ -26,6 +26,7 @@ from lsoftmax_jax import _checks
 from lsoftmax_jax._core.placement import zeros_like_rows
 from lsoftmax_jax._core.spec import Pieces, Spec
 from lsoftmax_jax._core.target import (
+    FEW_CLASSES,
     Columns,
     Pull,
     Rows,
@@ -36,7 +37,7 @@ from lsoftmax_jax._core.target import (
     precision_for,
     pulled_back,
 )
-from lsoftmax_jax._core.tiles import as_stored, sum_over_rows
+from lsoftmax_jax._core.tiles import as_stored, less_along, sum_over_rows
 
 Carry = TypeVar("Carry")
 
@@ -271,28 +272,44 @@ def with_norms(
     dkernel = as_stored(dkernel, rows.features.shape[0])
     dkernel = columns_with_norms(columns, sums, dkernel)
     dkernel = dkernel.astype(stored_dtype(columns.kernel.dtype))
-    return features_with_norms(rows, gradient.target, dfeatures), dkernel
+    classes = columns.kernel.shape[1]
+    return features_with_norms(rows, gradient.target, dfeatures, classes), dkernel
 
 
-def features_with_norms(rows: Rows, pull: Pull, dfeatures: jax.Array) -> jax.Array:
+def features_with_norms(
+    rows: Rows, pull: Pull, dfeatures: jax.Array, classes: int = 0
+) -> jax.Array:
     """Adds the term along features, or removes that component where their norm is replaced.
 
     The term has two factors because their product may overflow.
+
+    Args:
+      classes: of the product that has just given `dfeatures`; 0 if a loop gave them.
     """
-    dtype = dfeatures.dtype
-    directions = pull.inverse_feature_norm[:, None] * rows.features.astype(dtype)
+    directions = pull.inverse_feature_norm[:, None] * rows.features.astype(dfeatures.dtype)
     if rows.scale is None:
         return dfeatures + pull.along_feature[:, None] * directions
-    return dfeatures - directions * jnp.sum(directions * dfeatures, axis=1, keepdims=True)
+
+    def along(directions: jax.Array, dfeatures: jax.Array) -> jax.Array:
+        return jnp.sum(directions * dfeatures, axis=1, keepdims=True)
+
+    def compared(directions: jax.Array, dfeatures: jax.Array) -> jax.Array:
+        parts = jnp.where(directions == 0, 0, directions * dfeatures)
+        return jnp.sum(parts, axis=1, keepdims=True)
+
+    # XLA for CPUs would fuse the sum with the product, which then takes half as long again
+    # (test_plans_hlo, and ArcFace in `bench head`). A comparison between the two prevents that.
+    on_cpu = compared if classes > FEW_CLASSES else along
+    sizes = jax.lax.platform_dependent(directions, dfeatures, cpu=on_cpu, default=along)
+    return dfeatures - directions * sizes
 
 
 def columns_with_norms(columns: Columns, sums: jax.Array, dkernel: jax.Array) -> jax.Array:
     """The same for columns; `sums` holds `Pull.along_column` of each column's rows."""
-    wide = columns.kernel.astype(dkernel.dtype)
     if columns.inverse_norm is None:
-        return dkernel + sums[None, :] * wide
+        return dkernel + sums[None, :] * columns.kernel.astype(dkernel.dtype)
     along = sum_over_rows(columns.kernel, dkernel, dkernel.dtype) * columns.inverse_norm
-    return dkernel - along[None, :] * (columns.inverse_norm[None, :] * wide)
+    return less_along(dkernel, columns.kernel, columns.inverse_norm, along)
 
 
 def label_sums(values: jax.Array, labels: jax.Array, classes: int) -> jax.Array:

@@ -441,7 +441,7 @@ def _logits_bwd(spec: Spec, residuals: Any, cotangent: jax.Array) -> tuple[Array
     grad = _checks.nan_unless(labels[:, None] >= 0, grad)
     dfeatures, dkernel = products(rows, columns, grad)
     sums = label_sums(pull.along_column, labels, spec.classes)
-    dfeatures = features_with_norms(rows, pull, dfeatures).astype(spec.dtype)
+    dfeatures = features_with_norms(rows, pull, dfeatures, spec.classes).astype(spec.dtype)
     dkernel = columns_with_norms(columns, sums, dkernel).astype(spec.dtype)
     dlam = jnp.zeros_like(lam) if t.dlam is None else jnp.sum(g * t.dlam)
     return (_gradient_of(dfeatures, dkernel, dlam),)
