@@ -31,6 +31,7 @@ DEFAULT = "loss_sum, default λ"
 ONE_SHOT = "loss_sum, one-shot"
 RECOMPUTED = "loss_sum, class blocks"
 STORED = "loss_sum, class blocks, stored"
+ARCFACE_BLOCKS = "ArcFace, class blocks"
 FUSED_SGD = "lsoftmax_sgd"
 SAMPLED = f"sampled, {NEGATIVES:,} others"
 TOKAMAX = "tokamax softmax"
@@ -162,7 +163,7 @@ def arms(
         yield Arm(STORED, gradients(kept), margin)
         arcface = FAMILY["ArcFace"]
         by_classes = gradients(loss_sum(arcface, 0.0, **in_blocks))
-        yield Arm("ArcFace, class blocks", by_classes, arcface, 4)
+        yield Arm(ARCFACE_BLOCKS, by_classes, arcface, 4)
     yield Arm("lsoftmax_logits, optax", gradients(logits_loss(margin)), margin)
     yield Arm("reference.py", gradients(reference_loss(margin)), margin)
     yield Arm("3 bare products", three_products)

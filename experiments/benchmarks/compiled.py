@@ -51,7 +51,7 @@ ARMS = (
     every.RECOMPUTED,
     every.STORED,
     *every.FAMILY,
-    "ArcFace, class blocks",
+    every.ARCFACE_BLOCKS,
     every.PLAIN_SGD,
     every.FUSED_SGD,
     every.SAMPLED,

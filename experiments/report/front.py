@@ -1,5 +1,6 @@
 """The tables of the clone's README: what a margin gains, what it costs, the paper's numbers."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,16 +89,25 @@ def cost(heads: dict[str, Any], steps: dict[str, Any]) -> str:
     """Time and memory beside Optax's softmax, a row a size; a sentence on whole steps."""
     if not heads:
         return ""
-    rows = []
+    rows, block = [], heads["config"]["class_block"]
     for entry in heads["shapes"]:
         found = {row["arm"]: row for row in entry["arms"]}
         shape = ", ".join(map(str, entry["shape"]))
-        ours = found[arms.ONE_SHOT], found.get(peers.LARGE_MARGIN)
-        rows.append(_costs(shape, *ours))
-        if entry["shape"][2] > 30_000 and arms.RECOMPUTED in found:
-            block = heads["config"]["class_block"]
-            rows.append(_costs(f"{shape}, blocks of {block} classes", found[arms.RECOMPUTED]))
-    header = ["batch, features, classes", "time", "memory", "pytorch-metric-learning's time"]
+        if arms.HEAD not in found:
+            rows.append([f"{shape}, `lsoftmax_sgd`", *_costs(found.get(arms.FUSED_SGD)), *3 * [""]])
+            continue
+        rows.append(
+            [
+                shape,
+                *_costs(found[arms.HEAD], found.get(peers.LARGE_MARGIN)),
+                *_costs(found.get("ArcFace"), found.get(peers.ARCFACE)),
+            ]
+        )
+        if entry["shape"][2] > 30_000:
+            blocks = (found.get(arms.RECOMPUTED), found.get(arms.ARCFACE_BLOCKS))
+            rows.append([f"{shape}, blocks of {block}", *itertools.chain(*map(_costs, blocks))])
+    ours = ["time", "memory", "theirs"]
+    header = ["batch, features, classes", *ours, *(f"ArcFace: {name}" for name in ours)]
     lines, sources = [markdown(header, rows), ""], said(heads)
     if steps:
         ratios = []
@@ -109,9 +119,14 @@ def cost(heads: dict[str, Any], steps: dict[str, Any]) -> str:
     return "\n".join([*lines, f"*{sources}*"])
 
 
-def _costs(size: str, ours: dict[str, Any], peer: dict[str, Any] | None = None) -> list[str]:
-    theirs = "" if peer is None else f"{peer['ratio'][0]:.1f} x"
-    return [size, f"{ours['ratio'][0]:.2f} x", f"{ours['memory_ratio']:.2f} x", theirs]
+def _costs(ours: dict[str, Any] | None, theirs: dict[str, Any] | None = None) -> list[str]:
+    """Our time and memory, and the time of pytorch-metric-learning, beside Optax's softmax."""
+    peer = "" if theirs is None else f"{theirs['ratio'][0]:.1f} x"
+    if ours is None:
+        return ["", "", peer]
+    memory = ours["memory_ratio"]
+    digits = 2 if memory >= 0.005 else 3
+    return [f"{ours['ratio'][0]:.2f} x", f"{memory:.{digits}f} x", peer]
 
 
 def paper(groups: Sequence[Group]) -> str:

@@ -274,7 +274,7 @@ def test_the_front_page_has_no_table_of_a_result_that_is_missing(tmp_path):
         for split in (0, 1)
     ]  # fmt: skip
     result.save(tmp_path / "open-set-cpu.json", measured | {"runs": runs})
-    arm = {"arm": "loss_sum, one-shot", "ratio": [1.25, 1, 2], "memory_ratio": 0.5}
+    arm = {"arm": "head.loss(...).mean()", "ratio": [1.25, 1, 2], "memory_ratio": 0.5}
     peer = {"arm": "pytorch-metric-learning", "ratio": [3.0, 1, 5]}
     for minute, entry in enumerate(([{**arm, "ratio": [9.0]}], [arm, peer], [arm])):
         heads = measured | {"shapes": [{"shape": [2, 3, 4], "arms": entry}]}
@@ -286,7 +286,7 @@ def test_the_front_page_has_no_table_of_a_result_that_is_missing(tmp_path):
         "| `self_paced()` | 1.5 / 5.0 |  |",
     ]
     lines = found["cost"].splitlines()
-    assert lines[2:4] == ["| 2, 3, 4 | 1.25 x | 0.50 x | 3.0 x |", ""]
+    assert lines[2:4] == ["| 2, 3, 4 | 1.25 x | 0.50 x | 3.0 x |  |  |  |", ""]
     assert lines[4].startswith("*cpu, 2 cores, 2026-11-21, aaaaaaa, [result](")
     assert found["paper"].splitlines()[2:] == [
         "| MNIST | 0.40 / | 0.32 / | 0.31 / | 0.31 / 0.30 (1) |"
