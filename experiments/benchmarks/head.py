@@ -27,7 +27,7 @@ from experiments.benchmarks.arms import Arm, Problem, Shape
 from experiments.benchmarks.records import OUT, appended, heading, repeating, stamped
 from experiments.benchmarks.rounds import TOLERANCE, Run, check, quartiles, take_times
 from experiments.store.progress import tracked
-from experiments.store.results import save
+from experiments.store.results import load, save
 
 SHAPES = ((256, 256, 10), (256, 512, 100), (512, 512, 10575), (512, 256, 102400))
 WARM_UP = 3
@@ -76,24 +76,29 @@ def bench(
     chosen = {shape: choose(shape, margin, class_block, only, peers) for shape in sizes}
     config = {"dtype": dtype, "margin": margin, "lam": lam}
     config |= {"class_block": class_block, "repetitions": repetitions}
-    flags: dict[str, Any] = {"only": only or None, "peers_python": peers_python if peers else None}
+    # A result holds no path of this machine.
+    flags: dict[str, Any] = {"only": only or None, "peers_python": "PYTHON" if peers else None}
     command = repeating("head", shapes=tuple(itertools.chain(*shapes)), **config, **flags)
     result = heading("bench head", command + (" --peers" if peers else "")) | {"config": config}
     if peers:
         result |= {"peer_versions": torch_versions(peers_python)}
     file = append or out / stamped(f"head-{jax.default_backend()}-{dtype}")
     measured: list[dict[str, Any]] = appended(file, result, ("config",), "shapes")
+    if measured:
+        saved = load(file)
+        commands = dict.fromkeys([*saved["command"].split(" && "), result["command"]])
+        result = saved | result | {"command": " && ".join(commands)}
     half = -(-repetitions // 2)
     for shape, listed in chosen.items():
         given = every.problem(shape, dtype, lam)
-        load = os.getloadavg()[0]
+        busy = os.getloadavg()[0]
         before = torch_times(peers_python, given, margin, half) if peers else {}
         runs = prepare(listed, given, shape, dtype)
         take_times(runs.values(), repetitions, str(shape))
         after = torch_times(peers_python, given, margin, half) if peers else {}
         rows = [summary(arm, runs) for arm in listed if arm.name in runs]
         rows += torch_rows(before, after, runs)
-        measured.append({"shape": shape, "load": [load, os.getloadavg()[0]], "arms": rows})
+        measured.append({"shape": shape, "load": [busy, os.getloadavg()[0]], "arms": rows})
         # Saved after each shape: an interrupted benchmark keeps what it has.
         save(file, result | {"shapes": measured})
         tables.show(arms_table(measured[-1], dtype), 132)
