@@ -125,7 +125,8 @@ def partial_fc() -> str:
 
 def small_cnn() -> str:
     """A table: the errors of the small CNN of examples/, a row a data set and way to choose λ."""
-    found = json.loads((EXAMPLES / "small_cnn.json").read_text())["runs"]
+    files = sorted(EXAMPLES.glob("small_cnn*.json"), reverse=True)  # right labels first
+    found = [run for file in files for run in json.loads(file.read_text())["runs"]]
     rows = []
     kinds = dict.fromkeys((run["data"], run["wrong"], run["part"], run["policy"]) for run in found)
     for data, wrong, part, policy in kinds:

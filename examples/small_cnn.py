@@ -9,8 +9,8 @@ fifth of the run. During a run it prints the current share.
 
 CIFAR10, three seeds: on 5,000 images, with training errors of 3 to 15 %, softmax has a test error
 of 50.9 %, the default 48.4 %, the schedule 48.7 %. On 10,000 mirrored images, too many for so few
-updates (31 to 43 %), the test errors are 41.9, 41.3 and 45.0 %. All runs are in
-experiments/results/examples/small_cnn.json.
+updates (31 to 43 %), the test errors are 41.9, 41.3 and 45.0 %. With 40 % wrong labels, 5,000
+images of MNIST end at 30.8, 12.4 and 18.8 %. All runs are in experiments/results/examples.
 """
 
 import functools

@@ -112,15 +112,23 @@ def test_faces_of_people_never_seen_are_told_apart(example, tmp_path, capsys):
 
 @named("small_cnn")
 def test_the_small_cnns_numbers_are_those_of_the_committed_runs(example):
-    saved = json.loads((RESULTS / "small_cnn.json").read_text())["runs"]
-    runs = [run for run in saved if run["data"] == "cifar10" and not run["wrong"]]
-    told = re.findall(r"\d\d\.\d", example.__doc__)
+    files = RESULTS.glob("small_cnn*.json")
+    runs = [run for file in files for run in json.loads(file.read_text())["runs"]]
+    whole, mirrored = example.PARTS
+
+    def mean(*kind):
+        names = ("data", "wrong", "part", "policy")
+        return np.mean([run["test"] for run in runs if tuple(run[n] for n in names) == kind])
+
     means = [
-        np.mean([run["test"] for run in runs if (run["part"], run["policy"]) == (part, policy)])
-        for part in example.PARTS
+        mean(*setting, policy)
+        for setting in (("cifar10", 0, whole), ("cifar10", 0, mirrored), ("mnist", 0.4, whole))
         for policy in ("softmax", "default", "schedule")
     ]
+    told = re.findall(r"\d\d\.\d", example.__doc__)
     assert told == [f"{mean:.1f}" for mean in means]
+    readme = " ".join((EXAMPLES.parent / "README.md").read_text().split())
+    assert f"from {told[6]} to {told[7]} % error" in readme
 
 
 @named("small_cnn")
