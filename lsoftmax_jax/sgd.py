@@ -216,10 +216,10 @@ def _local(
     layout, shape, block = spec.layout, arrays.labels.shape, spec.pieces.class_block
     assert block is not None
     arrays = shards.all_rows(layout, run.flat(arrays))
-    weights, factor = run.fit_for_products(spec.dtype, arrays.weights)
     found = run.forward(spec, arrays)
-    gradient = run.row_gradient(spec, arrays, found, weights)
     rows, columns = found.rows, found.columns
+    weights, factor = run.fit_for_products(spec.dtype, arrays.weights, rows, columns)
+    gradient = run.row_gradient(spec, arrays, found, weights)
     sums = label_sums(gradient.target.along_column, rows.labels, kernel.shape[1])
     eta, mu, omega = rates
 

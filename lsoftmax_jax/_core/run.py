@@ -236,12 +236,13 @@ def _backward(
     spec: Spec, arrays: Arrays, found: Pass, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of features and kernel, and of λ, from the cotangent of each row's loss."""
-    cotangent, factor = fit_for_products(spec.dtype, cotangent)
+    cotangent, factor = fit_for_products(spec.dtype, cotangent, found.rows, found.columns)
     gradient = row_gradient(spec, arrays, found, cotangent)
     dfeatures, dkernel = gradients(spec.pieces, found.rows, found.columns, gradient, found.kept)
     dlam = jnp.zeros_like(arrays.lam) if gradient.dlam is None else jnp.sum(gradient.dlam)
-    dfeatures = shards.sum_of_features(spec.layout, dfeatures)
-    return times(factor, dfeatures), times(factor, dkernel), times(factor, dlam)
+    # Each device has its own factor.
+    dfeatures = shards.sum_of_features(spec.layout, times(factor, dfeatures))
+    return dfeatures, times(factor, dkernel), times(factor, dlam)
 
 
 def row_gradient(spec: Spec, arrays: Arrays, found: Pass, cotangent: jax.Array) -> LogitGradient:
@@ -254,15 +255,22 @@ def row_gradient(spec: Spec, arrays: Arrays, found: Pass, cotangent: jax.Array) 
     return gradient._replace(target=gradient.target._replace(along_feature=along))
 
 
-def fit_for_products(dtype: jnp.dtype, cotangent: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The cotangent of each row divided by a power of two that suits float16, and that power.
+def fit_for_products(
+    dtype: jnp.dtype, cotangent: jax.Array, rows: Rows, columns: Columns
+) -> tuple[jax.Array, jax.Array | None]:
+    """The cotangent divided by a power of two that suits float16, and that power.
 
-    The logits' gradient is cast to float16 for the products. Whatever the caller's loss scale,
-    its largest entry then lies well inside the range of float16, and small ones stay above 6e-8.
+    The logits' gradient is cast to float16 for the products, times the lengths that `products` puts
+    into it. Whatever the caller's loss scale and these lengths, its largest entry then lies well
+    inside the range of float16, and small ones stay above 6e-8.
     """
     if dtype != jnp.float16:
         return cotangent, None
+    cotangent = cotangent.astype(jnp.float32)
     largest = jnp.max(jnp.abs(cotangent), initial=0)
+    for lengths in (rows.scale, columns.inverse_norm):
+        if lengths is not None:
+            largest = largest * jnp.max(lengths, initial=0)
     some = (largest > 0) & (largest < jnp.inf)
     # Times 2**6: a slope of m² up to 256 stays below 65504.
     factor = jnp.where(some, jnp.exp2(jnp.floor(jnp.log2(jnp.where(some, largest, 1))) - 6), 1)
@@ -374,7 +382,7 @@ def _sum_fwd(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Any]:
 def _one_pass(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(losses, dfeatures, dkernel, dλ), the logits of a block of rows computed once."""
     rows, columns, terms = shards.view(spec, arrays)
-    weights, factor = fit_for_products(spec.dtype, arrays.weights)
+    weights, factor = fit_for_products(spec.dtype, arrays.weights, rows, columns)
     block: Any = spec.pieces.row_block
 
     def step(dkernel: jax.Array, block: Any) -> tuple[jax.Array, Any]:
@@ -434,6 +442,7 @@ def _logits_bwd(spec: Spec, residuals: Any, cotangent: jax.Array) -> tuple[Array
     lam, rows, columns, t = residuals
     labels = rows.labels
     at_label = is_label(labels, spec.classes)
+    cotangent, factor = fit_for_products(spec.dtype, cotangent, rows, columns)
     g = jnp.sum(jnp.where(at_label, cotangent, 0), axis=1, dtype=t.alpha.dtype)
     g = _checks.nan_unless(labels >= 0, g)
     pull = pulled_back(g, t, spec.dtype)
@@ -441,9 +450,10 @@ def _logits_bwd(spec: Spec, residuals: Any, cotangent: jax.Array) -> tuple[Array
     grad = _checks.nan_unless(labels[:, None] >= 0, grad)
     dfeatures, dkernel = products(rows, columns, grad)
     sums = label_sums(pull.along_column, labels, spec.classes)
-    dfeatures = features_with_norms(rows, pull, dfeatures, spec.classes).astype(spec.dtype)
-    dkernel = columns_with_norms(columns, sums, dkernel).astype(spec.dtype)
-    dlam = jnp.zeros_like(lam) if t.dlam is None else jnp.sum(g * t.dlam)
+    dfeatures = features_with_norms(rows, pull, dfeatures, spec.classes)
+    dkernel = columns_with_norms(columns, sums, dkernel)
+    dlam = jnp.zeros_like(lam) if t.dlam is None else times(factor, jnp.sum(g * t.dlam))
+    dfeatures, dkernel = (times(factor, array).astype(spec.dtype) for array in (dfeatures, dkernel))
     return (_gradient_of(dfeatures, dkernel, dlam),)
 
 

@@ -1,13 +1,17 @@
 """The number of digits that float32, bfloat16 and float16 keep."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import lsoftmax_jax as lsm
+from lsoftmax_jax.margins import ArcFace, CosFace
 from tests import oracle
 from tests.answers import (
     EPS,
@@ -22,7 +26,7 @@ from tests.answers import (
     rounded,
     sum_and_gradients,
 )
-from tests.oracle import as_arrays
+from tests.oracle import as_arrays, assert_close
 
 
 def confident(margin):
@@ -221,3 +225,44 @@ def test_float16_logits_of_unit_columns_keep_the_argmax(norm):
     np.testing.assert_allclose(logits, wanted, rtol=2e-3, atol=2e-3 * norm)
     found = wanted[np.arange(64), np.argmax(logits, axis=1)]
     np.testing.assert_allclose(found, wanted.max(axis=1), rtol=2e-3)
+
+
+FLOAT16_LOSSES = {
+    "each": lambda f, k, y, **keywords: lsm.lsoftmax_loss(f, k, y, **keywords).sum(),
+    "sum": lsm.lsoftmax_loss_sum,
+    "row blocks": partial(lsm.lsoftmax_loss_sum, plan=lsm.Plan(row_block=2)),
+    "class blocks": partial(lsm.lsoftmax_loss_sum, plan=lsm.Plan(class_block=4)),
+    "logits": lambda f, k, y, **keywords: optax.softmax_cross_entropy_with_integer_labels(
+        lsm.lsoftmax_logits(f, k, y, **keywords).astype(jnp.float32), y
+    ).sum(),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT16_LOSSES)
+@pytest.mark.parametrize("margin", [CosFace(0.35, scale=64.0), ArcFace(0.5, scale=64.0)], ids=str)
+def test_float16_gradients_of_short_features_are_finite(name, margin):
+    """The lengths of features and columns, and the scale, are in the gradient of the logits."""
+    rng = np.random.default_rng(0)
+    features, kernel = (0.02 * rng.standard_normal(shape) for shape in ((5, 6), (6, 9)))
+    features, kernel = (jnp.asarray(array, jnp.float16) for array in (features, kernel))
+    labels = jnp.arange(5)
+    gradient = jax.grad(partial(FLOAT16_LOSSES[name], margin=margin, lam=0.0), (0, 1))
+    exact = gradient(features.astype(jnp.float32), kernel.astype(jnp.float32), labels)
+    for ours, wanted in zip(gradient(features, kernel, labels), exact, strict=True):
+        assert ours.dtype == jnp.float16 and 100 < np.abs(wanted).max() < 65504
+        assert_close(ours, wanted, 3e-3)
+
+
+def test_float16_sgd_of_short_features_is_finite():
+    rng = np.random.default_rng(0)
+    features, kernel = (0.02 * rng.standard_normal(shape) for shape in ((5, 6), (6, 9)))
+    features, kernel = (jnp.asarray(array, jnp.float16) for array in (features, kernel))
+    step = partial(
+        lsm.lsoftmax_sgd, labels=jnp.arange(5), weights=jnp.ones(5), lam=0.0, learning_rate=1e-4,
+        margin=CosFace(0.35, scale=64.0),
+    )  # fmt: skip
+    momentum = jnp.zeros(kernel.shape)
+    ours = step(features, kernel, momentum)
+    wanted = step(features.astype(jnp.float32), kernel.astype(jnp.float32), momentum)
+    assert_close(ours.dfeatures, wanted.dfeatures, 3e-3)
+    assert_close(ours.momentum, wanted.momentum, 3e-3)
