@@ -224,4 +224,4 @@ class LSoftmaxDense(nnx.Module):
 
 # NNX's metaclass hides the signature from help() and the documentation.
 _parameters = list(inspect.signature(LSoftmaxDense.__init__).parameters.values())[1:]
-LSoftmaxDense.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]
+LSoftmaxDense.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]  # for help()

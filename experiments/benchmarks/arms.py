@@ -281,7 +281,7 @@ def plain_loss(given: Problem) -> jax.Array:
 
 
 def tokamax_loss(given: Problem) -> jax.Array:
-    import tokamax  # type: ignore[import-not-found]
+    import tokamax  # type: ignore[import-not-found]  # not installed with this project
 
     loss: jax.Array = tokamax.linear_softmax_cross_entropy_loss(
         given.features, given.labels, given.kernel, reduction="mean"

@@ -75,7 +75,7 @@ class Statistics(NamedTuple):
 
 
 # A tree like `Statistics`, for what holds of every field.
-OF_ROWS: Any = Statistics(*5 * ("batch",))  # type: ignore[arg-type]
+OF_ROWS: Any = Statistics(*5 * ("batch",))  # type: ignore[arg-type]  # words, not arrays
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

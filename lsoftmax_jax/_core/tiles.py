@@ -87,8 +87,11 @@ def sum_over_rows(
     reduce in one kernel.
     """
 
+    def product(one: jax.Array, two: jax.Array) -> jax.Array:
+        return (factor * one.astype(dtype)) * (factor * two.astype(dtype))
+
     def summed(one: jax.Array, two: jax.Array) -> jax.Array:
-        return jnp.sum((factor * one.astype(dtype)) * (factor * two.astype(dtype)), axis=0)
+        return jnp.sum(product(one, two), axis=0)
 
     def looped(one: jax.Array, two: jax.Array) -> jax.Array:
         rows = one.shape[0]
@@ -99,8 +102,7 @@ def sum_over_rows(
                     jax.lax.dynamic_index_in_dim(array, start + row, keepdims=False)
                     for array in (one, two)
                 )
-                first, second = (factor * part.astype(dtype) for part in parts)
-                total = total + first * second
+                total = total + product(*parts)
             return total
 
         whole = rows // _SUBLANES
