@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import optax
 
-from experiments.paper.config import Recipe
+from experiments.paper.config import Family, Recipe
 from experiments.paper.networks import NETWORKS, Network
 from lsoftmax_jax.schedule import LambdaPreset
 
@@ -19,8 +19,10 @@ class FaceRecipe(Recipe):
     """The network of the paper's Table 1, or one like the authors' SphereFace-20."""
     size: tuple[int, int] = (112, 96)
     """Height and width of the images: 112 96, 112 112, or smaller for a trial."""
-    margin: int = 4
-    """m of the L-Softmax; 1 is the ordinary softmax."""
+    family: Family = "l-softmax"
+    """Whose margin it is; with a scale, l-softmax of margin 1 is NormFace."""
+    margin: int | float = 4
+    """m of the family; the L-Softmax's with margin 1 is the ordinary softmax."""
     lam: LambdaPreset = LambdaPreset(base=1000.0, gamma=0.12, power=1.0, minimum=5.0)
     """Annealed: λ at update t is max(minimum, base (1 + gamma t)^-power)."""
     steps: int = 28_000

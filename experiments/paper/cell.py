@@ -17,8 +17,8 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 BEYOND: dict[str, dict[str, Any]] = {
     "asoftmax": {"family": "a-softmax", "margin": 4},
-    "cosface": {"family": "cosface", "margin": 0.35, "scale": 8.0},
-    "arcface": {"family": "arcface", "margin": 0.5, "scale": 8.0},
+    "cosface": {"family": "cosface", "margin": 0.35, "scale": 8.0, "pace": "none"},
+    "arcface": {"family": "arcface", "margin": 0.5, "scale": 8.0, "pace": "none"},
 }
 
 

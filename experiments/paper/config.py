@@ -23,7 +23,7 @@ from lsoftmax_jax.schedule import LambdaPreset
 from lsoftmax_jax.training import Schedule
 
 Family = Literal["l-softmax", "a-softmax", "cosface", "arcface"]
-Pace = Literal["annealed", "schedule", "lead"]
+Pace = Literal["annealed", "schedule", "lead", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class Recipe:
     scale: float | None = None
     """Gives features and columns of the kernel this length; CosFace and ArcFace need it."""
     pace: Pace = "annealed"
-    """What decides λ: the constants of lam, margin_schedule, or each example's own lead."""
+    """What decides λ: the constants of lam, margin_schedule, each example's own lead, or none. With
+    none λ is 0 from the first update on, as CosFace and ArcFace are used."""
     strength: float = 0.8
     """With the pace lead: how much of an example's lead the margin takes, from 0 to 1."""
     lam: LambdaPreset = LambdaPreset(0, 0, 0)
@@ -145,10 +146,12 @@ class Recipe:
                 return self_paced(self.strength)
             case "schedule":
                 return margin_schedule(self.steps)
+            case "none":
+                return optax.constant_schedule(0.0)
             case _:
                 raise ValueError(
-                    f"pace must be annealed, schedule or lead, got {self.pace!r}: results of the "
-                    f"earlier rule self-paced can be read, not continued"
+                    f"pace must be annealed, schedule, lead or none, got {self.pace!r}: results of "
+                    f"the earlier rule self-paced can be read, not continued"
                 )
 
     @property

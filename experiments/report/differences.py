@@ -123,7 +123,9 @@ def softmax_beside(group: Group, groups: Sequence[Group]) -> Group | None:
     """
     plain = replace(CONFIGS[group.name].without_margin(), hinge=False)
     alike = [g for g in groups if g.name != group.name and g.reduction == group.reduction]
-    beside = [g for g in alike if replace(plain, name=g.name) == CONFIGS[g.name]]
+    # Without a margin no λ changes a run, so what decides λ may differ.
+    named = [(g, CONFIGS[g.name]) for g in alike]
+    beside = [g for g, of in named if replace(plain, name=of.name, pace=of.pace) == of]
     same = [
         g for g in beside if all(g.of(n) == group.of(n) for n in ("learning_rate", "weight_decay"))
     ]

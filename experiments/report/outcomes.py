@@ -79,6 +79,8 @@ class Group(NamedTuple):
         if self.of("pace") == "lead":
             strength = self.changes.get("strength", CONFIGS[self.name].strength)
             return f"λ by lead, strength {strength:g}"
+        if self.of("pace") == "none":
+            return "λ = 0"
         if self.of("pace") != "annealed":
             # The earlier rule, self-paced, chose one λ for a batch and logged it as lam.
             by_batch = self.of("pace") == "self-paced" and any(

@@ -100,7 +100,8 @@ def test_a_margin_of_one_is_plain_softmax_in_l_softmax_alone():
     arcface = CONFIGS["mnist-arcface"]
     assert replace(arcface, margin=1.0).has_margin and not CONFIGS["mnist-softmax"].has_margin
     plain = arcface.without_margin()
-    assert replace(plain, name="mnist-softmax") == CONFIGS["mnist-softmax"]
+    softmax = CONFIGS["mnist-softmax"]
+    assert replace(plain, name=softmax.name, pace=softmax.pace) == softmax
     with pytest.raises(ValueError, match="scale must be given"):
         replace(arcface, scale=None)
 
@@ -123,3 +124,9 @@ def test_the_annealing_and_the_drops_that_ran_are_recorded():
         "lam": {"base": 1000.0, "gamma": pytest.approx(2.5e-3), "power": 35.0, "minimum": 0.0},
         "drops": [120, 150],
     }
+
+
+@pytest.mark.parametrize("name", ["mnist-cosface", "mnist-arcface", "cifar10-cosface"])
+def test_a_margin_with_a_scale_takes_its_whole_margin_from_the_start(name):
+    policy = CONFIGS[name].lam_policy
+    assert [float(policy(step)) for step in (0, 17_999)] == [0.0, 0.0]

@@ -103,7 +103,8 @@ def test_every_entry_of_a_changed_run_says_its_λ_and_decay(tmp_path):
         *RUNS,
         run_of("mnist-m4", 0, 7.0, steps=8, pace="self-paced", weight_decay=0.001),
         run_of("mnist-softmax", 0, 6.0, steps=8),
-        run_of("mnist-cosface", 0, 5.0, steps=8, lam={"base": 0.0, "minimum": 0.0}, scale=16.0),
+        run_of("mnist-cosface", 0, 5.0, steps=8, scale=16.0),
+        run_of("mnist-m2", 0, 5.0, steps=8, lam={"base": 0.0, "minimum": 0.0}),
         run_of("cifar10-m4", 0, 4.0, mirror=True),
     ]
     table = sections(tmp_path, [*runs, FACES])[tables.CHANGED]
@@ -115,6 +116,7 @@ def test_every_entry_of_a_changed_run_says_its_λ_and_decay(tmp_path):
     ]
     assert short["softmax"] == "6.00 (1): decay 0.0005"
     assert short["CosFace"] == "5.00 (1): λ = 0, scale 16, decay 0.0005"
+    assert short["L-Softmax, m = 2"] == "5.00 (1): λ = 0, decay 0.0005"
     mirrored = row(table, ["CIFAR10", "`--mirror`"])
     assert mirrored["L-Softmax, m = 4"] == "4.00 (1): λ annealed to 0, decay 0.0005"
     faces = row(table, ["LFW, accuracy"])["L-Softmax, m = 4"]
