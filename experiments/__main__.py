@@ -22,6 +22,7 @@ from experiments import quickstart
 from experiments.benchmarks import budget, convergence, head, open_set, step
 from experiments.benchmarks.compiled import compile_
 from experiments.faces.align import align
+from experiments.faces.comparison import compare_faces
 from experiments.faces.embed import embed
 from experiments.faces.pairs import pairs
 from experiments.faces.train import train_faces
@@ -156,6 +157,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "report": report,
     "figures": figures,
     "train-faces": train_faces,
+    "compare-faces": compare_faces,
     "embed": embed,
     "verify": verify_faces,
     "align": align,

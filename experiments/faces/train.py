@@ -258,4 +258,5 @@ def load_run(run: Path, mesh: Mesh | None = None) -> TrainedRun:
     graphdef, create = network_state(recipe, network, len(people), mesh)
     state = last_state(run, jax.eval_shape(create, 0))
     model = training.restore_model(graphdef, state)
-    return TrainedRun(recipe, there["begun"], people, state, model)
+    begun = there["begun"] | {"init_from": settings["init_from"]}
+    return TrainedRun(recipe, begun, people, state, model)

@@ -209,7 +209,8 @@ def _mean_of_all_pairs(of_folds: Sequence[dict[str, Any] | None]) -> dict[str, A
     if len(known) < len(of_folds):
         return None
     counts = {name: sum(of[name] for of in known) for name in ("genuine", "impostors")}
-    return dict(_means(known)) | counts
+    of_folds_alone = [of["metrics"]["equal_error_rate"] for of in known]
+    return dict(_means(known)) | counts | {"fold_eer": of_folds_alone}
 
 
 def _means(trees: Sequence[Any]) -> Any:
@@ -218,7 +219,16 @@ def _means(trees: Sequence[Any]) -> Any:
 
 def went_on(verification: Outcome) -> bool:
     """Whether the network that was verified began as another one."""
-    return "--init-from" in (verification.get("training") or {}).get("command", "")
+    training = verification.get("training") or {}
+    # Results up to 2026-11-29 say so in the command alone.
+    return bool(training.get("init_from")) or "--init-from" in training.get("command", "")
+
+
+def face_loss(verification: Outcome) -> str:
+    """The name in `LOSSES` of a face network's loss; softmax for what has no loss, as pixels."""
+    config = verification["config"]
+    family, margin = config.get("family", "l-softmax"), config.get("margin", 1)
+    return loss_name(family, margin, scale=config.get("scale"))
 
 
 def _key(*parts: Any) -> str:

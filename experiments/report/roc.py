@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report.outcomes import Outcome, went_on
-from experiments.report.style import LINES, LOSSES, loss_name
+from experiments.report.outcomes import Outcome, face_loss, went_on
+from experiments.report.style import LINES, LOSSES
 
 # Colours of what has no loss, such as pixels and embeddings from a file. No loss has these colours.
 OTHERS = ("black", "tab:green", "goldenrod", "navy")
@@ -24,7 +24,7 @@ def roc_figure(outcomes: Mapping[str, Outcome]) -> Figure:
     panel = figure.add_subplot(
         xscale="log", ylim=(0, 1), xlabel="false accepts (FAR)", ylabel="true accepts (TAR)"
     )
-    lowest, others = 1.0, cycle(OTHERS)
+    lowest, others, drawn = 1.0, cycle(OTHERS), list[dict[str, Any]]()
     for title, outcome in outcomes.items():
         rates = np.array(outcome["curve"]["false_accepts"])
         accepts = np.array(outcome["curve"]["true_accepts"])
@@ -32,7 +32,11 @@ def roc_figure(outcomes: Mapping[str, Outcome]) -> Figure:
         lowest = min(lowest, rates[possible][0])
         seen = outcome["metrics"]
         label = f"{title}: AUC {seen['auc']:.3f}, {outcome['pairs']:,} pairs"
-        panel.plot(rates[possible], accepts[possible], label=label, **_line(outcome, others))
+        look = _line(outcome, others)
+        # Two runs of one loss that differ in a constant alone.
+        look["alpha"] = 0.5 ** drawn.count(look)
+        drawn.append({n: value for n, value in look.items() if n != "alpha"})
+        panel.plot(rates[possible], accepts[possible], label=label, **look)
     chance = np.geomspace(lowest, 1, 100)
     panel.plot(chance, chance, color="0.7", linestyle=":", label="chance")
     panel.set_xlim(min(lowest, 0.5), 1)  # two pairs allow one rate alone
@@ -46,9 +50,8 @@ def _line(outcome: Outcome, others: Iterator[str]) -> dict[str, Any]:
 
     What has no loss, such as pixels, takes the next of the other colours.
     """
-    config = outcome["config"]
-    name = loss_name(config.get("family", "l-softmax"), config.get("margin", 0))
-    color = LOSSES[name].color if name in LOSSES else next(others)
+    config, name = outcome["config"], face_loss(outcome)
+    color = LOSSES[name].color if "margin" in config and name in LOSSES else next(others)
     dashes = "-" if name == "softmax" else LINES[config.get("pace", "annealed")]
     return {"color": color, "linestyle": dashes, "linewidth": 1.6 if went_on(outcome) else 0.9}
 
@@ -65,22 +68,29 @@ def face_title(outcome: Outcome) -> str:
         return "raw pixels"
     if "embeddings" in config:
         return config["embeddings"]
-    loss = "softmax" if config["margin"] == 1 else f"m = {config['margin']}"
+    loss, family = face_loss(outcome), config.get("family", "l-softmax")
+    if loss in LOSSES and (loss == "normface" or family != "l-softmax"):
+        loss = LOSSES[loss].title
+    elif loss != "softmax":
+        loss = f"m = {config['margin']:g}"
     width, updates = f"width {config['width']:g}", f"{config['steps']:,} updates"
     said = [loss, face_words(outcome), width, updates, f"seed {config['seed']}"]
     return ", ".join(filter(None, said))
 
 
 def face_words(outcome: Outcome) -> str:
-    """What decides λ in a face run, and whether the run began as another; empty for softmax.
+    """The scale, what decides λ, and whether the run began as another; empty for softmax.
 
-    Of λ what it never fell below, or another pace.
+    Of an annealed λ what it never fell below.
     """
     config, said = outcome["config"], []
-    if config["margin"] > 1:
+    if config.get("scale") is not None:
+        said.append(f"scale {config['scale']:g}")
+    if face_loss(outcome) not in ("softmax", "normface"):
         lam, pace = config["lam"], config.get("pace", "annealed")
         minimum = lam["minimum"] if isinstance(lam, dict) else lam[-1]
-        said.append(f"λ minimum {minimum:g}" if pace == "annealed" else f"λ {pace}")
+        words = {"annealed": f"λ minimum {minimum:g}", "lead": "λ by lead", "none": "λ = 0"}
+        said.append(words.get(pace, f"λ {pace}"))
     if went_on(outcome):
         said.append("from softmax")
     return ", ".join(said)

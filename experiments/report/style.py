@@ -38,15 +38,16 @@ LOSSES = {
 }
 # The line style shows what decides λ, so that two runs of one loss differ in a picture.
 # "self-paced" is the earlier rule, which chose one λ for a batch.
-LINES = {"annealed": "-", "lead": "--", "self-paced": "--", "schedule": ":"}
+LINES = {"annealed": "-", "lead": "--", "self-paced": "--", "schedule": ":", "none": "-"}
 
 
-def loss_name(family: str, margin: float, hinge: bool = False) -> str:
+def loss_name(family: str, margin: float, hinge: bool = False, scale: float | None = None) -> str:
     """The name in `LOSSES` of a loss, from the fields of its recipe; of m > 4 there is none."""
     if hinge:
         return "hinge"
     if family == "l-softmax":
-        return "softmax" if margin == 1 else f"m{margin:g}"
+        plain = "softmax" if scale is None else "normface"
+        return plain if margin == 1 else f"m{margin:g}"
     return family.replace("-", "")
 
 

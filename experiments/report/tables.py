@@ -18,13 +18,14 @@ from experiments.report.outcomes import (
     Outcome,
     Outcomes,
     counted,
+    face_loss,
     full_runs,
     grouped,
     spread,
     went_on,
 )
 from experiments.report.roc import face_words, for_choosing, lowest_rate
-from experiments.report.style import LOSSES, loss_name
+from experiments.report.style import LOSSES
 from experiments.store import results
 
 FULL = "Data set by loss: full runs"
@@ -149,13 +150,8 @@ def _face_entries(faces: Sequence[Outcome], least: int, below: float = math.inf)
             decay = f"decay {outcome['config'].get('weight_decay', 0):g}"
             said = ", ".join(filter(None, [face_words(outcome), decay]))
             line = f"{_accuracy(outcome)}: {said}"
-            entries.append((FACES, "a few hundred people of LFW", _face_loss(outcome), line))
+            entries.append((FACES, "a few hundred people of LFW", face_loss(outcome), line))
     return entries
-
-
-def _face_loss(outcome: Outcome) -> str:
-    config = outcome["config"]
-    return loss_name(config.get("family", "l-softmax"), config.get("margin", 1))
 
 
 def _accuracy(outcome: Outcome) -> str:
@@ -263,7 +259,8 @@ def _diverged(runs: Sequence[Outcome]) -> str:
 def _verifications(faces: Sequence[Outcome]) -> str:
     rows = []
     some = any(outcome.get("all_pairs") for outcome in faces)
-    of_all = ["all pairs", "EER % of all", "TAR % of all at FAR"] if some else []
+    of_all = ["all pairs", "EER % of all", "TAR % of all at FAR", "EER of all, less going on"]
+    of_all = of_all if some else []
     for outcome in faces:
         seen = outcome["metrics"]
         # Half of the pairs are different. No rate below one false accept among them was measured.
@@ -272,10 +269,9 @@ def _verifications(faces: Sequence[Outcome]) -> str:
         named = (f"`{outcome['file'].removesuffix('.json')}`", outcome["protocol"])
         counts = (outcome["people_trained_on"], f"{outcome['pairs']:,}", _accuracy(outcome))
         numbers = (f"{100 * seen['equal_error_rate']:.2f}", f"{seen['auc']:.4f}", at_far)
-        everybody = _of_all_pairs(outcome)
-        rows.append(
-            [*named, *counts, _less_going_on(outcome, faces), *numbers, *everybody[: len(of_all)]]
-        )
+        less, less_of_all = _less_going_on(outcome, faces)
+        everybody = (*_of_all_pairs(outcome), less_of_all)
+        rows.append([*named, *counts, less, *numbers, *everybody[: len(of_all)]])
     headers = ("ours", "protocol", "people trained on", "pairs")
     accuracy = ("accuracy % ± standard error over folds", "less going on")
     return _table((*headers, *accuracy, "EER %", "AUC", "TAR % at FAR", *of_all), rows, 7)
@@ -292,17 +288,23 @@ def _of_all_pairs(outcome: Outcome) -> tuple[str, str, str]:
     return f"{count:,}", f"{100 * seen['equal_error_rate']:.2f}", ", ".join(measured)
 
 
-def _less_going_on(outcome: Outcome, faces: Sequence[Outcome]) -> str:
-    """The accuracy less that of softmax going on, over the same folds."""
+def _less_going_on(outcome: Outcome, faces: Sequence[Outcome]) -> tuple[str, str]:
+    """Accuracy, and EER of all pairs, less those of softmax going on; over the same folds."""
     same = [
         other
         for other in faces
         if all(other[name] == outcome[name] for name in ("protocol", "tested_folds"))
+        and other["config"].get("seed") == outcome["config"].get("seed")
         and went_on(other)
-        and _face_loss(other) == "softmax"
+        and face_loss(other) == "softmax"
         and other is not outcome
     ]
     if len(same) != 1 or len(outcome["tested_folds"]) < 2:
-        return ""
-    ours, theirs = (100 * np.array(o["metrics"]["fold_accuracy"]) for o in (outcome, same[0]))
-    return str(paired(ours, theirs, "folds"))
+        return "", ""
+    both = (outcome, same[0])
+    ours, theirs = (100 * np.array(o["metrics"]["fold_accuracy"]) for o in both)
+    accuracy = str(paired(ours, theirs, "folds"))
+    if any("fold_eer" not in (o.get("all_pairs") or {}) for o in both):
+        return accuracy, ""
+    ours, theirs = (100 * np.array(o["all_pairs"]["fold_eer"]) for o in both)
+    return accuracy, str(paired(ours, theirs, "folds"))

@@ -221,7 +221,7 @@ def test_verification_names_its_protocol_and_no_rate_it_did_not_measure(tmp_path
     everybody = {"genuine": 1000, "impostors": 9000, "metrics": rates}
     table = sections(tmp_path / "all", [FACES | {"all_pairs": everybody}])["LFW"]
     shown = row(table, ["`r0`"])
-    assert list(shown.values())[-3:] == ["10,000", "20.00", "0.001: 40.00"]
+    assert list(shown.values())[-4:] == ["10,000", "20.00", "0.001: 40.00", ""]
 
 
 def test_view_1_is_listed_and_in_no_matrix(tmp_path):
