@@ -18,8 +18,6 @@ import numpy as np
 import optax
 from flax import linen
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import lsoftmax_jax as lsm
 from experiments.benchmarks.records import OUT, earlier, heading
@@ -350,6 +348,10 @@ def features_and_answers(
 
 def split_of(data: Data) -> Split:
     """Training and test rows, the same in every call; only training rows are spoilt."""
+    # scikit-learn takes seconds to import, for which no other command should wait.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     rng = np.random.default_rng(0)
     if data.identities:
         centres = rng.normal(size=(data.identities, data.dim))

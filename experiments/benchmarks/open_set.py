@@ -20,7 +20,6 @@ import optax
 from flax import linen
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 
 import lsoftmax_jax as lsm
 from experiments.benchmarks.convergence import constant, markdown, released, scheduled
@@ -172,6 +171,9 @@ def bench(
 def pool_of(name: Name, data: Path | None, faces: Path | None) -> tuple[NDArray, NDArray]:
     """Inputs and labels of all classes of a task."""
     if name == "digits":
+        # scikit-learn takes seconds to import, for which no other command should wait.
+        from sklearn.datasets import load_digits
+
         images, labels = load_digits(return_X_y=True)
         rows = np.concatenate([np.flatnonzero(labels == digit)[:174] for digit in range(10)])
         return (images[rows] / 16).astype(np.float32), labels[rows]

@@ -12,9 +12,9 @@ from typing import Literal
 from unicodedata import normalize
 
 import numpy as np
+import skimage  # loads its parts when they are first used
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
-from skimage.transform import estimate_transform, warp
 from tqdm.contrib.concurrent import thread_map
 
 from experiments.faces.images import BROKEN, list_faces, open_face
@@ -58,11 +58,13 @@ def align_face(image: NDArray[np.uint8], landmarks: ArrayLike, size: Size) -> ND
         raise ValueError(f"landmarks must have shape (5, 2); got {landmarks.shape}")
     width = WIDTHS[size]
     template = TEMPLATE + [(width - 96) / 2, 0]
-    similarity = estimate_transform("similarity", landmarks, template)
+    similarity = skimage.transform.estimate_transform("similarity", landmarks, template)
     # scikit-image 0.25 returns NaN where later versions return False.
     if not similarity or np.isnan(similarity.params).any():
         raise ValueError(f"landmarks must be five points of a face; got {landmarks.tolist()}")
-    aligned = warp(image, similarity.inverse, output_shape=(112, width), preserve_range=True)
+    aligned = skimage.transform.warp(
+        image, similarity.inverse, output_shape=(112, width), preserve_range=True
+    )
     return np.round(aligned).astype(np.uint8)
 
 

@@ -32,7 +32,7 @@ SOFTMAX = FaceRecipe(
     steps=1_200,
     learning_rate=0.05,
     drops=(800, 1_000),
-    weight_decay=0.0005,
+    weight_decay=0.002,
 )
 GOING_ON: dict[str, Any] = {"steps": 300, "learning_rate": 0.01, "drops": (200,)}
 # λ reaches its minimum after half of the updates.

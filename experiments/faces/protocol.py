@@ -19,17 +19,21 @@ import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from unicodedata import normalize as in_form
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.decomposition import PCA
-from sklearn.preprocessing import StandardScaler, normalize
 from threadpoolctl import threadpool_limits
 
 from experiments.store.files import read_text
 from lsoftmax_jax.verification import Roc, roc
+
+if TYPE_CHECKING:
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler
+
+    Projection: TypeAlias = StandardScaler | PCA
 
 
 class Pairs(NamedTuple):
@@ -177,12 +181,16 @@ def verify(
     )
 
 
-def fitted(embeddings: NDArray[np.floating], components: int | None = None) -> StandardScaler | PCA:
+def fitted(embeddings: NDArray[np.floating], components: int | None = None) -> "Projection":
     """Fits the projection of `verify`: subtract the mean, then apply PCA if components is given.
 
     Raises:
       ValueError: components is below 1, or above D or the number of embeddings.
     """
+    # scikit-learn takes seconds to import, for which no other command should wait.
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler
+
     if components is None:
         projection = StandardScaler(with_std=False)
     elif 1 <= components <= min(embeddings.shape):
@@ -193,12 +201,15 @@ def fitted(embeddings: NDArray[np.floating], components: int | None = None) -> S
 
 
 def pair_scores(
-    first: NDArray[np.floating], second: NDArray[np.floating], projection: StandardScaler | PCA
+    first: NDArray[np.floating], second: NDArray[np.floating], projection: "Projection"
 ) -> NDArray[np.floating]:
     """Cosine of each pair, (pairs,), after a projection.
 
     An embedding equal to the mean has cosine 0 with every other.
     """
+    # scikit-learn takes seconds to import, for which no other command should wait.
+    from sklearn.preprocessing import normalize
+
     left, right = (normalize(projection.transform(side)) for side in (first, second))
     return np.sum(left * right, axis=1)
 

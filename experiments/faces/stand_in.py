@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from experiments.store.files import replacing
 
@@ -23,6 +22,9 @@ def write_digits(folder: Path, images: int = 60, size: int = 32) -> None:
       images: number of scans of each digit, at most 174.
       size: height and width of an image.
     """
+    # scikit-learn takes seconds to import, for which no other command should wait.
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     for digit, person in enumerate(PEOPLE):
         scans = digits.images[digits.target == digit][:images]

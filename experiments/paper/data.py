@@ -20,8 +20,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from experiments.store.files import read_npz, regular, replacing
 from experiments.store.progress import tracked
@@ -153,6 +151,10 @@ def _dataset(name: str, arrays: Arrays) -> Dataset:
 
 
 def _digits() -> Arrays:
+    # scikit-learn takes seconds to import, for which no other command should wait.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = (digits.images * 15).astype(np.uint8)[..., None]
     arrays = train_test_split(

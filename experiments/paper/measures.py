@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
-from sklearn.metrics import confusion_matrix
 
 POINTS = 2000
 
@@ -37,6 +36,9 @@ def measures(
       direction and the nearest other class's. With D = 2 also the first 2,000 points.
     """
     predicted = np.argmax(logits, axis=-1)
+    # scikit-learn takes seconds to import, for which no other command should wait.
+    from sklearn.metrics import confusion_matrix
+
     confusion = confusion_matrix(labels, predicted, labels=np.arange(kernel.shape[1]))
     directions, columns = unit(features), unit(kernel.T)
     present = np.unique(labels)

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # loads its parts when they are first used
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, ttest_ind, ttest_rel
 
 from experiments.paper.cells import CONFIGS
 from experiments.report.outcomes import Group, Outcome, check_same_data
@@ -56,14 +56,14 @@ def difference(ours: Group, theirs: Group) -> Difference:
     seeds = [[run["seed"] for run in group.runs] for group in (ours, theirs)]
     if ours.of("steps") <= PAIRED_UP_TO and seeds[0] == seeds[1]:
         return paired(first, second, f"{len(first)} seeds, paired")
-    low, high = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    low, high = scipy.stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
     over = f"{len(first)} and {len(second)} seeds"
     return Difference(float(np.mean(first) - np.mean(second)), low, high, over)
 
 
 def paired(first: ArrayLike, second: ArrayLike, over: str) -> Difference:
     """The mean difference of pairs, with Student's t."""
-    low, high = ttest_rel(first, second).confidence_interval(0.95)
+    low, high = scipy.stats.ttest_rel(first, second).confidence_interval(0.95)
     return Difference(float(np.mean(np.subtract(first, second))), low, high, over)
 
 
@@ -111,7 +111,7 @@ def mcnemar(ours: Outcome, theirs: Outcome) -> tuple[int, int, float] | None:
     if (wrong := both_wrong(ours, theirs)) is None:
         return None
     alone = [int(np.sum(a & ~b)) for a, b in (wrong, wrong[::-1])]
-    p = binomtest(alone[0], sum(alone)).pvalue if sum(alone) else 1.0
+    p = scipy.stats.binomtest(alone[0], sum(alone)).pvalue if sum(alone) else 1.0
     return alone[0], alone[1], float(p)
 
 

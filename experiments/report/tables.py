@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from experiments.paper import campaign
 from experiments.paper.cell import Cell
@@ -120,6 +119,8 @@ def changed_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
 
 def _matrix(entries: Sequence[Sequence[str]], rows: list[str]) -> str:
     """Entries (row, loss, text) as a table; those of one place are lines of it."""
+    import pandas as pd  # takes a second, for which no other command should wait
+
     frame = pd.DataFrame(entries, columns=[*rows, "loss", "entry"])
     found = frame.pivot_table("entry", rows, "loss", aggfunc="<br>".join, sort=False)
     losses = [loss for loss in LOSSES if loss in found]
