@@ -7,9 +7,9 @@ loss and all for equally many updates, so that `softmax-going-on` is what a marg
 order is seed by seed and fold by fold. A seed of which a fold is missing is not reported.
 
 This was written on 2026-11-30, before the first run on view 2. View 1 chose, by the EER over all
-pairs of its test people, the weight decay, of 0.0005 and 0.002, and one of NormFace, CosFace and
-ArcFace, each with scale 16. Updates, width and size of the images are those of the runs of
-2026-11-27, which view 1 chose too.
+pairs of its test people, the weight decay of 0.002 before 0.0005, and ArcFace before NormFace and
+CosFace, each with scale 16; results/lfw has these runs. Updates, width and size of the images are
+those of the runs of 2026-11-27, which view 1 chose too.
 """
 
 from dataclasses import replace
@@ -41,7 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "m4-minimum10": {"margin": 4, "lam": LambdaPreset(1000.0, 0.66, 1.0, 10.0)},
     "m4-minimum20": {"margin": 4, "lam": LambdaPreset(1000.0, 0.327, 1.0, 20.0)},
     "m4-lead": {"margin": 4, "pace": "lead"},
-    "cosface": {"family": "cosface", "margin": 0.35, "scale": 16.0, "pace": "none"},
+    "arcface": {"family": "arcface", "margin": 0.5, "scale": 16.0, "pace": "none"},
 }
 
 

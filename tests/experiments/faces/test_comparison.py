@@ -60,15 +60,15 @@ def test_all_folds_are_verified_and_a_second_command_has_nothing_to_do(
     assert {file.name for file in out.glob("*.json")} == {
         f"seed0-fold{fold}-{name}.json"
         for fold in (0, 1)
-        for name in ("softmax", "softmax-going-on", "cosface")
+        for name in ("softmax", "softmax-going-on", "arcface")
     }
     arms = load_outcomes(out).verifications
     assert [arm["tested_folds"] for arm in arms] == 3 * [[0, 1]]
     assert sorted(map(went_on, arms)) == [False, True, True]
     assert all(len(arm["all_pairs"]["fold_eer"]) == 2 for arm in arms)
-    cosface = results.load(out / "seed0-fold1-cosface.json")
-    assert cosface["training"]["init_from"] == "seed0-fold1-softmax"
-    assert cosface["config"]["family"] == "cosface" and cosface["config"]["pace"] == "none"
+    arcface = results.load(out / "seed0-fold1-arcface.json")
+    assert arcface["training"]["init_from"] == "seed0-fold1-softmax"
+    assert arcface["config"]["family"] == "arcface" and arcface["config"]["pace"] == "none"
     monkeypatch.setattr(comparison, "train_faces", None)
     assert main(command) == 0
 
