@@ -16,6 +16,7 @@ from lsoftmax_jax._core.blocks import (
     columns_with_norms,
     features_with_norms,
     label_sums,
+    sums_from,
 )
 from lsoftmax_jax._core.placement import anywhere, resharded, zeros_like_rows
 from lsoftmax_jax._core.run import Statistics
@@ -236,7 +237,7 @@ def _local(
         here = Columns(own.astype(spec.dtype), offset, inverse)
         shifted = rows._replace(labels=rows.labels - start)
         change, dkernel = block_gradients(shifted, here, gradient, None)
-        along = jax.lax.dynamic_slice_in_dim(sums, start, width)
+        along = sums_from(sums, start, width)
         dkernel = columns_with_norms(here._replace(kernel=own), along, dkernel)
         dkernel = shards.over_data(layout, run.times(factor, dkernel))
         dkernel = dkernel + omega * own.astype(omega.dtype)

@@ -204,7 +204,7 @@ def gradients(
     def class_step(carry: Any, start: Any, block: Columns, kept: Any) -> tuple[Any, None]:
         dfeatures, dkernel = carry
         change, dcolumns = block_gradients(_from(start, rows), block, gradient, kept)
-        own = jax.lax.dynamic_slice_in_dim(sums, start, block.kernel.shape[1])
+        own = sums_from(sums, start, block.kernel.shape[1])
         dcolumns = columns_with_norms(block, own, dcolumns).astype(dtype)
         dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dcolumns, start, axis=1)
         return (dfeatures + change, dkernel), None
@@ -286,6 +286,8 @@ def features_with_norms(
     Args:
       classes: of the product that has just given `dfeatures`; 0 if a loop gave them.
     """
+    if pull.along_feature is None or pull.inverse_feature_norm is None:
+        return dfeatures
     directions = pull.inverse_feature_norm[:, None] * rows.features.astype(dfeatures.dtype)
     if rows.scale is None:
         return dfeatures + pull.along_feature[:, None] * directions
@@ -304,16 +306,18 @@ def features_with_norms(
     return dfeatures - directions * sizes
 
 
-def columns_with_norms(columns: Columns, sums: jax.Array, dkernel: jax.Array) -> jax.Array:
+def columns_with_norms(columns: Columns, sums: jax.Array | None, dkernel: jax.Array) -> jax.Array:
     """The same for columns; `sums` holds `Pull.along_column` of each column's rows."""
+    if sums is None:
+        return dkernel
     if columns.inverse_norm is None:
         return dkernel + sums[None, :] * columns.kernel.astype(dkernel.dtype)
     along = sum_over_rows(columns.kernel, dkernel, dkernel.dtype) * columns.inverse_norm
     return less_along(dkernel, columns.kernel, columns.inverse_norm, along)
 
 
-def label_sums(values: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
-    """(classes,): the sum of each row's value into its label's column.
+def label_sums(values: jax.Array | None, labels: jax.Array, classes: int) -> jax.Array | None:
+    """(classes,): the sum of each row's value into its label's column; None without values.
 
     Scalars are scattered, not rows of D values, which is the slow path on a GPU
     (https://github.com/openxla/xla/issues/46225). Below `_FEW_LOGITS` comparing labels beats
@@ -328,10 +332,17 @@ def label_sums(values: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
     def summed(values: jax.Array, labels: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(is_label(labels, classes), values[:, None], 0), axis=0)
 
+    if values is None:
+        return None
     batch = labels.shape[0]
     if not isinstance(batch, int) or batch * classes > _FEW_LOGITS:
         return scattered(values, labels)
     return jax.lax.platform_dependent(values, labels, cpu=scattered, default=summed)
+
+
+def sums_from(sums: jax.Array | None, start: Any, width: int) -> jax.Array | None:
+    """`label_sums` of `width` columns."""
+    return None if sums is None else jax.lax.dynamic_slice_in_dim(sums, start, width)
 
 
 def scan_rows(

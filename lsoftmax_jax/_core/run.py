@@ -248,10 +248,11 @@ def _backward(
 def row_gradient(spec: Spec, arrays: Arrays, found: Pass, cotangent: jax.Array) -> LogitGradient:
     classes = classes_of(spec, arrays)
     gradient = logit_gradient(spec, found.t, found.others, classes, cotangent)
-    if spec.layout is None:
+    along = gradient.target.along_feature
+    if spec.layout is None or along is None:
         return gradient
     # The device that holds the row's class adds the term along the features, once.
-    along = jnp.where(found.rows.labels >= 0, gradient.target.along_feature, 0)
+    along = jnp.where(found.rows.labels >= 0, along, 0)
     return gradient._replace(target=gradient.target._replace(along_feature=along))
 
 

@@ -185,9 +185,10 @@ class Pull(NamedTuple):
     """A cotangent g of the target logit, pulled back: one value a row."""
 
     plain: jax.Array  # the gradient of the logit at the label, a factor of both products
-    along_feature: jax.Array  # times features / |features|, a part of dfeatures
-    inverse_feature_norm: jax.Array
-    along_column: jax.Array  # times the label's column, a part of dkernel
+    # The rest is None for plain softmax, whose gradients have these two products alone.
+    along_feature: jax.Array | None = None  # times features / |features|, a part of dfeatures
+    inverse_feature_norm: jax.Array | None = None
+    along_column: jax.Array | None = None  # times the label's column, a part of dkernel
 
 
 def pulled_back(g: jax.Array, t: Target, dtype: jnp.dtype) -> Pull:
@@ -198,11 +199,10 @@ def pulled_back(g: jax.Array, t: Target, dtype: jnp.dtype) -> Pull:
     that remains is smaller by the sine of the angle.
     """
     exact = g * t.alpha
-    zero = jnp.zeros_like(exact)
     if t.beta is None and t.unit is None and dtype == exact.dtype:
         # Plain softmax needs no norms, which would cost a fifth of its time at ten classes.
-        return Pull(exact, zero, zero, zero)
-    rounded, beta = exact, zero if t.beta is None else g * t.beta
+        return Pull(exact)
+    rounded, beta = exact, jnp.zeros_like(exact) if t.beta is None else g * t.beta
     if dtype != exact.dtype:
         # XLA may remove a round-trip cast.
         info = jnp.finfo(dtype)

@@ -178,3 +178,21 @@ def test_the_largest_logit_takes_no_pass_of_its_own_on_a_cpu(platform, passes):
 @pytest.mark.parametrize("margin, roots", [(1, 0), (4, 2)])
 def test_plain_softmax_computes_no_norm(margin, roots):
     assert gradient_text(margin, 10, "cpu").count("stablehlo.sqrt") == roots
+
+
+@pytest.mark.parametrize("class_block", [None, BLOCK])
+def test_plain_softmax_has_no_terms_of_norms(class_block):
+    """With m = 1 the gradients are products alone: nothing is added to them."""
+
+    def additions(margin):
+        plan = None if class_block is None else lsm.Plan(class_block=class_block)
+        loss = functools.partial(each, margin=margin, lam=5.0, plan=plan)
+        batch, dim, classes = shape = (384, 512, 10575)
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(*operands(shape)).as_text()
+        added = re.findall(r"stablehlo\.add .*: tensor<(\w+)>", text)
+        kernels = {f"{dim}x{columns}xf32" for columns in (classes, class_block)}
+        # A loop over classes adds to the features' gradient, block by block.
+        features = {f"{batch}x{dim}xf32"} if class_block is None else set()
+        return [shape for shape in added if shape in kernels | features]
+
+    assert additions(1) == [] and additions(2) != []
