@@ -36,16 +36,17 @@ from dataclasses import replace
 import flax
 import jax
 import matplotlib as mpl
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 
 import lsoftmax_jax as lsm
 from experiments.paper import data
 from experiments.paper.cells import CELLS, CONFIGS, changes_of, command_of, run_name
 from experiments.report import figures, tables
-from experiments.report.outcomes import load_outcomes
-from experiments.report.style import STYLE
+from experiments.report.outcomes import grouped, load_outcomes
+from experiments.report.style import STYLE, mark_runs
 from experiments.run import loop, train
 from experiments.store import results as result
+from experiments.store.checkpoints import steps_in
 
 mpl.rcParams.update(STYLE | {"figure.dpi": 140})
 OUT = Path("out") / "reproduce"  # results, checkpoints, logs
@@ -91,7 +92,7 @@ print(command_of(config))
 dispatches = itertools.count()
 with loop.interruptible() as pressed:
     stopped = train.run(config, out=OUT, stop=lambda: pressed() or next(dispatches) == 20)
-print("checkpoint at update", max(loop.checkpointed_steps(OUT / run_name(config))))
+print("checkpoint at update", max(steps_in(OUT / run_name(config) / "checkpoints")))
 
 # %% [markdown]
 # ## Continued
@@ -133,8 +134,10 @@ Markdown(f"### {tables.ALL}\n\n{tables.sections(outcomes)[tables.ALL]}")
 # the paper's figures in this way.
 
 # %%
-label = f"{CELL}, reduced" if changes_of(config) else CELL
-figures.draw_curves({label: outcomes.runs})
+groups = grouped(outcomes.runs)
+figure = figures.draw_losses(groups)
+mark_runs(figure, figures.how(groups), reduced=bool(changes_of(config)))
+display(figure)
 
 # %% [markdown]
 # ## The whole row

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import inspect
 import io
 import json
 import math
@@ -109,6 +110,25 @@ def test_a_notebook_of_the_paper_defines_no_model_and_no_loss(name):
     assert not any(isinstance(node, ast.ClassDef) for node in nodes)
     used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert not used & (layers | losses)
+
+
+@each
+def test_what_a_notebook_takes_from_this_clone_exists(name):
+    """CI runs few notebooks, which take a minute each. This test notices a renamed function."""
+    nodes = list(ast.walk(ast.parse((FOLDER / f"{name}.py").read_text())))
+    taken: dict[str, Any] = {}
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            line = ast.unparse(node)
+            if "lsoftmax_jax" in line or "experiments" in line:
+                exec(line, taken)
+    missing = [
+        f"{node.value.id}.{node.attr}"
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if inspect.ismodule(found := taken.get(node.value.id)) and not hasattr(found, node.attr)
+    ]
+    assert len(taken) > 1 and missing == []
 
 
 # The notebook's kernel evaluates its question after the last cell; the tests read the value.
@@ -224,7 +244,7 @@ def test_reproduce(tmp_path, monkeypatch):
     assert seen["stopped"] and seen["reduced"]
     assert "stopped at update 20; the same command continues there" in notebook.printed
     out = tmp_path / "out" / "reproduce"
-    log = out / "runs" / seen["name"] / "metrics.jsonl"
+    log = out / seen["name"] / "metrics.jsonl"
     lines = map(json.loads, log.read_text().splitlines())
     steps = [line["step"] for line in lines if line["kind"] == "train"]
     assert steps == list(range(1, seen["steps"] + 1))
