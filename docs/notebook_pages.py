@@ -9,6 +9,7 @@ from typing import Any
 from experiments.store.files import replacing
 
 NOTEBOOKS = Path(__file__).parents[1] / "experiments" / "notebooks"
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
 # The badge is a picture on another site; the link stays.
 BADGE = re.compile(r"\[!\[(Open in Colab)\]\(\S+?\)\]")
 
@@ -43,6 +44,6 @@ def page(notebook: Path) -> tuple[str, dict[str, bytes]]:
             elif "text/markdown" in data:
                 blocks.append("".join(data["text/markdown"]))
             else:
-                printed = output.get("text", data.get("text/plain", ""))
-                blocks.append(f"```text\n{''.join(printed).rstrip()}\n```")
+                printed = "".join(output.get("text", data.get("text/plain", "")))
+                blocks.append(f"```text\n{COLOUR.sub('', printed).rstrip()}\n```")
     return "\n\n".join(blocks) + "\n", pictures

@@ -164,7 +164,7 @@ def test_a_notebooks_outputs_are_on_its_page(tmp_path, monkeypatch):
     ]
     notebook.cells[1].outputs = [
         nbformat.v4.new_output("stream", text="2\n"),
-        nbformat.v4.new_output("execute_result", {"text/plain": "[3]"}),
+        nbformat.v4.new_output("execute_result", {"text/plain": "[\x1b[1;36m3\x1b[0m]"}),
         nbformat.v4.new_output("display_data", {"text/markdown": "| a |", "text/plain": "no"}),
         nbformat.v4.new_output("display_data", {"image/png": "NDI=", "text/plain": "no"}),
     ]

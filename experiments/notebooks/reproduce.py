@@ -66,8 +66,9 @@ print("Python", platform.python_version(), versions)
 CELL = "mnist-m4"
 try:
     data.load(CONFIGS[CELL].dataset)
-except FileNotFoundError as missing:
-    print(missing)
+except FileNotFoundError:
+    print(f"no data for {CELL} here, so embedded digits take its place;")
+    print(f"python -m experiments train {CELL} says how to get it")
     CELL = "digits-m4"
 
 if CELL == "digits-m4":
