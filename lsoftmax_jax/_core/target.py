@@ -101,16 +101,32 @@ def label_terms(rows: Rows, kernel: jax.Array) -> LabelTerms:
     features, labels = rows.features, rows.labels
     wide = features.astype(_checks.at_least_f32(features.dtype))
     if kernel.shape[1] <= FEW_CLASSES:
-        at_label = is_label(labels, kernel.shape[1])
-        plain = jnp.sum(jnp.where(at_label, multiply(features, kernel), 0), axis=1)
-        squares = _squares(kernel, 0)
-        column_square = jnp.sum(jnp.where(at_label, squares[None, :], 0), axis=1)
+        plain = value_at(labels, multiply(features, kernel))
+        column_square = value_at(labels, _squares(kernel, 0))
     else:
         columns = columns_at(kernel, labels).astype(wide.dtype)
         plain = jnp.sum(wide * columns, axis=1)
         column_square = _squares(columns, 1)
     plain = _checks.nan_unless(labels >= 0, plain)
     return LabelTerms(plain, *_norm(_squares(features, 1)), *_norm(column_square))
+
+
+def value_at(labels: jax.Array, values: jax.Array) -> jax.Array:
+    """(batch,): the value at each row's label, of (batch, classes) or (classes,); -1 takes any.
+
+    A CPU reads one value a row. Elsewhere comparing labels saves the launch of a gather.
+    """
+
+    def read(labels: jax.Array, values: jax.Array) -> jax.Array:
+        if values.ndim == 1:
+            return jnp.take(values, labels, mode="clip")
+        return jnp.take_along_axis(values, labels[:, None], axis=1, mode="clip")[:, 0]
+
+    def compared(labels: jax.Array, values: jax.Array) -> jax.Array:
+        at_label = is_label(labels, values.shape[-1])
+        return jnp.sum(jnp.where(at_label, values, 0), axis=1)
+
+    return jax.lax.platform_dependent(labels, values, cpu=read, default=compared)
 
 
 class Target(NamedTuple):

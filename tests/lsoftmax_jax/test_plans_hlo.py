@@ -196,3 +196,15 @@ def test_plain_softmax_has_no_terms_of_norms(class_block):
         return [shape for shape in added if shape in kernels | features]
 
     assert additions(1) == [] and additions(2) != []
+
+
+def test_a_cpu_reads_what_it_needs_at_the_label():
+    """Two arrays of (batch, classes) are selected from: the other logits, and the gradient."""
+    loss = functools.partial(summed, margin=4, lam=5.0)
+    lowered = jax.jit(jax.grad(loss, (0, 1))).trace(*operands((384, 512, 100)))
+    selected = re.compile(r"stablehlo\.select .*tensor<384x100xf32>")
+    counts = {
+        platform: len(selected.findall(lowered.lower(lowering_platforms=(platform,)).as_text()))
+        for platform in ("cpu", "tpu")
+    }
+    assert counts["cpu"] == 2 < counts["tpu"]
