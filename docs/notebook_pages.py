@@ -9,6 +9,7 @@ from typing import Any
 from experiments.store.files import replacing
 
 NOTEBOOKS = Path(__file__).parents[1] / "experiments" / "notebooks"
+# What a terminal reads as a colour.
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 # The badge is a picture on another site; the link stays.
 BADGE = re.compile(r"\[!\[(Open in Colab)\]\(\S+?\)\]")

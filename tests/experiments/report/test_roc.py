@@ -53,14 +53,17 @@ def test_a_loss_has_the_same_colour_beside_any_other():
         "pixels": verification(600, pixels=[28, 24]),
         "paced": verification(600, **margin, pace="self-paced"),
         "margin": verification(600, **margin),
+        "higher λ": verification(600, **margin | {"lam": {"minimum": 20.0}}),
         "softmax": verification(600, **softmax, pace="self-paced"),
         "cosface": verification(600, family="cosface", margin=0.35, lam={"minimum": 0.0}),
     }
     (panel,) = roc.roc_figure(models).axes
-    looks = [(line.get_color(), line.get_linestyle()) for line in panel.lines[:5]]
+    looks = [(line.get_color(), line.get_linestyle()) for line in panel.lines[:6]]
+    assert [line.get_alpha() for line in panel.lines[:6]] == [1, 1, 1, 0.5, 1, 1]
     assert looks == [
         ("black", "-"),
         (LOSSES["m4"].color, "--"),
+        (LOSSES["m4"].color, "-"),
         (LOSSES["m4"].color, "-"),
         (LOSSES["softmax"].color, "-"),
         (LOSSES["cosface"].color, "-"),
