@@ -82,7 +82,7 @@ def sections(outcomes: Outcomes) -> dict[str, str]:
         CHANGED: changed_matrix([group for group in groups if group.changes], faces),
         AGAINST: _against_softmax(groups),
         ALL: _every_run(groups),
-        LEFT: _left(outcomes.runs),
+        LEFT: _left([*outcomes.runs, *outcomes.validated]),
         VALIDATED: _validated(outcomes.validated, outcomes.tunings),
         DIVERGED: _diverged(outcomes.runs),
         VERIFIED: _verifications(faces),
@@ -220,7 +220,8 @@ def _mean(values: Sequence[float], digits: int) -> str:
 
 def _left(runs: Sequence[Outcome]) -> str:
     """The commands of the campaign's runs that have no result yet."""
-    done, lines = {run["file"].removesuffix(".json") for run in runs}, []
+    done = {run["file"].removeprefix("tune/").removesuffix(".json") for run in runs}
+    lines = []
     for batch, wanted in campaign.BATCHES.items():
         missing = [command_of(config) for config in wanted if run_name(config) not in done]
         lines += [f"# batch {batch}", *missing] if missing else []

@@ -34,13 +34,22 @@ def test_batch_a_varies_mirroring_and_the_released_recipe():
     ]
 
 
-@pytest.mark.parametrize("batch", ["recipe", "narrow"])
+@pytest.mark.parametrize("batch", ["recipe", "narrow", "scaled"])
 def test_every_arm_has_a_seed_before_any_arm_has_the_next(batch):
     runs = campaign.BATCHES[batch]
     for data in {run.dataset for run in runs}:
         seeds = [run.seed for run in runs if run.dataset == data]
         assert seeds == sorted(seeds) and len(set(seeds)) == 3
         assert all(seeds.count(seed) == seeds.count(0) for seed in seeds)
+
+
+def test_scales_are_tried_on_validation_images_alone_and_used_without_lambda():
+    tried, used = campaign.BATCHES["scales"], campaign.BATCHES["scaled"]
+    assert all(run.validation for run in tried) and not any(run.validation for run in used)
+    for name in {run.name for run in tried}:
+        assert [run.scale for run in tried if run.name == name] == [8, 16]
+        mine = [run for run in used if run.name == name]
+        assert [(run.seed, run.pace) for run in mine] == [(seed, "none") for seed in range(3)]
 
 
 def test_a_batch_is_trained_side_by_side_and_a_second_call_has_nothing_to_do(

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.paper import campaign
-from experiments.paper.cells import CELLS, CONFIGS, command_of
+from experiments.paper.cells import CELLS, CONFIGS, changes_of, command_of, run_name
 from experiments.report import front, report, tables
 from experiments.report.outcomes import grouped, load_outcomes
 from experiments.report.report import BEGIN, END
@@ -137,9 +137,11 @@ def test_λ_by_batch_of_old_runs_differs_from_λ_by_example(tmp_path):
 
 
 def test_the_missing_runs_of_the_campaign_are_listed(tmp_path):
+    tried = campaign.BATCHES["scales"][0]
     runs = [
         run_of("cifar10-softmax", 0, 12.0, mirror=True) | {"file": "cifar10-softmax/mirror-seed0"},
         run_of("cifar10-m4", 2, None) | {"file": "cifar10-m4/seed2"},
+        run_of(tried.name, 0, 0.6, **changes_of(tried)) | {"file": f"tune/{run_name(tried)}"},
     ]
     for run in runs:
         result.save(tmp_path / f"{run['file']}.json", run)
@@ -152,6 +154,7 @@ def test_the_missing_runs_of_the_campaign_are_listed(tmp_path):
         not in (
             "python -m experiments train cifar10-softmax --mirror --seed 0",
             "python -m experiments train cifar10-m4 --seed 2",
+            command_of(tried),
         )
     ]
     assert [line for line in lines if line[0] == "#"] == [f"# batch {b}" for b in campaign.BATCHES]
