@@ -59,7 +59,8 @@ def bench(
       lam: λ of the arms that are given one. PyTorch's large margin has no λ and runs only at 0.
       class_block: classes at a time, in the arms that compute in blocks.
       repetitions: timed rounds; fewer than 20 are for trying out.
-      only: names of arms, such as lsoftmax_sgd; all others but their baseline are left out.
+      only: names of arms, such as lsoftmax_sgd; all others but their baseline are left out, PyTorch
+        too.
       peers: also time tokamax, PyTorch and pytorch-metric-learning where they are installed.
       peers_python: the Python that may have torch and pytorch-metric-learning.
       append: a result to add the shapes to, if it is of the same commit, versions and settings.
@@ -92,10 +93,11 @@ def bench(
     for shape, listed in chosen.items():
         given = every.problem(shape, dtype, lam)
         busy = os.getloadavg()[0]
-        before = torch_times(peers_python, given, margin, half) if peers else {}
+        in_torch = peers and not only
+        before = torch_times(peers_python, given, margin, half) if in_torch else {}
         runs = prepare(listed, given, shape, dtype)
         take_times(runs.values(), repetitions, str(shape))
-        after = torch_times(peers_python, given, margin, half) if peers else {}
+        after = torch_times(peers_python, given, margin, half) if in_torch else {}
         rows = [summary(arm, runs) for arm in listed if arm.name in runs]
         rows += torch_rows(before, after, runs)
         measured.append({"shape": shape, "load": [busy, os.getloadavg()[0]], "arms": rows})

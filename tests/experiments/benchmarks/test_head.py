@@ -138,6 +138,16 @@ def test_a_mistake_is_one_message(flags, name, tmp_path, capsys):
     assert name in capsys.readouterr().err
 
 
+def test_arms_that_are_named_leave_pytorch_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(head, "torch_versions", lambda python: {})
+    monkeypatch.setattr(head, "torch_times", None)
+    flags = [*map(str, SHAPE), "--only", arms.FUSED_SGD, "--peers", "--out", str(tmp_path)]
+    assert main([*COMMAND, *flags]) == 0
+    (file,) = tmp_path.iterdir()
+    (entry,) = json.loads(file.read_text())["shapes"]
+    assert [row["arm"] for row in entry["arms"]] == [arms.PLAIN_SGD, arms.FUSED_SGD]
+
+
 def test_the_readme_shows_the_committed_results():
     readme = " ".join((CLONE / "README.md").read_text().split())
     results = CLONE / "experiments" / "results" / "bench"
