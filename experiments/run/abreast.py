@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -59,7 +60,9 @@ def campaign(
             for core in range(processes):
                 if core in running and running[core][1].poll() is not None:
                     config, process = running.pop(core)
-                    failed += [config] if process.returncode not in (0, loop.INTERRUPTED) else []
+                    # A run that was only starting, or had already ended, dies of the signal.
+                    fine = (0, loop.INTERRUPTED, *((-signal.SIGTERM,) if stopped else ()))
+                    failed += [] if process.returncode in fine else [config]
                     progress.say(f"{run_name(config)}: exit code {process.returncode}")
                     progress.advance(1)
                 if core not in running and waiting and not stopped:

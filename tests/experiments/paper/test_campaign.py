@@ -1,5 +1,6 @@
 """The batches hold the planned runs, and `campaign` trains the missing runs of a batch."""
 
+import signal
 import sys
 from dataclasses import replace
 
@@ -106,6 +107,27 @@ def test_nothing_begins_after_the_budget(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(abreast.subprocess, "Popen", None)
     assert main(["campaign", "B", "--budget-minutes", "0", "--out", str(tmp_path)]) == 0
     assert "9 of 9 runs left" in capsys.readouterr().out
+
+
+def test_a_run_that_the_budget_stops_has_not_failed(tmp_path, monkeypatch, capsys):
+    class Process:
+        pid = 0
+        returncode = None
+
+        def __init__(self, *_, **__):
+            pass
+
+        def poll(self):
+            return self.returncode
+
+        def terminate(self):
+            self.returncode = -signal.SIGTERM  # what a process that is only starting ends with
+
+    monkeypatch.setattr(abreast.subprocess, "Popen", Process)
+    command = ["campaign", "A", "--budget-minutes", "0.01", "--out", str(tmp_path)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "9 of 9 runs left" in said and "failed" not in said
 
 
 def test_more_processes_than_cores_are_refused(capsys):
