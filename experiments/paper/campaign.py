@@ -14,10 +14,13 @@ images, 6,000 updates of 128, a quarter of the width; about 43 minutes of a core
 runs the complete schedule on networks of a quarter of the width: MNIST, about 1.7 hours of a core
 each, then CIFAR10 mirrored, about 2.1 hours.
 
+``paced`` asks whether the library's own λ takes part on data that is hard: softmax and m = 4 on
+CIFAR10, 2,000 updates, about 20 minutes of a core each.
+
 ``scaled`` asks what CosFace and ArcFace do as the guide says they are used, with λ = 0, beside
-softmax and m = 4 with the library's own λ, all on CPU cores: MNIST, 1,500 updates, about 9 minutes
-of a core each, then CIFAR10, 2,000 updates, about 25. Before it, ``scales`` tries two scales for
-each of the two margins on the validation split, as many tries as every other loss had.
+softmax and m = 4 with the library's own λ, all on CPU cores: MNIST, 1,500 updates, about 7 minutes
+of a core each, then CIFAR10 beside the runs of ``paced``. Before it, ``scales`` tries two scales
+for each of the two margins on the validation split, as many tries as every other loss had.
 
 All go on as long as the cores are free, seed by seed, so that at any stop all arms have the same
 seeds but for the last round. A seed that not all arms have is not reported.
@@ -42,8 +45,10 @@ Changes = dict[str, Any]
 AUGMENTATIONS: tuple[Changes, ...] = ({}, MIRRORED, {"mirror": True, "crop": 4})
 # softmax, and m = 4 with the released λ and with the library's own.
 ARMS: tuple[tuple[str, Changes], ...] = (("softmax", {}), ("m4", {}), ("m4", PACED))
-# Margins with a scale, and what stands beside them; the number of updates by data set.
-SCALED: tuple[tuple[str, Changes], ...] = (ARMS[0], ARMS[2], ("cosface", {}), ("arcface", {}))
+# Without tuning: softmax, and the library's own λ. With a scale, which is tuned.
+UNTUNED: tuple[tuple[str, Changes], ...] = (ARMS[0], ARMS[2])
+SCALED: tuple[tuple[str, Changes], ...] = (("cosface", {}), ("arcface", {}))
+# The updates of short runs by data set.
 SHORTER = {"mnist": 1_500, "cifar10": 2_000}
 
 
@@ -80,18 +85,24 @@ BATCHES: dict[str, list[Config]] = {
         for loss, pace in ARMS
         for run in _runs(f"{data}-{loss}", seed, **NARROW, **recipe, **pace)
     ],
+    "paced": [
+        run
+        for seed in range(3)
+        for loss, pace in UNTUNED
+        for run in _runs(f"cifar10-{loss}", seed, **NARROW, steps=SHORTER["cifar10"], **pace)
+    ],
     "scales": [
         run
         for data, steps in SHORTER.items()
-        for loss in ("cosface", "arcface")
+        for loss, _ in SCALED
         for scale in (8.0, 16.0)
         for run in _runs(f"{data}-{loss}", 0, **NARROW, steps=steps, scale=scale, validation=True)
     ],
     "scaled": [
         run
-        for data, steps in SHORTER.items()
+        for data, arms in (("mnist", UNTUNED + SCALED), ("cifar10", SCALED))
         for seed in range(3)
-        for loss, pace in SCALED
-        for run in _runs(f"{data}-{loss}", seed, **NARROW, steps=steps, **pace)
+        for loss, pace in arms
+        for run in _runs(f"{data}-{loss}", seed, **NARROW, steps=SHORTER[data], **pace)
     ],
 }
