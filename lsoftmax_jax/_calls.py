@@ -14,6 +14,8 @@ from lsoftmax_jax.losses import lsoftmax_logits
 from lsoftmax_jax.margins import Margin, check_margin
 from lsoftmax_jax.schedule import SelfPaced, self_paced
 
+_SELF_PACED = self_paced()
+
 
 class Head(Protocol):
     """The settings of a head."""
@@ -62,7 +64,7 @@ def lam_of(head: Head, lam: ArrayLike | SelfPaced | None) -> ArrayLike | SelfPac
     if head.lam is not None:
         return head.lam
     # A margin with a scale needs no annealing: it is used at λ = 0 in the papers.
-    return 0.0 if check_margin(head.margin).scale is not None else self_paced()
+    return 0.0 if check_margin(head.margin).scale is not None else _SELF_PACED
 
 
 def call_of(

@@ -415,13 +415,6 @@ def results_table(runs: list[dict[str, Any]], tasks: Collection[str] = TASKS) ->
     return "\n\n".join(tables)
 
 
-def against_softmax(runs: list[dict[str, Any]], task: str, number: str) -> dict[str, NDArray]:
-    """For every policy the difference to the better softmax, one a split and seed."""
-    softmax = min((over(runs, task, policy.name, number) for policy in POLICIES[:2]), key=np.mean)
-    policies = dict.fromkeys(run["policy"] for run in runs if run["task"] == task)
-    return {policy: over(runs, task, policy, number) - softmax for policy in policies}
-
-
 def shown(policy: str) -> str:
     return f"`{policy}`" if "(" in policy else policy
 

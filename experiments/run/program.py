@@ -86,7 +86,6 @@ class Program:
             np.float32,
         )
         graphdef, self.create = network_state(config, network, config.classes, mesh)
-        self._graphdef = graphdef
         loss = optax.losses.multiclass_hinge_loss if config.hinge else None
         step = training.train_step(graphdef, config.optimizer, config.lam_policy, loss=loss)
         batch = partial(data.batch, size=config.batch, crop=config.crop, mirror=config.mirror)

@@ -100,15 +100,8 @@ def run(policy, error, eer):
     return {"task": "digits", "split": 0, "policy": policy} | columns | {"error": error, "eer": eer}
 
 
-def test_policies_are_compared_with_the_better_softmax():
-    runs = [
-        run("softmax", [4.0, 2.0], [10.0, 10.0]),
-        run("softmax, decay 0.002", [1.0, 3.0], [11.0, 11.0]),
-        run("self_paced()", [2.0, 2.0], [9.0, 10.0]),
-    ]
-    errors = open_set.against_softmax(runs, "digits", "error")
-    assert errors["self_paced()"].tolist() == [1, -1] and errors["softmax"].tolist() == [3, -1]
-    assert open_set.against_softmax(runs, "digits", "eer")["self_paced()"].tolist() == [-1, 0]
+def test_the_table_has_means_over_splits_and_seeds():
+    runs = [run("softmax", [4.0, 2.0], [10.0, 10.0]), run("self_paced()", [2.0, 2.0], [9.0, 10.0])]
     assert "| `self_paced()` | 2.0 | 9.5 |" in open_set.results_table(runs)
 
 
