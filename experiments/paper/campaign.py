@@ -32,6 +32,8 @@ from typing import Any
 from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
 
+Changes = dict[str, Any]
+
 
 def _runs(names: str, *seeds: int, **changes: Any) -> list[Config]:
     return [replace(CONFIGS[n], seed=seed, **changes) for seed in seeds for n in names.split()]
@@ -41,7 +43,6 @@ MIRRORED = {"mirror": True}
 PACED = {"pace": "lead"}
 SHORT = {"examples": 10_000, "steps": 6_000, "batch": 128, "width": 0.25}
 NARROW = {"batch": 128, "width": 0.25}
-Changes = dict[str, Any]
 AUGMENTATIONS: tuple[Changes, ...] = ({}, MIRRORED, {"mirror": True, "crop": 4})
 # softmax, and m = 4 with the released λ and with the library's own.
 ARMS: tuple[tuple[str, Changes], ...] = (("softmax", {}), ("m4", {}), ("m4", PACED))
