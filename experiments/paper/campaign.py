@@ -15,10 +15,10 @@ runs the complete schedule on networks of a quarter of the width: MNIST, about 1
 each, then CIFAR10 mirrored, about 2.1 hours.
 
 ``paced`` asks whether the library's own λ takes part on data that is hard: softmax and m = 4 on
-CIFAR10, 2,000 updates, about 20 minutes of a core each.
+CIFAR10, 2,000 updates, about 15 minutes of a core each.
 
 ``scaled`` asks what CosFace and ArcFace do as the guide says they are used, with λ = 0, beside
-softmax and m = 4 with the library's own λ, all on CPU cores: MNIST, 1,500 updates, about 7 minutes
+softmax and m = 4 with the library's own λ, all on CPU cores: MNIST, 1,500 updates, about 6 minutes
 of a core each, then CIFAR10 beside the runs of ``paced``. Before it, ``scales`` tries two scales
 for each of the two margins on the validation split, as many tries as every other loss had.
 

@@ -201,7 +201,7 @@ def sharded(**keywords):
 
 def seven_columns_in_a_head_of_five():
     head = LSoftmaxDense(D, C, rngs=nnx.Rngs(0))
-    head.kernel.set_value(jnp.ones((D, 7)))
+    head.kernel = nnx.Param(jnp.ones((D, 7)))
     head.loss(F, L)
 
 

@@ -28,7 +28,7 @@ def test_a_pipe_gets_one_line_for_each_cell(tmp_path, capsys):
 
 
 def test_the_list_fits_the_width_of_a_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
     result.save(tmp_path / "0.json", run_of("mnist-m4", 0, 4.0, steps=9, pace="self-paced"))
     assert main(["list", "--out", str(tmp_path)]) == 0
