@@ -108,7 +108,7 @@ def chosen(drawing: Drawing, groups: Sequence[Group]) -> list[Group]:
 def how(groups: Sequence[Group], across: str = "") -> str:
     """What the runs of a figure have in common, reduced or not, and their seeds."""
     shared = {n: groups[0].of(n) for n in ("steps", "batch", "width")} | groups[0].reduction
-    seeds = dict.fromkeys(seeds_words(group.runs) for group in groups)
+    seeds = dict.fromkeys(seeds_words(run["seed"] for run in group.runs) for group in groups)
     said = words({n: v for n, v in shared.items() if n != across})
     return ", ".join([said, " or ".join(seeds)])
 

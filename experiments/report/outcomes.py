@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class Outcomes(NamedTuple):
       runs: of configurations, tested on the test images.
       validated: the same, tested on training images held out.
       tunings: λ by the error on the validation split.
-      verifications: of pairs of faces; those that differ only in the fold left out are merged.
+      verifications: of pairs of faces; those of one recipe are merged over folds and seeds.
     """
 
     runs: list[Outcome]
@@ -169,7 +169,7 @@ def load_outcomes(out: Path | None = None) -> Outcomes:
     _check_different(files, found["verification"], ("config", "tested_folds", "protocol"))
     validated = [o for o in found["run"] if "validation" in o["changes"]]
     runs = [o for o in found["run"] if o not in validated]
-    return Outcomes(runs, validated, found["tuning"], over_folds(found["verification"]))
+    return Outcomes(runs, validated, found["tuning"], over_seeds(over_folds(found["verification"])))
 
 
 def over_folds(verifications: Sequence[Outcome]) -> list[Outcome]:
@@ -191,7 +191,7 @@ def _mean_of_folds(same: Sequence[Outcome]) -> Outcome:
     names = ("auc", "equal_error_rate", "tar_at_far")
     metrics, curve = _means([({n: o["metrics"][n] for n in names}, o["curve"]) for o in same])
     metrics |= {"fold_accuracy": accuracy, "accuracy": statistics.mean(accuracy)}
-    metrics["standard_error"] = statistics.stdev(accuracy) / math.sqrt(len(accuracy))
+    metrics["standard_error"] = _standard_error(accuracy)
     return same[0] | {
         "networks": len(same),
         "tested_folds": sorted(fold for outcome in same for fold in outcome["tested_folds"]),
@@ -201,6 +201,36 @@ def _mean_of_folds(same: Sequence[Outcome]) -> Outcome:
         "curve": curve,
         "all_pairs": _mean_of_all_pairs([outcome.get("all_pairs") for outcome in same]),
     }
+
+
+def over_seeds(verifications: Sequence[Outcome]) -> list[Outcome]:
+    """Merges what differs in the seed alone: means over seeds, also fold by fold.
+
+    ``seeds`` says which. A seed that has other folds stays alone.
+    """
+    alike = defaultdict(list)
+    for outcome in sorted(verifications, key=lambda outcome: outcome["config"].get("seed", 0)):
+        config = {n: v for n, v in outcome["config"].items() if n not in ("seed", "left_out_fold")}
+        folds = outcome["tested_folds"]
+        alike[_key(outcome["protocol"], config, folds, went_on(outcome))].append(outcome)
+    return [
+        (same[0] if len(same) == 1 else _mean_of_seeds(same))
+        | {"seeds": [outcome["config"].get("seed", 0) for outcome in same]}
+        for same in alike.values()
+    ]
+
+
+def _mean_of_seeds(same: Sequence[Outcome]) -> Outcome:
+    everybody = [outcome.get("all_pairs") for outcome in same]
+    metrics, curve = _means([(outcome["metrics"], outcome["curve"]) for outcome in same])
+    metrics["standard_error"] = _standard_error(metrics["fold_accuracy"])
+    all_pairs = None if None in everybody else _means(everybody)
+    return same[0] | {"metrics": metrics, "curve": curve, "all_pairs": all_pairs}
+
+
+def _standard_error(of_folds: Sequence[float]) -> float | None:
+    """Of the mean over folds; None for one fold."""
+    return statistics.stdev(of_folds) / math.sqrt(len(of_folds)) if of_folds[1:] else None
 
 
 def _mean_of_all_pairs(of_folds: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
@@ -309,10 +339,10 @@ def _word(name: str, value: Any) -> str:
     return f"{name.replace('_', ' ')} {value}"
 
 
-def seeds_words(runs: Sequence[Outcome]) -> str:
+def seeds_words(seeds: Iterable[int]) -> str:
     """seed 0; seeds 0, 1, 2."""
-    seeds = sorted({outcome["seed"] for outcome in runs})
-    return f"seed{'s' if seeds[1:] else ''} {', '.join(map(str, seeds))}"
+    ordered = sorted(set(seeds))
+    return f"seed{'s' if ordered[1:] else ''} {', '.join(map(str, ordered))}"
 
 
 def spread(values: Sequence[float]) -> str:

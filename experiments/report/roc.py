@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report.outcomes import Outcome, face_loss, went_on
+from experiments.report.outcomes import Outcome, face_loss, seeds_words, went_on
 from experiments.report.style import LINES, LOSSES
 
 # Colours of what has no loss, such as pixels and embeddings from a file. No loss has these colours.
@@ -74,7 +74,7 @@ def face_title(outcome: Outcome) -> str:
     elif loss != "softmax":
         loss = f"m = {config['margin']:g}"
     width, updates = f"width {config['width']:g}", f"{config['steps']:,} updates"
-    said = [loss, face_words(outcome), width, updates, f"seed {config['seed']}"]
+    said = [loss, face_words(outcome), width, updates, seeds_words(outcome["seeds"])]
     return ", ".join(filter(None, said))
 
 

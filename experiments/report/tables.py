@@ -156,11 +156,13 @@ def _face_entries(faces: Sequence[Outcome], least: int, below: float = math.inf)
 
 
 def _accuracy(outcome: Outcome) -> str:
-    """Mean ± standard error over the folds (number of folds)."""
+    """Mean ± standard error over the folds (number of folds, and of seeds if several)."""
     error = outcome["metrics"]["standard_error"]
     spread = "" if error is None else f" ± {100 * error:.2f}"
     folds = len(outcome["tested_folds"])
     count = "1 fold" if folds == 1 else f"{folds} folds"
+    if outcome["seeds"][1:]:
+        count += f", {len(outcome['seeds'])} seeds"
     return f"{100 * outcome['metrics']['accuracy']:.2f}{spread} ({count})"
 
 
@@ -295,8 +297,7 @@ def _less_going_on(outcome: Outcome, faces: Sequence[Outcome]) -> tuple[str, str
     same = [
         other
         for other in faces
-        if all(other[name] == outcome[name] for name in ("protocol", "tested_folds"))
-        and other["config"].get("seed") == outcome["config"].get("seed")
+        if all(other[name] == outcome[name] for name in ("protocol", "tested_folds", "seeds"))
         and went_on(other)
         and face_loss(other) == "softmax"
         and other is not outcome

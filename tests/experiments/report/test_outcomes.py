@@ -126,7 +126,7 @@ def test_spread_is_mean_and_sample_deviation():
     [([0], "seed 0"), ([2, 0, 1], "seeds 0, 1, 2"), ([0, 2], "seeds 0, 2")],
 )
 def test_seeds_in_words(seeds, said):
-    assert outcomes.seeds_words([{"seed": seed} for seed in seeds]) == said
+    assert outcomes.seeds_words(seeds) == said
 
 
 def test_committed_results_lie_where_their_configuration_says():
@@ -140,31 +140,32 @@ def test_committed_results_lie_where_their_configuration_says():
         assert outcome["file"] == f"{run_name(Config.from_json(outcome['config']))}.json"
 
 
-def test_folds_with_separate_networks_are_one_verification(tmp_path):
-    def of_fold(fold, accuracy, **config):
-        return {
-            "kind": "verification",
-            "protocol": "LFW",
-            "pairs": 600,
-            "tested_folds": [fold],
-            "people_trained_on": 550 + fold,
-            "config": {"margin": 4, "left_out_fold": fold} | config,
-            "curve": {"false_accepts": [0.1, 1.0], "true_accepts": [accuracy - 0.1, 1.0]},
-            "metrics": {
-                "accuracy": accuracy,
-                "standard_error": None,
-                "fold_accuracy": [accuracy],
-                "auc": accuracy,
-                "equal_error_rate": 1 - accuracy,
-                "tar_at_far": {"0.1": accuracy},
-            },
-            "all_pairs": {
-                "genuine": 10,
-                "impostors": 90,
-                "metrics": {"equal_error_rate": 0.5 - accuracy / 2, "tar_at_far": {"0.1": 0.3}},
-            },
-        }
+def of_fold(fold, accuracy, **config):
+    return {
+        "kind": "verification",
+        "protocol": "LFW",
+        "pairs": 600,
+        "tested_folds": [fold],
+        "people_trained_on": 550 + fold,
+        "config": {"margin": 4, "left_out_fold": fold} | config,
+        "curve": {"false_accepts": [0.1, 1.0], "true_accepts": [accuracy - 0.1, 1.0]},
+        "metrics": {
+            "accuracy": accuracy,
+            "standard_error": None,
+            "fold_accuracy": [accuracy],
+            "auc": accuracy,
+            "equal_error_rate": 1 - accuracy,
+            "tar_at_far": {"0.1": accuracy},
+        },
+        "all_pairs": {
+            "genuine": 10,
+            "impostors": 90,
+            "metrics": {"equal_error_rate": 0.5 - accuracy / 2, "tar_at_far": {"0.1": 0.3}},
+        },
+    }
 
+
+def test_folds_with_separate_networks_are_one_verification(tmp_path):
     written = [of_fold(0, 0.7), of_fold(2, 0.8), of_fold(5, 0.9), of_fold(0, 0.5, margin=1)]
     write(tmp_path, written)
     folds, alone = outcomes.load_outcomes(tmp_path).verifications
@@ -185,3 +186,23 @@ def test_folds_with_separate_networks_are_one_verification(tmp_path):
     write(tmp_path, written)
     assert outcomes.load_outcomes(tmp_path).verifications[0]["all_pairs"] is None
     assert roc.lowest_rate(folds) == roc.lowest_rate(alone) == 2 / 600
+
+
+def test_seeds_with_the_same_folds_are_one_verification(tmp_path):
+    accuracies = {(0, 0): 0.7, (0, 1): 0.8, (1, 0): 0.9, (1, 1): 0.6, (2, 0): 0.5}
+    runs = [of_fold(fold, of, seed=seed) for (seed, fold), of in accuracies.items()]
+    write(tmp_path, [*runs, *(of_fold(fold, 0.4, margin=1, seed=3) for fold in (0, 1))])
+    both, third, other = outcomes.load_outcomes(tmp_path).verifications
+    assert [of["seeds"] for of in (both, third, other)] == [[0, 1], [2], [3]]
+    assert both["tested_folds"] == [0, 1] and both["pairs"] == 1200  # each pair counts once
+    metrics = both["metrics"]
+    assert metrics["fold_accuracy"] == pytest.approx([0.8, 0.7])
+    assert metrics["accuracy"] == metrics["auc"] == pytest.approx(0.75)
+    assert metrics["standard_error"] == pytest.approx(0.05)
+    assert both["curve"]["true_accepts"] == pytest.approx([0.65, 1.0])
+    everybody = both["all_pairs"]
+    assert (everybody["genuine"], everybody["impostors"]) == (20, 180)
+    assert everybody["fold_eer"] == pytest.approx([0.1, 0.15])
+    assert everybody["metrics"]["equal_error_rate"] == pytest.approx(0.125)
+    assert third["metrics"]["standard_error"] is None
+    assert roc.lowest_rate(both) == 2 / 600

@@ -11,7 +11,8 @@ RATES = np.geomspace(1e-3, 1, 100).tolist()
 
 def verification(pairs, **config):
     curve = {"false_accepts": RATES, "true_accepts": np.sqrt(RATES).tolist()}
-    return {"config": config, "pairs": pairs, "metrics": {"auc": 0.875}, "curve": curve}
+    measured = {"pairs": pairs, "metrics": {"auc": 0.875}, "curve": curve}
+    return {"config": config, "seeds": [config.get("seed", 0)]} | measured
 
 
 def test_a_curve_begins_at_one_false_accept():
