@@ -1,6 +1,6 @@
 """Kills runs and continues them; each must end with the same bits as an unbroken run.
 
-    python scripts/crash.py [KILLS] [SEED] [RESULT.json]
+    python -m scripts.crash [KILLS] [SEED] [RESULT.json]
 
 Half of the kills come at a random time. The others come at a numbered file-system event under the
 run's folder: an open, rename, removal or new folder, as Python's audit hooks see it. Each source of
