@@ -4,6 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks import convergence, open_set
+from experiments.report import tables
+from experiments.report.outcomes import RESULTS, load_outcomes
+
 CLONE = Path(__file__).parents[1]
 BENCH = CLONE / "experiments" / "results" / "bench"
 EXAMPLES = CLONE / "experiments" / "results" / "examples"
@@ -12,13 +16,6 @@ STACKS = CLONE / "stacks"
 MANY_CLASSES = [512, 256, 102_400]
 MILLION_CLASSES = [512, 256, 1_000_000]
 
-# The words of `bench open-set`: the site is built without the packages of the experiments.
-UNSEEN_TASKS = {
-    "digits": "digits, 7 of 10 classes",
-    "identities": "drawn identities, 200 of 300",
-    "lfw": "LFW, 400 of 610 people",
-    "cifar100": "CIFAR100, 50 of 100 classes",
-}
 UNSEEN_NUMBERS = {
     "error": "error, %",
     "eer": "EER, %",
@@ -89,20 +86,32 @@ def million_classes() -> str:
     )
 
 
-def open_set() -> str:
+def unseen() -> str:
     """A table a task: what every margin reaches on classes that training sees and never sees."""
     found = json.loads((BENCH / "open-set-cpu.json").read_text())["runs"]
-    tables = []
-    for task, title in UNSEEN_TASKS.items():
-        ours = [run for run in found if run["task"] == task]
-        rows = []
-        for policy in dict.fromkeys(run["policy"] for run in ours):
-            chosen = [run for run in ours if run["policy"] == policy]
-            name = f"`{policy}`" if "(" in policy else policy
-            means = (mean([x for run in chosen for x in run[of]]) for of in UNSEEN_NUMBERS)
-            rows.append([name, *means])
-        tables.append(table([title, *UNSEEN_NUMBERS.values()], rows))
-    return "\n\n".join(tables)
+    return open_set.results_table(found, UNSEEN_NUMBERS)
+
+
+def trained() -> dict[str, str]:
+    """Which λ trains: over all settings, by setting, and for rare classes."""
+    found = json.loads((BENCH / "convergence-cpu.json").read_text())["settings"]
+    return {
+        "convergence": convergence.summary_table(found),
+        "convergence_settings": convergence.settings_table(found),
+        "convergence_rarest": convergence.rarest_table(found),
+    }
+
+
+def every_run() -> dict[str, str]:
+    """The report's tables that the READMEs do not have."""
+    found = tables.sections(load_outcomes(RESULTS))
+    return {
+        "runs_against_softmax": found[tables.AGAINST],
+        "runs_every": found[tables.ALL],
+        "runs_faces": found[tables.VERIFIED],
+        "runs_validated": found[tables.VALIDATED],
+        "runs_diverged": found[tables.DIVERGED],
+    }
 
 
 def partial_fc() -> str:

@@ -7,7 +7,7 @@ examples; verification takes all pairs of examples of the other classes.
 import operator
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -401,17 +401,22 @@ COLUMNS = {
 }
 
 
-def results_table(runs: list[dict[str, Any]], tasks: Collection[str] = TASKS) -> str:
-    """Markdown: a table a task, a row a policy, means over splits and seeds."""
+def results_table(runs: list[dict[str, Any]], columns: Mapping[str, str] = COLUMNS) -> str:
+    """Markdown: a table a task, a row a policy, means over splits and seeds.
+
+    Args:
+      runs: of a result.
+      columns: the title of each number.
+    """
     tables = []
-    for task in tasks:
+    for task in TASKS:
         policies = dict.fromkeys(run["policy"] for run in runs if run["task"] == task)
         rows = [
-            [shown(policy), *(f"{over(runs, task, policy, of).mean():.1f}" for of in COLUMNS)]
+            [shown(policy), *(f"{over(runs, task, policy, of).mean():.1f}" for of in columns)]
             for policy in policies
         ]
         if rows:
-            tables.append(markdown([TASKS[task].title, *COLUMNS.values()], rows))
+            tables.append(markdown([TASKS[task].title, *columns.values()], rows))
     return "\n\n".join(tables)
 
 

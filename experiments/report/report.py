@@ -1,11 +1,14 @@
-"""``report``: the tables of results, every number from a result's file."""
+"""``report``: the tables of results, every number from a result's file.
+
+The READMEs have some of the tables, and docs/runs.md has the others.
+"""
 
 import re
 from pathlib import Path
 
 from experiments.report import front
 from experiments.report.outcomes import RESULTS, grouped, load_outcomes
-from experiments.report.tables import tables
+from experiments.report.tables import CHANGED, FULL, tables
 from experiments.store.files import read_text, replacing
 
 README = Path(__file__).parents[1] / "README.md"
@@ -21,7 +24,7 @@ PARTS = re.compile(
 
 
 def report(out: Path | None = None, readme: Path | None = None, check: bool = False) -> int:
-    """Prints the tables of results, or writes them into a README.
+    """Prints all tables of results, or writes the tables of a README into it.
 
     Args:
       out: folder of the results. By default experiments/results, and to print also runs, where
@@ -36,7 +39,9 @@ def report(out: Path | None = None, readme: Path | None = None, check: bool = Fa
         return 0
     out, code = out or RESULTS, 0
     outcomes = load_outcomes(out)
-    found = {"": tables(outcomes)} | front.tables(out / "bench", grouped(outcomes.runs))
+    found = {"": tables(outcomes, FULL, CHANGED)} | front.tables(
+        out / "bench", grouped(outcomes.runs)
+    )
     for page in [README, FRONT] if readme is None else [readme]:
         before = read_text(page)
         after = updated(before, found)

@@ -63,15 +63,10 @@ TRAIN_FACES = "train-faces --faces FACES --margin {} --out RUN"
 PEOPLE_OF_A_FULL_RUN = 10_000
 
 
-def tables(outcomes: Outcomes) -> str:
-    """All of them; the matrices open, the details folded."""
+def tables(outcomes: Outcomes, *titles: str) -> str:
+    """All of them, or those of some titles."""
     found = sections(outcomes)
-    return "\n\n".join(
-        f"### {title}\n\n{table}"
-        if title in (FULL, CHANGED)
-        else f"<details>\n<summary>{title}</summary>\n\n{table}\n\n</details>"
-        for title, table in found.items()
-    )
+    return "\n\n".join(f"### {title}\n\n{found[title]}" for title in titles or found)
 
 
 def sections(outcomes: Outcomes) -> dict[str, str]:
