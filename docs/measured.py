@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks import convergence, open_set
+from experiments.benchmarks.tables import markdown
 from experiments.report import tables
 from experiments.report.outcomes import RESULTS, load_outcomes
 
@@ -44,11 +45,6 @@ def mean(numbers: list[float], digits: int = 1) -> str:
     return f"{sum(numbers) / len(numbers):.{digits}f}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["--:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
-
-
 def head_at(shape: list[int]) -> dict[str, dict[str, Any]]:
     """The arms of the latest `bench head` on a CPU that has a shape, by their names."""
     results = [json.loads(file.read_text()) for file in BENCH.glob("head-cpu-f32-*.json")]
@@ -69,7 +65,7 @@ def many_classes_plans() -> str:
         for name, words in PLANS.items()
         if name in arms  # an arm is missing where it did not fit the machine's memory
     ]
-    return table(["loss and update", "time", "temporary MB"], rows)
+    return markdown(["loss and update", "time", "temporary MB"], rows)
 
 
 def million_classes() -> str:
@@ -129,7 +125,7 @@ def partial_fc() -> str:
         rows.append(row)
     names = [f"`{margin}`, {of}, %" for margin in margins for of in ("error", "EER")]
     seeds = len({run["seed"] for run in found})
-    return table([f"classes (seeds: {seeds})", *names], rows)
+    return markdown([f"classes (seeds: {seeds})", *names], rows)
 
 
 def small_cnn() -> str:
@@ -149,7 +145,7 @@ def small_cnn() -> str:
         share = mean([run["share"][-1] for run in chosen], 3)
         rows.append([title, policy, *numbers, tests, share])
     header = ["data", "λ", "training error, %", "test error, %", "of each seed", "share at the end"]
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def runs(file: str, columns: list[str]) -> str:
@@ -159,7 +155,7 @@ def runs(file: str, columns: list[str]) -> str:
         [*(str(row.get(column, "")) for column in columns), f"{row['date']}, {row['commit']}"]
         for row in rows
     ]
-    return table([*columns, "run"], cells)
+    return markdown([*columns, "run"], cells)
 
 
 def stacks() -> str:

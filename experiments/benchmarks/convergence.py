@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 import lsoftmax_jax as lsm
 from experiments.benchmarks.records import OUT, earlier, heading
+from experiments.benchmarks.tables import markdown
 from experiments.store.progress import Progress
 from experiments.store.results import save
 from lsoftmax_jax import schedule
@@ -401,11 +402,6 @@ def titles(entries: list[dict[str, Any]]) -> list[str]:
         (f"`{name}`" if "(" in name else name) + (f", m = {margin}" if name in several else "")
         for name, margin in named
     ]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def summary_table(entries: list[dict[str, Any]]) -> str:

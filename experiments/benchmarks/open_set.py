@@ -22,9 +22,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 import lsoftmax_jax as lsm
-from experiments.benchmarks.convergence import constant, markdown, released, scheduled
+from experiments.benchmarks.convergence import constant, released, scheduled
 from experiments.benchmarks.frozen import frozen, grey_faces, whitened
 from experiments.benchmarks.records import OUT, earlier, heading
+from experiments.benchmarks.tables import markdown
 from experiments.paper.data import load
 from experiments.store.files import replacing
 from experiments.store.progress import Progress

@@ -1,7 +1,8 @@
 """Tables for people, and the numbers in them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -19,6 +20,15 @@ def table(
 def show(view: Table, width: int = 100) -> None:
     """Prints a table at least so wide: piped, a console takes itself for 80 characters wide."""
     Console(width=max(Console().width, width)).print(view)
+
+
+def markdown(
+    headers: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int | None = None
+) -> str:
+    """A table whose last so many columns, by default all but the first, are aligned right."""
+    numbers = len(headers) - 1 if numbers is None else numbers
+    rules = ["---"] * (len(headers) - numbers) + ["--:"] * numbers
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (headers, rules, *rows))
 
 
 def amount(value: float, unit: str = "B") -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks import arms, convergence, open_set, peers
-from experiments.benchmarks.convergence import markdown
+from experiments.benchmarks.tables import markdown
 from experiments.paper.cells import CELLS
 from experiments.report.outcomes import Group, full_runs
 from experiments.report.tables import DATA, marked

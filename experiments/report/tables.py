@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.benchmarks.tables import markdown
 from experiments.paper import campaign
 from experiments.paper.cell import Cell
 from experiments.paper.cells import CELLS, CONFIGS, changes_of, command_of, flags_of, run_name
@@ -165,8 +166,7 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int) 
     """A Markdown table, its last so many columns aligned right; "None yet." without rows."""
     if not (rows := list(rows)):
         return "None yet."
-    rules = ["---"] * (len(headers) - numbers) + ["--:"] * numbers
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (headers, rules, *rows))
+    return markdown(headers, rows, numbers)
 
 
 def _against_softmax(groups: Sequence[Group]) -> str:
