@@ -206,7 +206,7 @@ def _mean_of_folds(same: Sequence[Outcome]) -> Outcome:
 def over_seeds(verifications: Sequence[Outcome]) -> list[Outcome]:
     """Merges what differs in the seed alone: means over seeds, also fold by fold.
 
-    ``seeds`` says which. A seed that has other folds stays alone.
+    ``seeds`` says which, ``of_seeds`` has each. A seed that has other folds stays alone.
     """
     alike = defaultdict(list)
     for outcome in sorted(verifications, key=lambda outcome: outcome["config"].get("seed", 0)):
@@ -215,7 +215,7 @@ def over_seeds(verifications: Sequence[Outcome]) -> list[Outcome]:
         alike[_key(outcome["protocol"], config, folds, went_on(outcome))].append(outcome)
     return [
         (same[0] if len(same) == 1 else _mean_of_seeds(same))
-        | {"seeds": [outcome["config"].get("seed", 0) for outcome in same]}
+        | {"seeds": [outcome["config"].get("seed", 0) for outcome in same], "of_seeds": same}
         for same in alike.values()
     ]
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -299,10 +299,27 @@ def _less_going_on(outcome: Outcome, faces: Sequence[Outcome]) -> tuple[str, str
     ]
     if len(same) != 1 or len(outcome["tested_folds"]) < 2:
         return "", ""
-    both = (outcome, same[0])
-    ours, theirs = (100 * np.array(o["metrics"]["fold_accuracy"]) for o in both)
-    accuracy = str(paired(ours, theirs, "folds"))
-    if any("fold_eer" not in (o.get("all_pairs") or {}) for o in both):
-        return accuracy, ""
-    ours, theirs = (100 * np.array(o["all_pairs"]["fold_eer"]) for o in both)
-    return accuracy, str(paired(ours, theirs, "folds"))
+    return _less(outcome, same[0], _accuracies), _less(outcome, same[0], _eers_of_all_pairs)
+
+
+def _less(ours: Outcome, theirs: Outcome, of: Callable[[Outcome], list[float]]) -> str:
+    """The difference over the folds, then that of each seed if there are several."""
+    found = of(ours), of(theirs)
+    if not all(found):
+        return ""
+    text = str(paired(100 * np.array(found[0]), 100 * np.array(found[1]), "folds"))
+    if ours["seeds"][1:]:
+        pairs = zip(ours["of_seeds"], theirs["of_seeds"], strict=True)
+        means = (100 * (np.mean(of(one)) - np.mean(of(two))) for one, two in pairs)
+        text += f"; by seed {', '.join(f'{mean:.2f}' for mean in means)}"
+    return text
+
+
+def _accuracies(outcome: Outcome) -> list[float]:
+    found: list[float] = outcome["metrics"]["fold_accuracy"]
+    return found
+
+
+def _eers_of_all_pairs(outcome: Outcome) -> list[float]:
+    found: list[float] = (outcome.get("all_pairs") or {}).get("fold_eer", [])
+    return found

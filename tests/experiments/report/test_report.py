@@ -244,12 +244,12 @@ def test_a_network_that_went_on_from_softmax_says_so(tmp_path):
 
 
 def test_accuracy_is_compared_fold_by_fold_with_continued_softmax(tmp_path):
-    def of_fold(fold, margin, accuracy, went_on):
+    def of_fold(fold, margin, accuracy, went_on, seed=0):
         command = "train-faces --init-from run" if went_on else "train-faces"
         metrics = FACES["metrics"] | {"accuracy": accuracy, "fold_accuracy": [accuracy]}
         return FACES | {
             "tested_folds": [fold],
-            "config": FACES["config"] | {"margin": margin, "left_out_fold": fold},
+            "config": FACES["config"] | {"margin": margin, "left_out_fold": fold, "seed": seed},
             "training": {"command": command},
             "metrics": metrics,
             "curve": {"false_accepts": [0.1], "true_accepts": [accuracy]},
@@ -267,6 +267,13 @@ def test_accuracy_is_compared_fold_by_fold_with_continued_softmax(tmp_path):
     # Student's t interval of 1, 2, 3 with two degrees of freedom: 2 ± 4.3027 / sqrt(3).
     assert sorted(line[5] for line in lines)[0] == ""
     assert "2.00 [-0.48, 4.48]" in [line[5] for line in lines]
+    # A second seed gains 6, 3, 3: with the first, the folds gain 4, 2, 3.
+    softmax += [of_fold(f, 1, 0.6 + 0.05 * f, True, seed=1) for f in range(3)]
+    gains = (0.06, 0.03, 0.03)
+    margin += [of_fold(f, 4, 0.6 + 0.05 * f + gains[f], True, seed=1) for f in range(3)]
+    table = sections(tmp_path, [*softmax, *margin])["LFW"]
+    assert "| 3.00 [0.52, 5.48]; by seed 2.00, 4.00 |" in table
+    assert table.count("(3 folds, 2 seeds)") == 2
 
 
 def test_the_front_page_has_no_table_of_a_result_that_is_missing(tmp_path):
