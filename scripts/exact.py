@@ -5,7 +5,7 @@ For a row x with label y, the angle theta_j between x and the column w_j, and s 
     z_j = n_j cos(theta_j),    z_y = n_y ((1 - s) cos(theta_y) + s v(theta_y))
 
 where n_j is the product of the lengths of x and w_j, or of what the margin puts in their place.
-Everything is computed row by row from the angles; no line is shared with the library.
+Everything is computed row by row from the angles; no formula is shared with the library.
 """
 
 from typing import Any, NamedTuple

@@ -1,6 +1,6 @@
 """``report``: the tables of results, every number from a result's file.
 
-The READMEs have some of the tables, and docs/runs.md has the others.
+The READMEs have the matrices, and docs/runs.md has the runs one by one.
 """
 
 import re
