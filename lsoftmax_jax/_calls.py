@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
+from lsoftmax_jax._core import run
 from lsoftmax_jax._core.placement import first_columns
-from lsoftmax_jax._core.spec import ClassParallel
+from lsoftmax_jax._core.spec import ClassParallel, prepare
 from lsoftmax_jax.losses import lsoftmax_logits
 from lsoftmax_jax.margins import Margin, check_margin
 from lsoftmax_jax.schedule import SelfPaced, self_paced
@@ -96,9 +97,12 @@ def logits(
     if labels is None and lam is not None:
         raise TypeError("labels must be given with lam: inference has no margin and needs no lam")
     features, kernel, settings = call_of(head, features, kernel, lam)
-    if labels is not None and kernel.shape[1] > head.classes:
-        labels = _checks.check_labels(labels, features.shape[:-1], head.classes)
-        labels = _checks.known_labels(labels, head.classes)
     margin, lam = settings["margin"], settings["lam"]
-    whole = lsoftmax_logits(features, kernel, labels, margin=margin, lam=lam)
+    if labels is None:
+        whole = lsoftmax_logits(features, kernel, None, margin=margin, lam=lam)
+    else:
+        labels = _checks.check_labels(labels, features.shape[:-1], head.classes)
+        spec, arrays = prepare(features, kernel, labels, margin=margin, lam=lam)
+        # No column that only fills up the kernel may be the rival that λ goes by.
+        whole = run.margin_logits(spec._replace(classes=head.classes), arrays)
     return first_columns(whole, head.classes)

@@ -57,7 +57,7 @@ class Statistics(NamedTuple):
     """What a loss computed on its way, for each example; no gradient flows through it.
 
     `plain_logit > max_logit` says whether an example is classified correctly without the margin.
-    Report its mean as the training accuracy.
+    Report its mean as the training accuracy; a masked example has zeros, so leave these out.
 
     Attributes:
       target_cosine: cos(theta_y), (...,).
@@ -111,7 +111,7 @@ def margin_logits(spec: Spec, arrays: Arrays) -> jax.Array:
     def core(arrays: Arrays) -> jax.Array:
         shape = arrays.labels.shape
         arrays = flat(cleaned(spec, arrays))
-        return _logits(spec, arrays).reshape(*shape, spec.classes)
+        return _logits(spec, arrays).reshape(*shape, arrays.kernel.shape[1])
 
     return anywhere(core, "logits", arrays)
 
@@ -138,13 +138,11 @@ def placed(spec: Spec, arrays: Arrays) -> Arrays:
     """Every array split as the layout says."""
     layout = spec.layout
     assert layout is not None
-    of = {name: array for name, array in arrays._asdict().items() if array is not None}
-    specs = shards.splits(layout)._asdict()
-    return arrays._replace(
-        **{
-            name: resharded(jnp.asarray(array), layout.mesh, specs[name])
-            for name, array in of.items()
-        }
+    return Arrays(
+        *(
+            None if array is None else resharded(jnp.asarray(array), layout.mesh, split)
+            for array, split in zip(arrays, shards.splits(layout), strict=True)
+        )
     )
 
 
@@ -263,15 +261,20 @@ def fit_for_products(
 
     The logits' gradient is cast to float16 for the products, times the lengths that `products` puts
     into it. Whatever the caller's loss scale and these lengths, its largest entry then lies well
-    inside the range of float16, and small ones stay above 6e-8.
+    inside the range of float16. Small entries stay above 6e-8 unless a row or a column is thousands
+    of times shorter than the others.
     """
     if dtype != jnp.float16:
         return cotangent, None
     cotangent = cotangent.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(cotangent), initial=0)
-    for lengths in (rows.scale, columns.inverse_norm):
-        if lengths is not None:
-            largest = largest * jnp.max(lengths, initial=0)
+    over_classes = tuple(range(1, cotangent.ndim))  # of the logits there is one for each class
+    entries = jnp.max(jnp.abs(cotangent), axis=over_classes, initial=0)
+    largest = jnp.max(entries if rows.scale is None else entries * rows.scale, initial=0)
+    if (lengths := columns.inverse_norm) is not None:
+        if columns.offset is not None:
+            # A column that only fills up the last shard may be short.
+            lengths = jnp.where(columns.offset > -jnp.inf, lengths, 0)
+        largest = largest * jnp.max(lengths, initial=0)
     some = (largest > 0) & (largest < jnp.inf)
     # Times 2**6: a slope of m² up to 256 stays below 65504.
     factor = jnp.where(some, jnp.exp2(jnp.floor(jnp.log2(jnp.where(some, largest, 1))) - 6), 1)
@@ -428,11 +431,12 @@ def _logits(spec: Spec, arrays: Arrays) -> jax.Array:
 def _logits_fwd(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Any]:
     labels = arrays.labels
     rows, columns, terms = shards.view(spec, arrays)
-    plain, at_label = plain_logits(rows, columns), is_label(labels, spec.classes)
+    plain = plain_logits(rows, columns)
+    at_label = is_label(labels, plain.shape[1])
     lowest = jnp.finfo(plain.dtype).min
     rival = None
     if spec.rule is not None:
-        rival = jnp.max(jnp.where(at_label, lowest, plain), axis=1)
+        rival = jnp.max(jnp.where(at_label, lowest, plain)[:, : spec.classes], axis=1)
     t = target_of(spec, terms, arrays.lam, rival)
     logits = jnp.where(at_label, t.logit[:, None], plain)
     logits = _checks.nan_unless(labels[:, None] >= 0, logits).astype(spec.dtype)
@@ -441,8 +445,8 @@ def _logits_fwd(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Any]:
 
 def _logits_bwd(spec: Spec, residuals: Any, cotangent: jax.Array) -> tuple[Arrays]:
     lam, rows, columns, t = residuals
-    labels = rows.labels
-    at_label = is_label(labels, spec.classes)
+    labels, width = rows.labels, columns.kernel.shape[1]
+    at_label = is_label(labels, width)
     cotangent, factor = fit_for_products(spec.dtype, cotangent, rows, columns)
     g = jnp.sum(jnp.where(at_label, cotangent, 0), axis=1, dtype=t.alpha.dtype)
     g = _checks.nan_unless(labels >= 0, g)
@@ -450,8 +454,8 @@ def _logits_bwd(spec: Spec, residuals: Any, cotangent: jax.Array) -> tuple[Array
     grad = jnp.where(at_label, pull.plain[:, None], cotangent.astype(g.dtype))
     grad = _checks.nan_unless(labels[:, None] >= 0, grad)
     dfeatures, dkernel = products(rows, columns, grad)
-    sums = label_sums(pull.along_column, labels, spec.classes)
-    dfeatures = features_with_norms(rows, pull, dfeatures, spec.classes)
+    sums = label_sums(pull.along_column, labels, width)
+    dfeatures = features_with_norms(rows, pull, dfeatures, width)
     dkernel = columns_with_norms(columns, sums, dkernel)
     dlam = jnp.zeros_like(lam) if t.dlam is None else times(factor, jnp.sum(g * t.dlam))
     dfeatures, dkernel = (times(factor, array).astype(spec.dtype) for array in (dfeatures, dkernel))

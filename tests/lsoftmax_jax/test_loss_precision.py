@@ -9,6 +9,7 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 
 import lsoftmax_jax as lsm
 from lsoftmax_jax.margins import ArcFace, CosFace
@@ -266,3 +267,26 @@ def test_float16_sgd_of_short_features_is_finite():
     wanted = step(features.astype(jnp.float32), kernel.astype(jnp.float32), momentum)
     assert_close(ours.dfeatures, wanted.dfeatures, 3e-3)
     assert_close(ours.momentum, wanted.momentum, 3e-3)
+
+
+def test_a_short_column_that_fills_up_the_kernel_costs_float16_no_digits():
+    mesh = jax.make_mesh((2,), ("model",), (AxisType.Auto,), devices=jax.devices()[:2])
+    layout = lsm.ClassParallel("model", mesh=mesh, classes=9)
+    rng = np.random.default_rng(0)
+    features, kernel = rng.standard_normal((5, 6)), rng.standard_normal((6, 10))
+    kernel[:, 9] = [1e-7, 0, 0, 0, 0, 0]
+    arrays = tuple(jnp.asarray(array, jnp.float16) for array in (features, kernel))
+    # The classes of the device that holds the short column.
+    labels, keywords = jnp.arange(4, 9), {"margin": ArcFace(0.5, scale=64.0), "lam": 0.0}
+
+    def total(features, kernel):
+        ours = lsm.lsoftmax_loss(features, kernel, labels, layout=layout, **keywords)
+        return jnp.sum(ours)
+
+    def exact(features, kernel):
+        return jnp.sum(lsm.lsoftmax_loss(features, kernel[:, :9], labels, **keywords))
+
+    ours = jax.jit(jax.grad(total, (0, 1)))(*arrays)
+    wanted = jax.grad(exact, (0, 1))(*(array.astype(jnp.float32) for array in arrays))
+    for got, right in zip(ours, wanted, strict=True):
+        assert_close(got, right, 3e-3)

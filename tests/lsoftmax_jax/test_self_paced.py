@@ -7,11 +7,15 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lsoftmax_jax as lsm
+from lsoftmax_jax.linen import LSoftmaxDense as LinenHead
+from lsoftmax_jax.nnx import LSoftmaxDense as NnxHead
 from tests import oracle
 from tests.answers import PLANS
 from tests.oracle import Gradients, as_arrays, assert_close
@@ -241,6 +245,34 @@ def test_sharded_classes_show_the_same_lam(x64, name, axis_type):
     placements = rows, columns, rows, rows
     got = sharded(*map(jax.device_put, (*arrays, where), placements))
     assert_is_the_rule(jax.tree.map(np.asarray, got), problem, np.asarray(where))
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_a_column_that_only_fills_up_the_kernel_is_no_rival(kind):
+    """Three classes on two devices: the logits with labels have the λ and gradient of the loss."""
+    mesh = jax.make_mesh((2,), ("model",), (AxisType.Auto,), devices=jax.devices()[:2])
+    layout = lsm.ClassParallel("model", mesh=mesh)
+    kernel = jnp.concatenate([jnp.eye(3), jnp.full((3, 1), 5.0)], axis=1)
+    features, labels = jnp.array([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0]]), jnp.array([0, 1])
+
+    def call(features, method):
+        if kind == "linen":
+            head = LinenHead(3, margin=MARGIN, layout=layout)
+            return head.apply({"params": {"kernel": kernel}}, features, labels, method=method)
+        head = NnxHead(3, 3, margin=MARGIN, layout=layout, rngs=nnx.Rngs(0))
+        head.kernel[...] = kernel
+        return getattr(head, method)(features, labels)
+
+    def from_logits(features):
+        logits = call(features, "__call__")
+        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+    def from_loss(features):
+        return jnp.sum(call(features, "loss"))
+
+    ours, wanted = (jax.value_and_grad(f)(features) for f in (from_logits, from_loss))
+    chex.assert_trees_all_close(ours, wanted, rtol=1e-5)
+    assert wanted[0] > 0.85  # 0.82 with a share of 0
 
 
 def test_the_sampled_loss_and_the_fused_update_pace_themselves_too():
