@@ -15,8 +15,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 def as_array(name: str, value: Any, expected: str) -> jax.Array:
     """`value` as an array; a TypeError that names the argument if `value` is not an array."""
-    if _is_parameter(value):
-        value = value.__jax_array__()
+    value = _held(value)
     if value is None or isinstance(value, (str, bytes)) or callable(value):
         raise TypeError(f"{name} must be {expected}, got {value!r:.80}")
     if isinstance(value, np.ma.MaskedArray):
@@ -37,9 +36,10 @@ def as_array(name: str, value: Any, expected: str) -> jax.Array:
         ) from error
 
 
-def _is_parameter(value: Any) -> bool:
-    """Whether `value` holds an array as a parameter of Flax NNX does."""
-    return not isinstance(value, jax.Array) and callable(getattr(value, "__jax_array__", None))
+def _held(value: Any) -> Any:
+    """The array in a parameter of Flax NNX; anything else as it is."""
+    held = None if isinstance(value, jax.Array) else getattr(value, "__jax_array__", None)
+    return held() if callable(held) else value
 
 
 def shown(value: Any) -> str:
@@ -102,7 +102,8 @@ def shape_of(name: str, value: Any, expected: str) -> tuple[int, ...]:
 
 def check_scalar(name: str, value: ArrayLike, most: float = math.inf) -> Any:
     """A real scalar in [0, most]; in a JAX array the range is checked by `in_range`."""
-    if callable(value) and not _is_parameter(value):
+    value = _held(value)
+    if callable(value):
         raise TypeError(
             f"{name} must be a real scalar: pass schedule(step), not the schedule, got {value!r}"
         )

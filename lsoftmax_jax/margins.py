@@ -6,7 +6,8 @@ first kind, and its slope in c is m U_{m-1}(c), of the second kind. Neither need
 slope is infinite at theta = 0 and pi.
 
 Source: Deng et al., "ArcFace", CVPR 2019, https://arxiv.org/abs/1801.07698, whose section 2
-compares these margins."""
+compares these margins.
+"""
 
 import functools
 import math
@@ -84,7 +85,8 @@ def _psi_jvp(
 
 def psi_and_slope(cos_theta: jax.Array, margin: int) -> tuple[jax.Array, jax.Array]:
     """psi and d psi / d cos(theta) for `cos_theta` of at least float32."""
-    c = jnp.clip(cos_theta, -1, 1)
+    # Not jnp.clip, whose derivative is a half at c = 1 and -1.
+    c = jnp.where(jnp.abs(cos_theta) > 1, jnp.sign(cos_theta), cos_theta)
 
     def recur(_: int, terms: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         t_last, t, u_last, u = terms
@@ -133,6 +135,12 @@ class Margin(Protocol):
         ...
 
 
+def _set(of: Margin, /, **checked: Any) -> None:
+    """Keeps checked settings as Python numbers: a NumPy float64 would make float32 float64."""
+    for name, value in checked.items():
+        object.__setattr__(of, name, value)
+
+
 @dataclass(frozen=True)
 class LSoftmax:
     """The margin of the large-margin softmax, psi: norms of features and columns are kept.
@@ -156,7 +164,7 @@ class LSoftmax:
     unit_columns: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "margin", _checks.check_size("margin", self.margin, _LARGEST))
+        _set(self, margin=_checks.check_size("margin", self.margin, _LARGEST))
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         return psi_and_slope(cosine, self.margin)
@@ -188,9 +196,9 @@ class SphereFace:
     unit_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "margin", _checks.check_size("margin", self.margin, _LARGEST))
+        _set(self, margin=_checks.check_size("margin", self.margin, _LARGEST))
         if self.scale is not None:
-            _checks.check_scale(self.scale)
+            _set(self, scale=_checks.check_scale(self.scale))
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         return psi_and_slope(cosine, self.margin)
@@ -220,7 +228,7 @@ class NormFace:
     unit_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _checks.check_scale(self.scale)
+        _set(self, scale=_checks.check_scale(self.scale))
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         return cosine, jnp.ones_like(cosine)
@@ -251,8 +259,8 @@ class CosFace:
     unit_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _checks.check_real("margin", self.margin, 0, _checks.LARGEST)
-        _checks.check_scale(self.scale)
+        margin = _checks.check_real("margin", self.margin, 0, _checks.LARGEST)
+        _set(self, margin=margin, scale=_checks.check_scale(self.scale))
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         return cosine - self.margin, jnp.ones_like(cosine)
@@ -299,12 +307,15 @@ class Combined:
     unit_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _checks.check_real("m1", self.m1, 1, _checks.LARGEST)
-        _checks.check_real("m2", self.m2, 0, math.pi)
-        _checks.check_real("m3", self.m3, 0, _checks.LARGEST)
-        _checks.check_scale(self.scale)
-        _checks.check_flag("easy", self.easy)
-        _checks.check_flag("detach", self.detach)
+        _set(
+            self,
+            m1=_checks.check_real("m1", self.m1, 1, _checks.LARGEST),
+            m2=_checks.check_real("m2", self.m2, 0, math.pi),
+            m3=_checks.check_real("m3", self.m3, 0, _checks.LARGEST),
+            scale=_checks.check_scale(self.scale),
+            easy=_checks.check_flag("easy", self.easy),
+            detach=_checks.check_flag("detach", self.detach),
+        )
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         square = (1 - cosine) * (1 + cosine)
@@ -358,8 +369,9 @@ class ArcFace:
     unit_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _checks.check_real("margin", self.margin, 0, math.pi)
-        self._combined()  # checks the rest
+        _set(self, margin=_checks.check_real("margin", self.margin, 0, math.pi))
+        checked = self._combined()
+        _set(self, scale=checked.scale, easy=checked.easy, detach=checked.detach)
 
     def _combined(self) -> Combined:
         return Combined(m2=self.margin, scale=self.scale, easy=self.easy, detach=self.detach)
@@ -428,7 +440,8 @@ def value_and_slope(margin: Margin, cosine: jax.Array) -> tuple[jax.Array, jax.A
     for name, array in zip(("value", "slope"), found, strict=True):
         kind = getattr(array, "shape", None), getattr(array, "dtype", None)
         if kind != (cosine.shape, cosine.dtype):
-            got = type(array).__name__ if None in kind else f"shape {kind[0]} and dtype {kind[1]}"
+            unknown = any(part is None for part in kind)  # None == dtype("float64") in NumPy
+            got = type(array).__name__ if unknown else f"shape {kind[0]} and dtype {kind[1]}"
             raise TypeError(
                 f"margin must give a {name} of shape {cosine.shape} and dtype {cosine.dtype}, as "
                 f"its cosine has, got {got} from {margin!r:.80}"

@@ -30,8 +30,8 @@ class Plan:
     The loss chooses one of three plans by `memory_budget`; `row_block` or `class_block` forces one:
 
     - one-shot: the backward pass keeps one (batch, classes) array of exponentials;
-    - class blocks: only this kept array is large. Without `keep_exponentials` no array is large,
-      and the backward pass computes the logits again;
+    - class blocks: the kept exponentials are the only large array. Without `keep_exponentials` no
+      array is large, and the backward pass computes the logits again;
     - row blocks: `row_block` rows of logits exist at a time and none are kept. `lsoftmax_loss_sum`
       on one device computes them once; all else computes them twice.
 
@@ -39,10 +39,11 @@ class Plan:
       memory_budget: bytes that (batch, classes) temporaries may take, 1 GiB by default. Where the
         classes are sharded, the budget holds for each device.
       row_block: rows at a time; forces row blocks.
-      class_block: classes at a time; forces class blocks. A block of all classes is the one-shot.
+      class_block: classes at a time; forces class blocks. A TPU multiplies a block of up to 256
+        classes at full precision, which is slow.
       keep_exponentials: True keeps the exponentials for the backward pass: three matrix products
-        and a (batch, classes) array, in blocks of the operands' dtype. False computes them again:
-        four products. None decides by the budget.
+        and a (batch, classes) array, which class blocks hold in the operands' dtype. False computes
+        them again: four products. None decides by the budget.
 
     Raises:
       TypeError, ValueError: a size is not an int >= 1, or two of the fields contradict each other.
@@ -62,19 +63,25 @@ class Plan:
     keep_exponentials: bool | None = None
 
     def __post_init__(self) -> None:
-        _checks.check_size("memory_budget", self.memory_budget, most=2**63)
+        checked: dict[str, Any] = {
+            "memory_budget": _checks.check_size("memory_budget", self.memory_budget, most=2**63)
+        }
         for name in ("row_block", "class_block"):
             if getattr(self, name) is not None:
-                _checks.check_size(name, getattr(self, name))
+                checked[name] = _checks.check_size(name, getattr(self, name))
         if self.row_block is not None and self.class_block is not None:
             raise ValueError(
                 f"row_block and class_block exclude each other, "
                 f"got {self.row_block} and {self.class_block}"
             )
         if self.keep_exponentials is not None:
-            _checks.check_flag("keep_exponentials", self.keep_exponentials)
+            keep = _checks.check_flag("keep_exponentials", self.keep_exponentials)
+            checked["keep_exponentials"] = keep
         if self.row_block is not None and self.keep_exponentials:
             raise ValueError("row_block keeps no exponentials, got keep_exponentials=True")
+        # Python numbers, not NumPy's: what chooses the pieces asks `is False`.
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 class Pieces(NamedTuple):
@@ -282,8 +289,8 @@ class Layout(NamedTuple):
         """For arrays that belong to one device each, stacked along a new first axis."""
         return P((*self.data_axes, self.class_axis))
 
-    def check(self, features: jax.Array, kernel: jax.Array, classes: int | None) -> None:
-        """Refuses what does not divide over the mesh."""
+    def check(self, features: jax.Array, kernel: jax.Array, classes: int | None, name: str) -> None:
+        """Refuses what does not divide over the mesh; `name` is that of the kernel."""
         if not all(isinstance(size, int) for size in features.shape):
             raise ValueError(
                 f"features must have a known shape with a layout, got {features.shape}: export a "
@@ -295,17 +302,25 @@ class Layout(NamedTuple):
                 f"layout: classes must be at most the kernel's {columns} columns, got {classes}"
             )
         if columns % self.shards:
+            cure = f"fill it up and say classes={columns}"
+            if name != "kernel":
+                cure = "draw the sample with the same layout"
             raise ValueError(
-                f"kernel must have a multiple of {self.shards} columns to lie on axis "
-                f"{self.class_axis!r}, got {columns}: fill it up and say classes={columns}"
+                f"{name} must have a multiple of {self.shards} columns to lie on axis "
+                f"{self.class_axis!r}, got {columns}: {cure}"
             )
         if not self.batch_axes:
             return
-        rows = features.shape[0] if features.ndim > 1 else 1
-        if rows % self.groups:
+        if features.ndim < 2:
             raise ValueError(
-                f"features must have a multiple of {self.groups} rows to lie on axes "
-                f"{self.batch_axes}, got shape {features.shape}"
+                f"features must have rows to lie on axes {self.batch_axes}, got shape "
+                f"{features.shape}"
+            )
+        rows, least = features.shape[0], self.groups if self.splits_rows else 0
+        if rows % self.groups or rows < least:
+            raise ValueError(
+                f"features must have a multiple of {self.groups} rows, at least {least}, to lie on "
+                f"axes {self.batch_axes}, got shape {features.shape}"
             )
 
 
@@ -361,7 +376,7 @@ def prepare(
     """The checked arguments of a loss.
 
     Args:
-      one_pass: whether the loss computes row blocks once.
+      one_pass: whether row blocks compute the logits once.
       name: of the argument `kernel`.
     """
     margin = check_margin(margin)
@@ -376,7 +391,7 @@ def prepare(
     on_mesh = None
     if layout is not None:
         on_mesh = Layout.of(layout)
-        on_mesh.check(features, kernel, layout.classes)
+        on_mesh.check(features, kernel, layout.classes, name)
         classes = columns if layout.classes is None else layout.classes
         columns, one_pass = columns // on_mesh.shards, False
         rows //= math.prod(on_mesh.mesh.shape[axis] for axis in on_mesh.data_axes)

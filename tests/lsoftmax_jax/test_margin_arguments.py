@@ -58,6 +58,40 @@ def test_a_users_own_margin(x64, scale):
     assert_all_close(bars[:2], wanted, 1e-12)
 
 
+TWO, HALF = np.float64(2.0), np.float64(0.5)
+OF_NUMPY = {
+    "SphereFace": {"margin": SphereFace(np.int64(4), scale=TWO)},
+    "NormFace": {"margin": NormFace(scale=TWO)},
+    "CosFace": {"margin": CosFace(HALF, scale=TWO)},
+    "Combined": {"margin": Combined(TWO, HALF, HALF, scale=TWO, easy=np.True_)},
+    "ArcFace": {"margin": ArcFace(HALF, scale=TWO, detach=np.True_)},
+    "self_paced": {"lam": lsm.self_paced(HALF)},
+}
+
+
+@pytest.mark.parametrize("name", OF_NUMPY)
+def test_numbers_of_numpy_keep_float32(x64, name):
+    """NumPy's float64 would win over float32 operands where JAX has 64 bits."""
+    settings = {"margin": 4, "lam": 0.5} | OF_NUMPY[name]
+    plan = lsm.Plan(class_block=2, keep_exponentials=np.False_)
+    features, kernel = jnp.ones((2, 3), jnp.float32), jnp.eye(3, dtype=jnp.float32)
+    assert lsm.lsoftmax_loss(features, kernel, [0, 2], plan=plan, **settings).dtype == jnp.float32
+
+
+def test_a_plan_of_numpys_numbers_is_the_same_plan():
+    plan = lsm.Plan(np.int64(2**30), None, np.int32(8), np.False_)
+    assert plan.keep_exponentials is False and type(plan.class_block) is int
+
+
+def test_the_dtype_of_a_users_own_margin_is_named(x64):
+    class Wide(Quadratic):
+        def value_and_slope(self, cosine):
+            return cosine.astype(jnp.float64), jnp.ones_like(cosine)
+
+    with pytest.raises(TypeError, match=r"got shape \(33,\) and dtype float64"):
+        lsm.lsoftmax_loss(jnp.ones((2, 3)), jnp.eye(3), [0, 2], margin=Wide(0.2), lam=0.0)
+
+
 def test_the_usual_margin_is_the_default():
     assert ArcFace(scale=SCALE) == ArcFace(0.5, scale=SCALE)
     assert CosFace(scale=SCALE) == CosFace(0.35, scale=SCALE)

@@ -104,6 +104,14 @@ def test_second_derivative_in_reverse_mode(x64, margin):
     np.testing.assert_allclose(bend, np.array(wanted, float), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("margin", [1, 2, 4, 17])
+def test_second_derivative_at_the_end_points(x64, margin):
+    """T_m'' is m² (m² - 1) / 3 at 1; psi is odd around the middle, but for a constant."""
+    bend = jax.vmap(jax.grad(jax.grad(lambda c: lsm.psi(c, margin))))(jnp.array([1.0, -1.0]))
+    wanted = margin**2 * (margin**2 - 1) / 3
+    np.testing.assert_allclose(bend, [wanted, -wanted], rtol=1e-12)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     angles=st.lists(st.floats(0, np.pi), min_size=1, max_size=ANGLES),

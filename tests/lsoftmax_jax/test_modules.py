@@ -340,6 +340,15 @@ def test_a_schedule_in_place_of_its_value_is_refused_in_words(rule):
         getattr(nnx_head(), rule)(features, labels, lsm.margin_schedule(10))
 
 
+def test_lam_may_be_a_variable_of_flax():
+    features, labels, _ = arguments()
+    call = nnx_head().loss
+    wanted = call(features, labels, 2.0)
+    for run in (call, jax.jit(call)):
+        ours = run(features, labels, nnx.Variable(jnp.float32(2.0)))
+        chex.assert_trees_all_close(ours, wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("rule", ["loss", "loss_and_statistics"])
 def test_lam_may_be_named_and_options_must(rule):
     features, labels, lam = arguments()
