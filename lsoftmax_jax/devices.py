@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
+from lsoftmax_jax import _checks
 from lsoftmax_jax._core.placement import is_explicit
 from lsoftmax_jax.training import State, StepMetrics, TrainStep, _check_state, _unaliased
 
@@ -141,7 +142,7 @@ def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> CompiledStep:
       ``.lower(...)`` for compiling ahead.
 
     Raises:
-      TypeError, ValueError: `mesh` is none; in calls, if its size does not divide the batch, if an
+      TypeError, ValueError: `mesh` is no mesh; in calls, its size does not divide the batch, an
         array of the state is deleted, or as `step`.
 
     Example:
@@ -168,6 +169,7 @@ class RepeatedStep:
 
     def __call__(self, state: State, data: Any, length: int) -> tuple[State, StepMetrics]:
         _check_state(state)
+        length = _checks.check_size("length", length)
         state = _unaliased(state)
         return cast(tuple[State, StepMetrics], self._program(state)(state, data, length))
 
@@ -211,7 +213,8 @@ def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = Non
       donated; metrics are `StepMetrics` with a leading axis of that length.
 
     Raises:
-      TypeError, ValueError: `mesh` is none; in calls as `compile_step`.
+      TypeError, ValueError: `mesh` is no mesh; in calls, `length` is no int >= 1, or as
+        `compile_step`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -260,8 +263,8 @@ def _check_batch(labels: Any, mesh: Mesh) -> None:
     shape = np.shape(labels)
     if shape and shape[0] % mesh.size:
         raise ValueError(
-            f"the batch must divide over the {mesh.size} devices of the mesh, got {shape[0]} "
-            f"examples"
+            f"labels must have a multiple of {mesh.size} rows, the devices of the mesh, got "
+            f"{shape[0]}"
         )
 
 

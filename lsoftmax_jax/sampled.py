@@ -36,7 +36,8 @@ class Sample(NamedTuple):
     """Classes drawn for a batch.
 
     Attributes:
-      ids: (batch + negatives,) int32 class numbers: the distinct labels, then the drawn others.
+      ids: (min(batch, classes) + negatives,) int32 class numbers: the distinct labels, then the
+        drawn others.
         An entry without a class, for a repeated or a drawn label, holds the number of classes. With
         a layout every device has such a part, one after the other.
       offset: (ids.size,), added to the logits of these classes except as a target; -inf without a
@@ -73,7 +74,8 @@ def sample_classes(
         and insightface count the labels in: they draw max(labels, n) classes in all.)
       corrected: add :math:`\log\frac{\text{classes} - p}{n}` to the logits of the n drawn classes
         (p being the number of distinct labels), which makes the sum of the other exponentials an
-        unbiased estimate. False lets fewer classes compete, as the published Partial FC does.
+        unbiased estimate as long as, on every device, one of the drawn classes is no label. False
+        lets fewer classes compete, as the published Partial FC does.
       layout: how the kernel lies on a mesh. Each device then draws its part of the negatives from
         its own classes; the class axis must divide `negatives`.
 
@@ -100,7 +102,7 @@ def sample_classes(
             "jax.export exports"
         )
     _check_key(key)
-    on_mesh = None if layout is None else Layout.of(layout)
+    on_mesh = _layout_of(layout)
     if on_mesh is not None and negatives % on_mesh.shards:
         raise ValueError(
             f"negatives must be a multiple of the {on_mesh.shards} devices along "
@@ -439,7 +441,8 @@ def lsoftmax_sampled_loss_and_statistics(
       features, columns, sample, margin, lam, where, label_smoothing, plan, layout: as there.
 
     Returns:
-      the loss (...,), and `Statistics`; `max_logit` is the largest of the sampled others.
+      the loss (...,), and `Statistics`; `max_logit` is the largest of the sampled others with its
+      offset, so `plain_logit > max_logit` asks more than the classification.
 
     Raises:
       TypeError, ValueError: as `lsoftmax_sampled_loss`.
@@ -494,7 +497,15 @@ def lsoftmax_sampled_loss_sum(
     """
     keywords = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
     prepared = _prepared(
-        features, columns, sample, layout, margin=margin, lam=lam, weights=weights, **keywords
+        features,
+        columns,
+        sample,
+        layout,
+        margin=margin,
+        lam=lam,
+        weights=weights,
+        one_pass=True,
+        **keywords,
     )
     return run.loss_sum(*prepared)
 
@@ -510,7 +521,7 @@ def _prepared(
     features, columns = _checks.check_features(features, columns, "columns")
     if columns.shape[1] != sample.ids.size:
         raise ValueError(
-            f"columns (D, batch + negatives) must be those of the sample, {sample.ids.size}, got "
+            f"columns must have shape (D, {sample.ids.size}), one for each id of the sample, got "
             f"{columns.shape}"
         )
     if sample.labels.size != math.prod(features.shape[:-1]):
@@ -521,7 +532,5 @@ def _prepared(
     # All sampled columns count; the offset takes out those without a class.
     layout = None if layout is None else dataclasses.replace(layout, classes=None)
     labels = sample.labels.reshape(features.shape[:-1])
-    spec, arrays = prepare(
-        features, columns, labels, layout=layout, one_pass=True, name="columns", **keywords
-    )
+    spec, arrays = prepare(features, columns, labels, layout=layout, name="columns", **keywords)
     return spec, arrays._replace(offset=sample.offset)

@@ -67,7 +67,7 @@ class Sums(NamedTuple):
         margin logit is lower and would make training look worse than it is.
       target_angle: sum of the angles between feature and the label's kernel column, in radians.
       feature_norm: sum of the features' lengths.
-      share: sum of the shares 1 / (1 + λ) of the margin; 0 for a loss without a margin.
+      share: sum of the shares 1 / (1 + λ) of the margin; 0 for m = 1, `NormFace` and `loss`.
     """
 
     examples: jax.Array
@@ -83,7 +83,7 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       sums: over the batch.
-      share: mean share 1 / (1 + λ) of the margin, in [0, 1]; 0 for a loss without a margin.
+      share: mean share 1 / (1 + λ) of the margin, in [0, 1]; 0 for m = 1, `NormFace` and `loss`.
       kernel_norm: mean length of the kernel columns of the real classes, before the update.
       grad_norm: length of the whole gradient, float32, or float64 for float64 parameters.
       skipped: whether the update was not finite, so that nothing but the step changed.
@@ -585,10 +585,10 @@ def _losses(
         losses, seen = head.loss_and_statistics(features, labels, lam, where=where)
         share = 1 / (1 + seen.lam) if _has_margin(head) else jnp.zeros(())
     else:
+        labels = _checks.check_labels(labels, features.shape[:-1], head.classes)
         if where is not None:
             features = jnp.where(where[..., None], features, jnp.zeros_like(features))
             labels = jnp.where(where, labels, 0)
-        labels = _checks.check_labels(labels, features.shape[:-1], head.classes)
         losses = _check_losses(loss(head(features), labels), labels.shape)
         losses = _checks.nan_unless(labels >= 0, _widened(losses))
         if where is not None:

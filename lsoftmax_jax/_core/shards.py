@@ -9,7 +9,8 @@ Collectives of `lsoftmax_loss_sum`, loss and gradients:
 With a data axis every device sums its columns' gradient over that axis. For very many classes this
 is most of the bytes sent. A single axis for features and classes sends none of it.
 
-Every function here takes a `Layout`, or None on one device, where it does nothing.
+`view` and `exchanged` take the `Spec`, `splits` a `Layout`. All others take a `Layout`, or None on
+one device, where they change nothing.
 """
 
 import functools

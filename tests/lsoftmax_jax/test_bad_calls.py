@@ -360,7 +360,7 @@ OTHERS = [
     ("kernel must have shape", lambda: sampled.take_columns(jnp.ones((D, 2, 3)), sample())),
     ("sample must be", lambda: lsm.lsoftmax_sampled_loss(F, K, L, margin=2, lam=1.0)),
     (
-        "columns .* must be those of the sample",
+        "columns must have shape .*, one for each id of the sample",
         lambda: lsm.lsoftmax_sampled_loss(F, K[:, :3], sample(), margin=2, lam=1.0),
     ),
     (
@@ -497,7 +497,7 @@ OTHERS = [
     ("devices must be", lambda: devices.data_mesh(True)),
     ("mesh must be", lambda: devices.repeat(None, None, None)),
     ("mesh must be", lambda: devices.compile_step(lambda: None, None)),
-    ("batch", lambda: compiled(devices.data_mesh(), batch=jax.device_count() + 1)),
+    ("labels", lambda: compiled(devices.data_mesh(), batch=jax.device_count() + 1)),
     # weights of other libraries
     (
         "loss must be",

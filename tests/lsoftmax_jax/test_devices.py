@@ -160,8 +160,17 @@ def test_a_batch_that_does_not_divide(loop):
         lambda: devices.compile_step(step, mesh)(state, *batch),
         lambda: devices.repeat(step, same, mesh, loop=loop)(state, batch, 2),
     ):
-        with pytest.raises(ValueError, match=r"must divide over the 4 devices .*, got 6 examples"):
+        with pytest.raises(ValueError, match=r"labels must have a multiple of 4 rows.* got 6"):
             call()
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.0])
+def test_a_number_of_updates_below_one_is_refused(length):
+    graphdef, state = training.create(Headed(nnx.Rngs(0)), OPTIMIZER)
+    step, mesh = training.train_step(graphdef, OPTIMIZER, LAM), devices.data_mesh(1)
+    many = devices.repeat(step, same, mesh)
+    with pytest.raises((TypeError, ValueError), match="length must be"):
+        many(state, images_and_labels(4, 3), length)
 
 
 # The classes are split over some devices.

@@ -127,6 +127,24 @@ def test_invalid_labels_give_nan_unless_masked():
     assert np.isnan(loss[0]) and loss[1] == 0 and np.all(np.isfinite(loss[2:]))
 
 
+def test_the_loss_of_each_example_has_the_plan_of_the_exact_loss():
+    """Row blocks, which a sum computes once, would cost a fourth product here."""
+    plan = lsm.Plan(memory_budget=2**22)
+    features, kernel, labels = jnp.ones((2048, 4)), jnp.ones((4, 1024)), jnp.zeros(2048, int)
+    sample = lsm.sample_classes(jax.random.key(0), labels[:7], 1024, 1017)
+    sample = sample._replace(labels=labels)
+    keywords = {"margin": 3, "lam": 0.0, "plan": plan}
+
+    def lowered(loss, *arguments):
+        text = jax.jit(partial(loss, **keywords)).lower(*arguments).as_text()
+        return text.count("stablehlo.while"), text.count("1024x4x")
+
+    exact = lowered(lsm.lsoftmax_loss, features, kernel, labels)
+    assert lowered(lsm.lsoftmax_sampled_loss, features, kernel, sample) == exact
+    summed = lowered(lsm.lsoftmax_loss_sum, features, kernel, labels)
+    assert lowered(lsm.lsoftmax_sampled_loss_sum, features, kernel, sample) == summed
+
+
 @pytest.mark.parametrize(
     "arguments, error, name",
     [

@@ -378,6 +378,16 @@ def test_sizes_that_the_mesh_does_not_divide_are_named():
         loss(features[:15], kernel, labels[:15])
     with pytest.raises(ValueError, match="mesh must be given"):
         loss(features, kernel, labels, mesh=None)
+    with pytest.raises(ValueError, match="features must have rows"):
+        loss(features[0], kernel, labels[0])
+    both = {"batch_axes": ("data", "model")}
+    with pytest.raises(ValueError, match=r"multiple of 8 rows, at least 8,.*got shape \(0, 5\)"):
+        loss(features[:0], kernel, labels[:0], **both)
+    sample = lsm.sample_classes(jax.random.key(0), labels, COLUMNS, 7)
+    with pytest.raises(ValueError, match=r"columns must have a multiple of 4.*draw the sample"):
+        lsm.lsoftmax_sampled_loss(
+            features, kernel[:, :23], sample, margin=MARGIN, lam=LAM, layout=parallel
+        )
 
 
 def test_logits_of_a_split_batch_stay_split_without_the_filling():

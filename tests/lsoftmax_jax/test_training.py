@@ -131,6 +131,16 @@ def test_another_loss_takes_the_heads_place(graphdef_and_state, examples, train)
     assert ours.share == ours.sums.share == 0 and not ours.margin_idle
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_another_loss_is_nan_for_a_wide_label(masked):
+    """JAX would cut 2**32 + 1 to class 1."""
+    graphdef, state = training.create(Headed(nnx.Rngs(0)), OPTIMIZER)
+    plain = optax.softmax_cross_entropy_with_integer_labels
+    images, labels = jnp.ones((2, 3)), np.array([0, 2**32 + 1])
+    evaluate = training.eval_step(graphdef, loss=plain)
+    assert np.isnan(evaluate(state, images, labels, np.ones(2, bool) if masked else None).loss)
+
+
 @pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="Flax 0.11 has one mode")
 def test_tree_mode_of_nnx(graphdef_and_state, examples, single):
     with nnx.set_graph_mode(False):
