@@ -41,7 +41,8 @@ class LSoftmaxDense(linen.Module):
       dtype: features and kernel are cast to it for the computation; None promotes them. Sums,
         norms and angles are float32 or better whatever the dtype, so there is no
         `preferred_element_type`. For the precision of the products set
-        `jax.default_matmul_precision`; up to 256 classes they are at full precision.
+        `jax.default_matmul_precision`; up to 256 classes they are at full precision
+        in training.
       param_dtype: dtype of the kernel.
       kernel_init: initializer of the kernel, `linen.Dense`'s by default.
       layout: the mesh axes to shard the classes and the batch over. The kernel is then created
@@ -122,16 +123,9 @@ class LSoftmaxDense(linen.Module):
         Returns:
           (...,) float32, or float64 for float64 operands.
         """
+        options: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
         features, kernel, settings = _calls.call_of(self, features, self._kernel_for(features), lam)
-        return lsoftmax_loss(
-            features,
-            kernel,
-            labels,
-            where=where,
-            label_smoothing=label_smoothing,
-            plan=plan,
-            **settings,
-        )
+        return lsoftmax_loss(features, kernel, labels, **options, **settings)
 
     def loss_and_statistics(
         self,
@@ -144,16 +138,9 @@ class LSoftmaxDense(linen.Module):
         plan: Plan | None = None,
     ) -> tuple[jax.Array, Statistics]:
         """`loss`, and the `lsoftmax_jax.Statistics` of the same pass."""
+        options: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
         features, kernel, settings = _calls.call_of(self, features, self._kernel_for(features), lam)
-        return lsoftmax_loss_and_statistics(
-            features,
-            kernel,
-            labels,
-            where=where,
-            label_smoothing=label_smoothing,
-            plan=plan,
-            **settings,
-        )
+        return lsoftmax_loss_and_statistics(features, kernel, labels, **options, **settings)
 
     def loss_sum(
         self,
@@ -172,17 +159,9 @@ class LSoftmaxDense(linen.Module):
           weights: (...,) floating point, or None for ones.
           features, labels, lam, where, label_smoothing, plan: as in `loss`.
         """
+        options: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
         features, kernel, settings = _calls.call_of(self, features, self._kernel_for(features), lam)
-        return lsoftmax_loss_sum(
-            features,
-            kernel,
-            labels,
-            weights,
-            where=where,
-            label_smoothing=label_smoothing,
-            plan=plan,
-            **settings,
-        )
+        return lsoftmax_loss_sum(features, kernel, labels, weights, **options, **settings)
 
     @linen.compact
     def _kernel_for(self, features: ArrayLike) -> jax.Array:

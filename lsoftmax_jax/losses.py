@@ -4,6 +4,8 @@ Source: Liu et al., ICML 2016, https://arxiv.org/abs/1612.02295; the annealing b
 authors' released code.
 """
 
+from typing import Any
+
 import jax
 from jax.typing import ArrayLike
 
@@ -137,18 +139,10 @@ def lsoftmax_loss(
       >>> loss(features, filled, jnp.array([0, 2])).round(3).tolist()
       [1.473..., 1.473...]
     """
-    spec, arrays = prepare(
-        features,
-        kernel,
-        labels,
-        margin=margin,
-        lam=lam,
-        where=where,
-        label_smoothing=label_smoothing,
-        plan=plan,
-        layout=layout,
-    )
-    return run.losses(spec, arrays)[0]
+    options: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
+    return run.losses(
+        *prepare(features, kernel, labels, margin=margin, lam=lam, layout=layout, **options)
+    )[0]
 
 
 def lsoftmax_loss_and_statistics(
@@ -182,18 +176,9 @@ def lsoftmax_loss_and_statistics(
       >>> seen.plain_logit.tolist(), seen.lam.tolist()
       ([1.0, 1.0], [inf, inf])
     """
+    options: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
     return run.losses(
-        *prepare(
-            features,
-            kernel,
-            labels,
-            margin=margin,
-            lam=lam,
-            where=where,
-            label_smoothing=label_smoothing,
-            plan=plan,
-            layout=layout,
-        )
+        *prepare(features, kernel, labels, margin=margin, lam=lam, layout=layout, **options)
     )
 
 
@@ -241,18 +226,8 @@ def lsoftmax_loss_sum(
       >>> round(float(loss), 3), gradient.shape
       (1.473, (3, 3))
     """
+    options: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
+    options |= {"weights": weights, "layout": layout}
     return run.loss_sum(
-        *prepare(
-            features,
-            kernel,
-            labels,
-            margin=margin,
-            lam=lam,
-            where=where,
-            weights=weights,
-            label_smoothing=label_smoothing,
-            plan=plan,
-            layout=layout,
-            one_pass=True,
-        )
+        *prepare(features, kernel, labels, margin=margin, lam=lam, one_pass=True, **options)
     )

@@ -1,5 +1,6 @@
 """A step of the head with its SGD update inside, so that the kernel's gradient never exists."""
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple, cast
@@ -16,12 +17,12 @@ from lsoftmax_jax._core.blocks import (
     columns_with_norms,
     features_with_norms,
     label_sums,
+    slice_columns,
     sums_from,
 )
 from lsoftmax_jax._core.placement import anywhere, resharded, zeros_like_rows
 from lsoftmax_jax._core.run import Statistics
 from lsoftmax_jax._core.spec import Arrays, ClassParallel, Pieces, Plan, Spec, pieces_of, prepare
-from lsoftmax_jax._core.target import Columns
 from lsoftmax_jax._core.tiles import as_stored
 from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.schedule import SelfPaced
@@ -152,14 +153,12 @@ def _pieces(plan: Plan | None, spec: Spec, arrays: Arrays) -> Pieces:
         columns //= spec.layout.shards
     if not isinstance(rows, int):
         rows = 1
-    chosen = pieces_of(plan, rows, columns, spec.dtype, one_pass=False)
-    if isinstance(plan, Plan) and plan.class_block is not None:
-        return chosen._replace(keep_exponentials=False)
-    # The budget may allow one piece of all classes.
-    budget = (Plan() if plan is None else plan).memory_budget
-    affordable = budget // (2 * max(spec.dtype.itemsize, 4) * max(rows, 1)) // 128 * 128
-    block = min(max(min(affordable, _CLASSES), 512), columns)
-    return Pieces(class_block=block, keep_exponentials=False)
+    if plan is None or isinstance(plan, Plan):
+        plan = dataclasses.replace(plan or Plan(), keep_exponentials=False)
+    pieces = pieces_of(plan, rows, columns, spec.dtype, one_pass=False)
+    if plan.class_block is not None:
+        return pieces
+    return pieces._replace(class_block=min(pieces.class_block or columns, _CLASSES))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -229,18 +228,14 @@ def _local(
         # written in this order: features' gradient, momentum, kernel (test_plans_hlo).
         dfeatures, kernel, momentum = carry
         kernel, momentum = (as_stored(array, rows.labels.shape[0]) for array in (kernel, momentum))
-        own = _block(kernel, start, width)
-        offset, inverse = (
-            None if array is None else jax.lax.dynamic_slice_in_dim(array, start, width)
-            for array in (columns.offset, columns.inverse_norm)
-        )
-        here = Columns(own.astype(spec.dtype), offset, inverse)
+        own = slice_columns(columns._replace(kernel=kernel), start, width)
+        here = own._replace(kernel=own.kernel.astype(spec.dtype))
         shifted = rows._replace(labels=rows.labels - start)
         change, dkernel = block_gradients(shifted, here, gradient, None)
         along = sums_from(sums, start, width)
-        dkernel = columns_with_norms(here._replace(kernel=own), along, dkernel)
+        dkernel = columns_with_norms(own, along, dkernel)
         dkernel = shards.over_data(layout, run.times(factor, dkernel))
-        dkernel = dkernel + omega * own.astype(omega.dtype)
+        dkernel = dkernel + omega * own.kernel.astype(omega.dtype)
         velocity = mu * _block(momentum, start, width).astype(mu.dtype) + dkernel
         # Without the barrier XLA of JAX 0.12 copies kernel and momentum for the tail.
         momentum = jax.lax.optimization_barrier(_with_block(momentum, velocity, start))
