@@ -52,11 +52,11 @@ test-slow: pytest
 
 # The second command kills one of two processes that train together.
 crash-test: $(VENV)/test.stamp
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m scripts.crash $(KILLS) $(SEED) $(RESULT)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m scripts.crash --kills $(KILLS) --seed $(SEED) $(if $(RESULT),--result $(RESULT))
 	$(VENV)/bin/pytest -m slow -k lost_process tests/experiments/store/test_processes.py
 
 fuzz: $(VENV)/test.stamp
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m scripts.fuzz $(SECONDS) $(SEED) $(RESULT)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m scripts.fuzz --seconds $(SECONDS) --seed $(SEED) $(if $(RESULT),--result $(RESULT))
 
 format: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check --fix .

@@ -195,20 +195,6 @@ CONSTRUCTORS = ConstructorRegistry()
 
 
 @CONSTRUCTORS.primitive_rule
-def path_in_help(argument: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
-    """Paths as everywhere, but help names a default in the clone from the clone's folder on."""
-    if argument.type is not Path:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: Path(words[0]),
-        is_instance=lambda value: isinstance(value, Path),
-        str_from_instance=lambda path: [str(path).removeprefix(f"{CLONE}/")],
-    )
-
-
-@CONSTRUCTORS.primitive_rule
 def bounded_integer(argument: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
     """Integers that JAX's int32 holds: steps, seeds, classes and all else that is counted."""
     if argument.type is not int:

@@ -28,14 +28,14 @@ from experiments.benchmarks.convergence import (
 )
 from experiments.benchmarks.records import heading
 from experiments.paper.measures import measures
+from experiments.paper.style import STYLE, write
 from experiments.report.features import features_figure
 from experiments.report.outcomes import spread
-from experiments.report.style import STYLE, write
 from experiments.store.progress import Progress
 from experiments.store.results import save
 from lsoftmax_jax import verification
 
-OUT = Path(__file__).parent.parent / "quickstart"
+OUT = Path("quickstart")
 SEEDS = 10
 LOSSES = {"softmax": None, "L-Softmax, m = 4": lsm.self_paced()}
 SETTING = Setting("digits", optimizer="adamw", steps=800)

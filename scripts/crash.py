@@ -1,6 +1,6 @@
 """Kills runs and continues them; each must end with the same bits as an unbroken run.
 
-    python -m scripts.crash [KILLS] [SEED] [RESULT.json]
+    python -m scripts.crash [--kills KILLS] [--seed SEED] [--result RESULT.json]
 
 Half of the kills come at a random time. The others come at a numbered file-system event under the
 run's folder: an open, rename, removal or new folder, as Python's audit hooks see it. Each source of
@@ -9,6 +9,7 @@ because they are not finite. A run is killed several times before it may finish.
 """
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tyro
 from flax import nnx
 
 from experiments.__main__ import main
@@ -98,9 +101,7 @@ def ended(child: int) -> int:
 
 def outcome(out: Path) -> tuple:
     """The curves, measures and bits of the last checkpoint, which must not depend on kills."""
-    (log,) = [*out.glob("metrics.jsonl"), *out.glob("*/metrics.jsonl"),
-              *out.glob("*/*/metrics.jsonl")]  # fmt: skip
-    folder = log.parent
+    (folder,) = (log.parent for log in out.rglob("metrics.jsonl"))
     result = json.loads(folder.with_name(f"{folder.name}.json").read_text())
     numbers = result["status"], result["curves"], result.get("test"), result.get("accuracy")
     with ocp.CheckpointManager(folder / "checkpoints") as manager:
@@ -129,7 +130,7 @@ def attack(words: list[str], kills: int, rng: random.Random, folder: Path) -> tu
         assert code == 0, (folder / attempt / "said").read_text()[-2000:]
         seconds = time.monotonic() - begun
         events = int((folder / attempt / "last").read_text().split()[0])
-    expected = run_in_child(outcome, whole)
+    expected = in_child(outcome, whole)
     while (done := sum(hit.values())) < kills:
         place = folder / "broken" / "run"
         place.mkdir(parents=True)
@@ -151,26 +152,17 @@ def attack(words: list[str], kills: int, rng: random.Random, folder: Path) -> tu
                 at = last.read_text().split()[1:] if last.exists() else ["before any"]
                 hit[" ".join(at) if where == "event" else "random time"] += 1
         code = ended(started(words, place, folder / "cache"))
-        if code != 0 or run_in_child(outcome, place) != expected:
+        if code != 0 or in_child(outcome, place) != expected:
             wrong += 1
             print(f"exit {code}:", (folder / "broken" / "said").read_text()[-2000:])
         shutil.rmtree(folder / "broken")
     return hit, wrong
 
 
-def run_in_child(function: Callable[[Path], Any], argument: Path) -> bytes:
-    """Hashes a value in a child process: this process could not fork after JAX has started."""
-    read, write = os.pipe()
-    if (child := os.fork()) == 0:
-        import hashlib
-
-        os.write(write, hashlib.sha256(repr(function(argument)).encode()).digest())
-        os._exit(0)
-    os.close(write)
-    value = os.read(read, 64)
-    os.close(read)
-    assert ended(child) == 0
-    return value
+def in_child(function: Callable[[Path], Any], argument: Path) -> Any:
+    """A function's value from a child: this process could not fork after JAX has started."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+        return child.submit(function, argument).result()
 
 
 def crash(kills: int = 30, seed: int = 0, result: Path | None = None) -> int:
@@ -190,11 +182,4 @@ def crash(kills: int = 30, seed: int = 0, result: Path | None = None) -> int:
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    sys.exit(
-        crash(
-            int(given[0]) if given else 30,
-            int(given[1]) if given[1:] else 0,
-            Path(given[2]) if given[2:] else None,
-        )
-    )
+    sys.exit(tyro.cli(crash))

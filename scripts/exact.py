@@ -197,10 +197,10 @@ def part_of(
     y, classes = t.label, columns.classes
     logits = row.logits.copy()
     logits[y] = row.norms[y] * t.blend
-    p = np.exp(logits - logsumexp(logits))
+    p = np.exp(logits - np.logaddexp.reduce(logits))
     others = np.arange(classes) != y
     rest = np.sum(p[others])  # 1 - p[y] without a difference
-    z = np.array([logsumexp(logits[np.arange(classes) != j]) for j in range(classes)])
+    z = np.array([np.logaddexp.reduce(logits[np.arange(classes) != j]) for j in range(classes)])
     # softplus(Z - t): the difference of two large numbers has no digits left.
     missed = np.logaddexp(Wide(0), z[y] - logits[y])
     loss = missed + smoothing * np.mean(logits[y] - logits)
@@ -272,12 +272,6 @@ def moved(leads: Any, shaken: Any) -> Any:
     """
     odds = np.exp(-np.maximum(np.abs(leads) - FAR * shaken, 0))
     return np.minimum(shaken, 1) * odds / (1 + odds) ** 2
-
-
-def logsumexp(logits: Any) -> Any:
-    if not logits.size:
-        return Wide(-np.inf)
-    return logits.max() + np.log(np.sum(np.exp(logits - logits.max())))
 
 
 def divided(array: Any, length: Any) -> Any:

@@ -1,6 +1,6 @@
 """Compares losses and gradients at random arguments with an independent 80-bit reference.
 
-    python -m scripts.fuzz [SECONDS] [SEED] [RESULT.json]
+    python -m scripts.fuzz [--seconds SECONDS] [--seed SEED] [--result RESULT.json]
 
 Most cases call a loss and the inference logits, on one device or on a mesh of Auto or Explicit
 axes; float16 has a loss scale up to 2**15. The other cases make a training step in `jax.shard_map`,
@@ -20,6 +20,7 @@ that are noticed; below 95 % the script fails.
 """
 
 import functools
+import json
 import os
 import random
 import sys
@@ -35,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -270,19 +272,6 @@ class Tally:
     def failed(self) -> int:
         return sum(self.count[dtype, "failed"] for dtype in EPS)
 
-    def __str__(self) -> str:
-        count, lines = self.count, []
-        for dtype in EPS:
-            lines.append(
-                f"{dtype}: {count[dtype, 'cases']} cases within the claim, worst "
-                f"{self.worst[dtype]:.3g} units; {count[dtype, 'not_right_beyond']} of "
-                f"{count[dtype, 'cases_beyond']} beyond the claim are not right"
-            )
-        for name in FAULTS:
-            noticed, not_ = (self.planted[name, seen] for seen in (True, False))
-            lines.append(f"planted, {name}: noticed in {noticed} of {noticed + not_} cases")
-        return "\n".join([*lines, f"{100 * self.power:.1f} % of the planted faults are noticed"])
-
     def facts(self) -> dict[str, Any]:
         kinds = ("cases", "failed", "cases_beyond", "not_right_beyond", "sharded", "steps")
         return {
@@ -403,7 +392,7 @@ def fuzz(
             else:
                 continue
             judge(program, case, found, expected, scale, choose, tally)
-    print(tally)
+    print(json.dumps(tally.facts(), indent=1))
     if result is not None:
         facts = {"kind": "fuzz", "seed": seed, "seconds": seconds, "allowed": ALLOWED}
         save(result, facts | tally.facts() | {"load": os.getloadavg()[0]})
@@ -412,11 +401,4 @@ def fuzz(
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 4)
-    given = sys.argv[1:]
-    sys.exit(
-        fuzz(
-            float(given[0]) if given else 60.0,
-            int(given[1]) if given[1:] else 0,
-            Path(given[2]) if given[2:] else None,
-        )
-    )
+    sys.exit(tyro.cli(fuzz))

@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from flax import linen
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -27,7 +27,7 @@ from experiments.benchmarks.frozen import frozen, grey_faces, whitened
 from experiments.benchmarks.records import OUT, earlier, heading
 from experiments.benchmarks.tables import markdown
 from experiments.paper.data import load
-from experiments.store.files import replacing
+from experiments.paper.style import LOSSES, STYLE, write
 from experiments.store.progress import Progress
 from experiments.store.results import save
 from lsoftmax_jax import verification
@@ -91,16 +91,6 @@ POLICIES = (
     Policy("ArcFace(0.5, scale=16)", constant(0.0), ArcFace(0.5, scale=16.0)),
     Policy("ArcFace(0.5, scale=32)", constant(0.0), ArcFace(0.5, scale=32.0)),
 )
-
-
-# The colours that these losses have in the report's figures; all other policies are L-Softmax.
-COLORS = {
-    "softmax": "0.35",
-    "normface": "tab:olive",
-    "cosface": "tab:cyan",
-    "arcface": "tab:pink",
-    "m4": "tab:red",
-}
 
 
 class Split(NamedTuple):
@@ -429,7 +419,7 @@ def draw(runs: list[dict[str, Any]], file: Path) -> Path:
     """Writes the picture: EER of unseen classes against error of trained ones, a point a policy."""
     tasks = list(dict.fromkeys(run["task"] for run in runs))
     policies = dict.fromkeys(run["policy"] for run in runs)
-    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "legend.frameon": False}):
+    with rc_context(STYLE):
         figure = Figure(figsize=(3.4 * len(tasks), 4.2), layout="constrained")
         for panel, task in zip(
             figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True
@@ -437,8 +427,9 @@ def draw(runs: list[dict[str, Any]], file: Path) -> Path:
             for number, policy in enumerate(policies):
                 if any((run["task"], run["policy"]) == (task, policy) for run in runs):
                     error, eer = (over(runs, task, policy, of) for of in ("error", "eer"))
-                    loss = next((of for of in COLORS if of in policy.lower()), "m4")
-                    look = {"marker": "osD^v<>P*Xph8"[number], "color": COLORS[loss]}
+                    # All other policies are L-Softmax.
+                    loss = next((of for of in LOSSES if of in policy.lower()), "m4")
+                    look = {"marker": "osD^v<>P*Xph8"[number], "color": LOSSES[loss].color}
                     label = policy if task == tasks[0] else None
                     panel.plot(error.mean(), eer.mean(), linestyle="", label=label, **look)
             panel.set(title=TASKS[task].title, xlabel="error of trained classes, %")
@@ -450,6 +441,5 @@ def draw(runs: list[dict[str, Any]], file: Path) -> Path:
             "means of " + ", ".join(f"{count[task]} networks ({task})" for task in tasks),
             fontsize=8,
         )
-        with replacing(file) as pixels:
-            figure.savefig(pixels, format="png", dpi=160, metadata={"Software": None})
+        write(figure, file)
     return file

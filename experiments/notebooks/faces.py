@@ -42,9 +42,9 @@ from experiments.faces.protocol import people_of_fold, read_pairs
 from experiments.faces.recipe import FaceRecipe
 from experiments.faces.train import load_run, train_faces
 from experiments.faces.verify import verify_faces
+from experiments.paper.style import STYLE
 from experiments.report.neighbours import neighbours
 from experiments.report.roc import roc_figure
-from experiments.report.style import STYLE
 from experiments.store import results as result
 from lsoftmax_jax.schedule import LambdaPreset
 

@@ -41,9 +41,9 @@ from IPython.display import Markdown, display
 import lsoftmax_jax as lsm
 from experiments.paper import data
 from experiments.paper.cells import CELLS, CONFIGS, changes_of, command_of, run_name
+from experiments.paper.style import STYLE, mark_runs
 from experiments.report import figures, tables
 from experiments.report.outcomes import grouped, load_outcomes
-from experiments.report.style import STYLE, mark_runs
 from experiments.run import loop, train
 from experiments.store import results as result
 from experiments.store.checkpoints import steps_in

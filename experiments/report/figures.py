@@ -19,6 +19,14 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from experiments.paper.cells import CONFIGS
+from experiments.paper.style import (
+    LOSSES,
+    MARGINS,
+    STYLE,
+    loss_name,
+    mark_runs,
+    write,
+)
 from experiments.report.features import common_reach, draw_features
 from experiments.report.outcomes import (
     Group,
@@ -29,14 +37,6 @@ from experiments.report.outcomes import (
     words,
 )
 from experiments.report.roc import face_title, for_choosing, roc_figure
-from experiments.report.style import (
-    LOSSES,
-    MARGINS,
-    STYLE,
-    loss_name,
-    mark_runs,
-    write,
-)
 from experiments.run.loop import RUNS
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.paper.cells import CONFIGS
-from experiments.report.style import LINES, loss_name
+from experiments.paper.style import LINES, loss_name
 from experiments.run.loop import RUNS
 from experiments.store import results as result
 

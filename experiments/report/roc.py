@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.paper.style import LINES, LOSSES
 from experiments.report.outcomes import Outcome, face_loss, seeds_words, went_on
-from experiments.report.style import LINES, LOSSES
 
 # Colours of what has no loss, such as pixels and embeddings from a file. No loss has these colours.
 OTHERS = ("black", "tab:green", "goldenrod", "navy")

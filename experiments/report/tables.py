@@ -12,6 +12,7 @@ from experiments.paper import campaign
 from experiments.paper.cell import Cell
 from experiments.paper.cells import CELLS, CONFIGS, changes_of, command_of, flags_of, run_name
 from experiments.paper.config import Config
+from experiments.paper.style import LOSSES
 from experiments.report.differences import difference, mcnemar, paired, softmax_beside
 from experiments.report.outcomes import (
     Group,
@@ -25,7 +26,6 @@ from experiments.report.outcomes import (
     went_on,
 )
 from experiments.report.roc import face_words, for_choosing, lowest_rate
-from experiments.report.style import LOSSES
 from experiments.store import results
 
 FULL = "Data set by loss: full runs"

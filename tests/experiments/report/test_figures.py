@@ -7,8 +7,9 @@ from matplotlib.image import imread
 
 from experiments.__main__ import main
 from experiments.paper import measures as measure
+from experiments.paper import style
 from experiments.paper.cells import CONFIGS
-from experiments.report import figures, style
+from experiments.report import figures
 from experiments.report.outcomes import grouped
 from experiments.store import results as result
 from made_up import run_of

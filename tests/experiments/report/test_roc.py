@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from experiments.paper.style import LOSSES
 from experiments.report import roc
-from experiments.report.style import LOSSES
 
 RATES = np.geomspace(1e-3, 1, 100).tolist()
 
