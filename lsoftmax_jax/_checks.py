@@ -94,6 +94,8 @@ def shape_of(name: str, value: Any, expected: str) -> tuple[int, ...]:
     """The shape of an array of any dtype."""
     try:
         return np.shape(value)
+    except jax.errors.TracerArrayConversionError:  # a list of traced numbers
+        return jnp.asarray(value).shape
     except ValueError as error:
         raise TypeError(
             f"{name} must be {expected}, got {type(value).__name__}: {error}"
@@ -104,9 +106,10 @@ def check_scalar(name: str, value: ArrayLike, most: float = math.inf) -> Any:
     """A real scalar in [0, most]; in a JAX array the range is checked by `in_range`."""
     value = _held(value)
     if callable(value):
-        raise TypeError(
-            f"{name} must be a real scalar: pass schedule(step), not the schedule, got {value!r}"
-        )
+        wanted = "pass schedule(step), not the schedule"
+        if getattr(value, "__name__", "") == "self_paced":
+            wanted = "call the rule, self_paced()"
+        raise TypeError(f"{name} must be a real scalar: {wanted}, got {value!r}")
     given = value
     if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
         value = as_array(name, value, "a real scalar >= 0")

@@ -138,8 +138,8 @@ def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> CompiledStep:
         state is needed again.
 
     Returns:
-      a function of the arguments of `step`, compiled when first called, with
-      ``.lower(...)`` for compiling ahead.
+      a function of the arguments of `step`, compiled when first called, with ``.lower(...)`` for
+      compiling ahead. The first axis of each array in ``images`` is that of the batch.
 
     Raises:
       TypeError, ValueError: `mesh` is no mesh; in calls, its size does not divide the batch, an

@@ -32,7 +32,7 @@ from lsoftmax_jax import _checks
 from lsoftmax_jax._core.placement import vary_over, varying_axes
 from lsoftmax_jax._core.tiles import sum_over_rows
 from lsoftmax_jax.margins import LSoftmax, NormFace, check_margin
-from lsoftmax_jax.schedule import SelfPaced
+from lsoftmax_jax.schedule import SelfPaced, self_paced
 
 Schedule = Callable[[jax.Array], jax.Array]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -45,7 +45,8 @@ class State(NamedTuple):
     """Everything that training changes, as one pytree of arrays.
 
     Attributes:
-      step: number of updates made, int32 ().
+      step: number of calls of the step, int32 (): skipped updates count, and so does each call
+        under `optax.MultiSteps`.
       params: the trained parameters, a nested dict.
       other: the model's remaining arrays, such as batch statistics, a nested dict.
       opt_state: state of the optimizer.
@@ -242,11 +243,13 @@ def train_step(
         floating-point variables that the model changes are averaged over it.
 
     Returns:
-      ``step(state, images, labels, where=None) -> (state, StepMetrics)``. ``images`` may be any
-      pytree. ``where``, of the shape of labels, marks the labels that count. Padding may hold
-      anything: the model sees zeros there, and is called as ``model(images, where=where)`` so
-      that its batch statistics can leave the padding out too. (Under ``axis_name`` Flax averages
-      the devices' statistics with equal weight, exact where each has as many real rows.)
+      ``step(state, images, labels, where=None) -> (state, StepMetrics)``. The step calls
+      ``model.train()`` and ``model(images)``. ``images`` may be any pytree. ``where``, of the shape
+      of labels, marks the labels that count. Floating-point padding may hold anything: in each
+      floating-point array of ``images`` whose first axes are those of ``where``, the model sees
+      zeros there. The call is then ``model(images, where=where)``, so that batch statistics can
+      leave the padding out too. (Under ``axis_name`` Flax averages the devices' statistics with
+      equal weight, exact where each has as many real rows.)
 
     Raises:
       TypeError, ValueError: an argument here has the wrong type. When the step is traced: as
@@ -270,7 +273,9 @@ def train_step(
     _check_graphdef(graphdef)
     _check_optimizer(optimizer)
     _check_loss(loss)
-    if not (lam is None or isinstance(lam, SelfPaced) or callable(lam)):
+    if cast(Any, lam) is self_paced or not (
+        lam is None or isinstance(lam, SelfPaced) or callable(lam)
+    ):
         raise TypeError(f"lam must be a schedule step -> λ, self_paced() or None, got {lam!r}")
 
     def total(tree: Any) -> Any:
@@ -295,9 +300,9 @@ def train_step(
         def mean_loss(params: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
             model = nnx.merge(graphdef, params, state.other)
             model.train()
-            model.set_attributes(nnx.BatchNorm, raise_if_not_found=False, axis_name=axis_name)
+            _normalise_over(model, axis_name)
             with _stream_of_device(model, axis_name):
-                features = model(images) if where is None else model(images, where=where)
+                features = _called(model, images, where)
             losses, sums = _losses(_head_of(model), features, labels, given, where, loss)
             other = _like(nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param))), state.other)
             return jnp.sum(losses) / count.astype(losses.dtype), (other, sums)
@@ -342,7 +347,7 @@ def eval_step(
 
     Returns:
       ``step(state, images, labels, where=None) -> Sums``; ``where``, of the shape of labels, marks
-      the labels that count. Padding may hold anything.
+      the labels that count. Floating-point padding may hold anything, as for `train_step`.
 
     Raises:
       TypeError, ValueError: as `train_step`.
@@ -383,7 +388,7 @@ def embed_step(
 
     Returns:
       ``step(state, images) -> (features, plain logits)``, of shapes (batch, D) and
-      (batch, classes).
+      (batch, classes). `jax.jit` compiles it, on a mesh too.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -533,8 +538,43 @@ def _averaged(tree: Any, axis_name: str | None) -> Any:
 # The model and its head.
 
 
+def _called(model: Any, images: Any, where: jax.Array | None) -> Any:
+    """The features."""
+    if where is None:
+        return model(images)
+    try:
+        return model(images, where=where)
+    except TypeError as error:
+        if "unexpected keyword argument 'where'" not in str(error):
+            raise
+        raise TypeError(
+            f"model must take `where`, which its batch statistics may need, as in "
+            f"def __call__(self, images, where=None): {error}"
+        ) from error
+
+
+def _normalise_over(model: Any, axis_name: str | None) -> None:
+    """Makes batch normalisation span the axis; on None it keeps what the model has."""
+    if axis_name is None:
+        return
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            if module.axis_name not in (None, axis_name):
+                # jax.lax.pmean takes no axis of vmap together with one of shard_map.
+                raise ValueError(
+                    f"axis_name must be the axis of the model's batch normalisation, "
+                    f"{module.axis_name!r}, got {axis_name!r}: train on a mesh, by compile_step"
+                )
+            module.axis_name = axis_name
+
+
 def _like(new: dict[Any, Any], old: dict[Any, Any]) -> dict[Any, Any]:
     """The variables of `new` that `old` has, without those that a call has sown."""
+    for name, value in old.items():
+        if (name not in new) or (value is None) != (new[name] is None):
+            raise TypeError(
+                f"model must keep its variable {name!r} from `create` on: make it there"
+            )
     return {
         name: _like(new[name], value) if isinstance(value, dict) else new[name]
         for name, value in old.items()
@@ -543,11 +583,13 @@ def _like(new: dict[Any, Any], old: dict[Any, Any]) -> dict[Any, Any]:
 
 def _head_of(model: Any) -> Any:
     head = getattr(model, "head", None)
-    if not all(hasattr(head, name) for name in ("loss_and_statistics", "kernel", "classes")):
+    wanted = "loss_and_statistics", "kernel", "classes", "margin"
+    if not all(hasattr(head, name) for name in wanted):
         got = "none" if head is None else f"a {type(head).__name__}"
         raise TypeError(
             f"model must have a large-margin head as its attribute `head`, such as "
-            f"lsoftmax_jax.nnx.LSoftmaxDense; {type(model).__name__} has {got}"
+            f"lsoftmax_jax.nnx.LSoftmaxDense, with {', '.join(wanted)}; {type(model).__name__} has "
+            f"{got}"
         )
     return head
 
@@ -586,6 +628,7 @@ def _losses(
         share = 1 / (1 + seen.lam) if _has_margin(head) else jnp.zeros(())
     else:
         labels = _checks.check_labels(labels, features.shape[:-1], head.classes)
+        labels = _checks.known_labels(labels, head.classes)
         if where is not None:
             features = jnp.where(where[..., None], features, jnp.zeros_like(features))
             labels = jnp.where(where, labels, 0)

@@ -132,13 +132,26 @@ def test_another_loss_takes_the_heads_place(graphdef_and_state, examples, train)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_another_loss_is_nan_for_a_wide_label(masked):
-    """JAX would cut 2**32 + 1 to class 1."""
+@pytest.mark.parametrize("bad", [-1, CLASSES, 2**32 + 1])
+def test_a_label_outside_the_classes_is_no_class_of_another_loss(bad, masked):
+    """The loss alone would give a number; JAX would cut 2**32 + 1 to class 1."""
+
+    def one_hot(logits, labels):
+        return optax.softmax_cross_entropy(logits, jax.nn.one_hot(labels, CLASSES))
+
     graphdef, state = training.create(Headed(nnx.Rngs(0)), OPTIMIZER)
-    plain = optax.softmax_cross_entropy_with_integer_labels
-    images, labels = jnp.ones((2, 3)), np.array([0, 2**32 + 1])
-    evaluate = training.eval_step(graphdef, loss=plain)
-    assert np.isnan(evaluate(state, images, labels, np.ones(2, bool) if masked else None).loss)
+    images, labels = jnp.ones((2, 3)), np.array([0, bad])
+    where = np.ones(2, bool) if masked else None
+    sums = training.eval_step(graphdef, loss=one_hot)(state, images, labels, where)
+    step = training.train_step(graphdef, OPTIMIZER, LAM, loss=one_hot)
+    assert np.isnan(sums.loss) and step(state, images, labels, where)[1].skipped
+
+
+def test_labels_may_be_a_list_of_traced_numbers():
+    graphdef, state = training.create(Headed(nnx.Rngs(0)), OPTIMIZER)
+    images, labels, evaluate = jnp.ones((2, 3)), [0, 1], training.eval_step(graphdef)
+    wanted = evaluate(state, images, np.array(labels))
+    assert_close(jax.jit(evaluate)(state, images, labels), wanted)
 
 
 @pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="Flax 0.11 has one mode")

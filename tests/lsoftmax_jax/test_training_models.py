@@ -7,10 +7,21 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import lsoftmax_jax as lsm
 from lsoftmax_jax import training
-from steps import BATCH, CLASSES, LAM, OPTIMIZER, WIDTH, Line, assert_close, images_and_labels
+from steps import (
+    BATCH,
+    CLASSES,
+    LAM,
+    OPTIMIZER,
+    WIDTH,
+    Line,
+    assert_close,
+    images_and_labels,
+    mesh_of,
+)
 
 pytestmark = pytest.mark.lax  # Optax's schedules multiply floats by integer steps
 
@@ -122,3 +133,76 @@ def test_dropout_goes_on_from_step_to_step():
     features, logits = training.embed_step(graphdef)(state, ROWS)
     assert_close(features, nnx.relu(Line(nnx.Rngs(0)).layer(jnp.asarray(ROWS))))
     assert logits.shape == (BATCH, CLASSES)
+
+
+class TwoViews(Line):
+    """Batch normalisation over two views of every row, an axis of the model's own."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.norm = nnx.BatchNorm(WIDTH, axis_name="views", rngs=rngs)
+
+    def __call__(self, rows, where=None):
+        graphdef, state = nnx.split(self.norm)
+
+        def normalised(view, state):
+            norm = nnx.merge(graphdef, state)
+            return norm(view), nnx.to_pure_dict(nnx.state(norm))
+
+        views, state = jnp.stack([rows, 3 * rows + 1]), nnx.to_pure_dict(state)
+        over_views = jax.vmap(normalised, (0, None), axis_name="views")
+        outputs, states = over_views(views, state)
+        nnx.update(self.norm, jax.tree.map(lambda of_views: of_views[0], states))
+        return super().__call__(outputs.mean(axis=0))
+
+
+def test_batch_normalisation_keeps_an_axis_of_its_own():
+    model = TwoViews(nnx.Rngs(0))
+    graphdef, state = training.create(model, OPTIMIZER)
+    loss = lsm.lsoftmax_loss(
+        model(ROWS), model.head.kernel[...], LABELS, margin=4, lam=LAM(0)
+    )  # which changes the statistics of the model
+    step = training.train_step(graphdef, OPTIMIZER, LAM)
+    after, metrics = jax.jit(step)(state, ROWS, LABELS)
+    assert_close(metrics.sums.loss, loss.sum())
+    assert_close(after.other["norm"]["mean"], nnx.to_pure_dict(nnx.state(model.norm))["mean"])
+
+
+def test_batch_normalisation_of_another_axis_is_refused():
+    graphdef, state = training.create(TwoViews(nnx.Rngs(0)), OPTIMIZER)
+    step = training.train_step(graphdef, OPTIMIZER, LAM, axis_name="data")
+    specs = P(), P("data"), P("data")
+    step = jax.shard_map(step, mesh=mesh_of(2), in_specs=specs, out_specs=P())
+    with pytest.raises(ValueError, match=r"axis_name must be .*'views', got 'data'"):
+        step(state, ROWS, LABELS)
+
+
+class Unmasked(Line):
+    def __call__(self, rows):
+        return super().__call__(rows)
+
+
+def test_a_model_that_takes_no_mask_is_named():
+    chain = nnx.Sequential(nnx.Linear(WIDTH, 4, rngs=nnx.Rngs(0)))
+    chain.head = Line(nnx.Rngs(0)).head
+    for model in (Unmasked(nnx.Rngs(0)), chain):
+        graphdef, state = training.create(model, OPTIMIZER)
+        step = training.train_step(graphdef, OPTIMIZER, LAM)
+        with pytest.raises(TypeError, match="model must take `where`"):
+            step(state, ROWS, LABELS, np.arange(BATCH) < 3)
+
+
+class Late(Line):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.last = nnx.Cache(None)
+
+    def __call__(self, rows, where=None):
+        self.last = nnx.Cache(rows)
+        return super().__call__(rows)
+
+
+def test_a_variable_that_a_call_makes_is_named():
+    graphdef, state = training.create(Late(nnx.Rngs(0)), OPTIMIZER)
+    with pytest.raises(TypeError, match="model must keep its variable 'last'"):
+        training.train_step(graphdef, OPTIMIZER, LAM)(state, ROWS, LABELS)
