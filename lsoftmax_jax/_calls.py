@@ -41,6 +41,18 @@ def check_settings(head: Head) -> None:
         raise TypeError(f"layout must be a lsoftmax_jax.ClassParallel, got {head.layout!r:.80}")
 
 
+def known_lam(lam: Any) -> float | SelfPaced | None:
+    """λ of a head, a number: an array in a module of NNX is a part of its state, and trained."""
+    if lam is None or isinstance(lam, SelfPaced):
+        return lam
+    lam = _checks.check_scalar("lam", lam)
+    if isinstance(lam, jax.core.Tracer):
+        raise TypeError(
+            f"lam of a head must be known, got {_checks.shown(lam)}; or give it to a call"
+        )
+    return float(_checks.check_scalar("lam", float(lam)))
+
+
 def check_dtype(name: str, dtype: Any) -> None:
     try:
         known = jnp.dtype(dtype)
@@ -80,6 +92,7 @@ def call_of(
             f"kernel of the head must have shape (D, {columns}) for {head.classes} classes, got "
             f"{kernel.shape}: load the weights of this head"
         )
+    _checks.check_floating("features", features)
     if head.dtype is not None:
         features, kernel = features.astype(head.dtype), kernel.astype(head.dtype)
     layout = head.layout and dataclasses.replace(head.layout, classes=head.classes)

@@ -100,7 +100,7 @@ def kernel_to_rows(kernel: ArrayLike) -> np.ndarray:
     """The weight that holds a class in each row, for Caffe and `torch.nn.Linear`: the transpose.
 
     Args:
-      kernel: (in_features, classes) floating point. Of a head with `class_axis` pass
+      kernel: (in_features, classes) floating point. Of a head with a layout pass
         `kernel[:, :classes]`: its kernel may have some more columns.
 
     Returns:
@@ -357,7 +357,7 @@ def _matrix(
         raise TypeError(f"{name} must be a matrix, got a masked array: fill it first")
     try:
         matrix = np.asarray(array)
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a matrix, got {type(array).__name__}: {error}") from error
     if not jnp.issubdtype(matrix.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point, got dtype {matrix.dtype}")

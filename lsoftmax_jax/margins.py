@@ -399,6 +399,9 @@ def check_margin(margin: int | Margin) -> Margin:
     for name in ("scale", "unit_columns"):
         if not hasattr(margin, name):
             raise TypeError(f"margin must have the attribute {name}, got {margin!r:.80}")
+    if type(margin).__hash__ is object.__hash__:
+        # Compared by identity, a margin could change after JAX has compiled it.
+        raise TypeError(f"margin must be a frozen dataclass, got a {type(margin).__name__}")
     try:
         hash(margin)
     except TypeError as error:

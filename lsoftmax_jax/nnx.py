@@ -88,7 +88,7 @@ class LSoftmaxDense(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.in_features = _checks.check_size("in_features", in_features)
-        self.classes, self.margin, self.lam = classes, margin, lam
+        self.classes, self.margin, self.lam = classes, margin, _calls.known_lam(lam)
         self.dtype, self.param_dtype, self.layout = dtype, param_dtype, layout
         _calls.check_settings(self)
         if not isinstance(rngs, nnx.Rngs):
@@ -113,6 +113,10 @@ class LSoftmaxDense(nnx.Module):
             return nnx.Param(kernel, mesh=mesh, **metadata)
 
         self.kernel = create(key)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _show_signature(cls)
 
     @property
     def out_features(self) -> int:
@@ -201,6 +205,10 @@ class LSoftmaxDense(nnx.Module):
         return lsoftmax_loss_sum(features, kernel, labels, weights, **options, **settings)
 
 
-# NNX's metaclass hides the signature from help() and the documentation.
-_parameters = list(inspect.signature(LSoftmaxDense.__init__).parameters.values())[1:]
-LSoftmaxDense.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]  # for help()
+def _show_signature(head: Any) -> None:
+    """NNX's metaclass hides the signature from help() and the documentation."""
+    parameters = list(inspect.signature(head.__init__).parameters.values())[1:]
+    head.__signature__ = inspect.Signature(parameters)
+
+
+_show_signature(LSoftmaxDense)

@@ -81,6 +81,15 @@ def test_help_shows_the_real_signature(head):
     assert f"LSoftmaxDense({', '.join(names[:2])}" in text.replace(": int", "")
 
 
+def test_a_subclass_shows_its_own_signature():
+    class People(NnxHead):
+        def __init__(self, dim, people, *, rngs):
+            super().__init__(dim, people, margin=2, rngs=rngs)
+
+    assert list(inspect.signature(People).parameters) == ["dim", "people", "rngs"]
+    assert People(D, C, rngs=nnx.Rngs(0)).classes == C
+
+
 def test_out_features_is_the_number_of_classes():
     assert NnxHead(D, C, rngs=nnx.Rngs(0)).out_features == LinenHead(C).out_features == C
 

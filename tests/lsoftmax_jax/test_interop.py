@@ -120,7 +120,16 @@ def test_wrong_shapes_are_refused():
         interop.kernel_to_rows(np.ones(4))
 
 
+class Bfloat16:
+    """As a tensor of PyTorch in bfloat16, which NumPy does not know."""
+
+    def __array__(self, *_, **__):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
 def test_other_mistakes_are_named():
+    with pytest.raises(TypeError, match="weight must be a matrix, got Bfloat16: Got unsupported"):
+        interop.kernel_from_rows(Bfloat16())
     with pytest.raises(TypeError, match="weight must be floating point, got dtype int"):
         interop.kernel_from_columns(np.ones((2, 3), int))
     with pytest.raises(ValueError, match=r"type must be one of SINGLE.*'QUINTUPLE'"):

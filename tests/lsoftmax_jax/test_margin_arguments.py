@@ -141,7 +141,18 @@ class Unhashable:
         return cosine, jnp.ones_like(cosine)
 
 
-@pytest.mark.parametrize("margin", [ArcFace, 0.5, "ArcFace", None, Unhashable()], ids=repr)
+class Mutable:
+    """Equal only to itself: a changed setting would not be seen."""
+
+    scale, unit_columns = None, False
+
+    def value_and_slope(self, cosine):
+        return cosine, jnp.ones_like(cosine)
+
+
+@pytest.mark.parametrize(
+    "margin", [ArcFace, 0.5, "ArcFace", None, Unhashable(), Mutable()], ids=lambda m: str(m)[:20]
+)
 def test_other_objects_than_margins_are_refused(margin):
     with pytest.raises(TypeError, match="margin must be"):
         lsm.lsoftmax_loss(jnp.ones((2, 3)), jnp.eye(3), [0, 2], margin=margin, lam=0.0)

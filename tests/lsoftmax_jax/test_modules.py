@@ -8,10 +8,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 
 import lsoftmax_jax as lsm
+from lsoftmax_jax import training
 from lsoftmax_jax.linen import LSoftmaxDense as LinenHead
 from lsoftmax_jax.nnx import LSoftmaxDense as NnxHead
 from tests import oracle
@@ -338,6 +340,37 @@ def test_a_schedule_in_place_of_its_value_is_refused_in_words(rule):
     features, labels, _ = arguments()
     with pytest.raises(TypeError, match=r"pass schedule\(step\), not the schedule"):
         getattr(nnx_head(), rule)(features, labels, lsm.margin_schedule(10))
+
+
+@pytest.mark.parametrize("lam", [jnp.float32(5.0), np.array(5.0), 5])
+def test_lam_of_a_head_is_a_number_that_nobody_trains(lam):
+    head = nnx_head(lam=lam)
+    assert list(nnx.to_pure_dict(nnx.state(head))) == ["kernel"] and type(head.lam) is float
+
+
+def test_lam_of_a_head_must_be_known():
+    with pytest.raises(TypeError, match="lam of a head must be known, got a traced float32"):
+        jax.jit(lambda lam: nnx_head(lam=lam).kernel[...])(jnp.float32(5.0))
+
+
+def test_the_rule_in_place_of_its_call_is_refused_in_words():
+    features, labels, _ = arguments()
+    graphdef, _ = training.create(nnx_head(), optax.sgd(0.1))
+    for call in (
+        lambda: nnx_head(lam=lsm.self_paced),
+        lambda: nnx_head().loss(features, labels, lsm.self_paced),
+    ):
+        with pytest.raises(TypeError, match=r"lam must be .* call the rule, self_paced\(\)"):
+            call()
+    with pytest.raises(TypeError, match=r"lam must be .*self_paced\(\)"):
+        training.train_step(graphdef, optax.sgd(0.1), lsm.self_paced)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+def test_features_that_are_no_real_floats_are_refused(dtype):
+    for features in (jnp.ones((2, D), int), jnp.ones((2, D), jnp.complex64)):
+        with pytest.raises(TypeError, match="features must be floating point"):
+            nnx_head(dtype=dtype).loss(features, [0, 1])
 
 
 def test_lam_may_be_a_variable_of_flax():

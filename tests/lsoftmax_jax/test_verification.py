@@ -198,12 +198,13 @@ def test_a_collapsed_network_is_at_chance(people):
     assert seen.roc.tar_at(0.5) == 0.0
 
 
-def test_length_order_and_names_do_not_matter(people):
+@pytest.mark.parametrize("dtype", [str, object])
+def test_length_order_and_names_do_not_matter(people, dtype):
     embeddings, labels = people
     seen = verification.verify(embeddings, labels)
     lengths = np.float32(2.0) ** np.random.default_rng(2).integers(-120, 100, (len(labels), 1))
     order = np.random.default_rng(3).permutation(len(labels))
-    names = np.array([f"person {label}" for label in labels])
+    names = np.array([f"person {label}" for label in labels], dtype)
     changed = verification.verify((embeddings * lengths)[order], names[order])
     assert changed.rank_1 == seen.rank_1
     assert changed.roc.auc == pytest.approx(seen.roc.auc, abs=1e-7)
