@@ -671,11 +671,12 @@ def _updated(
     extra = {"value": value} if takes_value else {}
     try:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
-    except TypeError as error:
-        if "required keyword-only argument" not in str(error):
+    except (AttributeError, TypeError) as error:
+        # optax.lookahead looks for two sets of parameters in one, which is an AttributeError.
+        if isinstance(error, TypeError) and "required keyword-only argument" not in str(error):
             raise
         raise TypeError(
-            f"optimizer must want no more than the gradient and `value`: {error}"
+            f"optimizer must want no more than the gradient, parameters and `value`: {error}"
         ) from error
     return cast(dict[Any, Any], optax.apply_updates(state.params, updates)), opt_state
 

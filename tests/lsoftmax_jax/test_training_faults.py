@@ -265,6 +265,13 @@ def test_an_optimizer_may_use_the_loss(optimizer):
     assert not metrics.skipped
 
 
+def test_an_optimizer_of_other_parameters_is_refused_in_words():
+    lookahead = optax.lookahead(optax.sgd(0.1), 5, 0.5)
+    graphdef, state = training.create(Line(nnx.Rngs(0)), lookahead)
+    with pytest.raises(TypeError, match=r"optimizer must want no more than .*'fast'"):
+        training.train_step(graphdef, lookahead, LAM)(state, ROWS, LABELS)
+
+
 def test_an_optimizer_that_needs_more_is_refused_in_words():
     with pytest.raises(TypeError, match=r"optimizer must want no more than .*'value_fn'"):
         update(optax.lbfgs(), ROWS, LABELS)
