@@ -1,16 +1,19 @@
 """What both Flax heads do: check their settings and turn them into the arguments of a loss."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
 from lsoftmax_jax._core import run
-from lsoftmax_jax._core.placement import first_columns
-from lsoftmax_jax._core.spec import ClassParallel, prepare
+from lsoftmax_jax._core.placement import first_columns, resharded
+from lsoftmax_jax._core.spec import ClassParallel, Layout, prepare
 from lsoftmax_jax.losses import lsoftmax_logits
 from lsoftmax_jax.margins import Margin, check_margin
 from lsoftmax_jax.schedule import SelfPaced, self_paced
@@ -61,6 +64,29 @@ def check_dtype(name: str, dtype: Any) -> None:
         usable = False
     if not usable:
         raise TypeError(f"{name} must be a floating-point dtype of 16 bits or more, got {dtype!r}")
+
+
+def sharded_kernel(
+    layout: ClassParallel, init: Callable[..., jax.Array], length: int, classes: int, dtype: Any
+) -> Callable[[jax.Array], jax.Array]:
+    """key -> a kernel in shards: the real classes drawn, zeros in the columns that fill it up.
+
+    A number of shards changes no real column, and no optimizer that looks at a kernel's length.
+    Under jit no device ever holds more than its shard.
+    """
+    filling = layout.columns(classes) - classes
+    # The mesh of the context, if that has the same axes: they may be of another type there.
+    on_mesh = Layout.of(layout)
+    mesh, spec = on_mesh.mesh, on_mesh.columns
+
+    @functools.partial(
+        jax.jit, out_shardings=NamedSharding(mesh, spec) if isinstance(mesh, Mesh) else spec
+    )
+    def create(key: jax.Array) -> jax.Array:
+        kernel = jnp.pad(init(key, (length, classes), dtype), ((0, 0), (0, filling)))
+        return resharded(kernel, mesh, spec)
+
+    return create
 
 
 def check_features(features: ArrayLike) -> jax.Array:

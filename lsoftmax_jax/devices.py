@@ -143,7 +143,7 @@ def compile_step(step: Any, mesh: Mesh, *, donate: bool = True) -> CompiledStep:
 
     Raises:
       TypeError, ValueError: `mesh` is no mesh; in calls, its size does not divide the batch, an
-        array of the state is deleted, or as `step`.
+        array of the state is deleted or in shards on another mesh, or as `step`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -287,6 +287,7 @@ class _Programs:
         leaves, structure = jax.tree.flatten(state)
         found = variant, structure, *map(_sharding, leaves)
         if found not in self._programs:
+            self._check(state)
             # A fresh state and the state of the first step share a program.
             placement = [self._place(sharding) for sharding in found[2:]]
             wanted = variant, structure, *placement
@@ -294,6 +295,22 @@ class _Programs:
                 self._programs[wanted] = build(jax.tree.unflatten(structure, placement))
             self._programs[found] = self._programs[wanted]
         return self._programs[found]
+
+    def _check(self, state: State) -> None:
+        """Refuses an array in shards on another mesh."""
+        mesh = self._mesh
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            at = _sharding(leaf)
+            if not isinstance(at, NamedSharding) or not isinstance(at.mesh, Mesh):
+                continue
+            same = at.mesh.shape == mesh.shape and np.array_equal(at.mesh.devices, mesh.devices)
+            whole = at.is_fully_replicated and at.device_set == {*mesh.devices.flat}
+            if not (same or whole):
+                raise ValueError(
+                    f"state{jax.tree_util.keystr(path)} must lie on the mesh of the step, "
+                    f"{dict(mesh.shape)}, got {at.spec} on {dict(at.mesh.shape)}, or on other "
+                    f"devices: move the state with jax.device_put"
+                )
 
     def _place(self, sharding: Any) -> NamedSharding:
         """As an array lies on the mesh; replicated where it lies elsewhere."""

@@ -8,13 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen
-from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _calls
-from lsoftmax_jax._core.placement import resharded
 from lsoftmax_jax._core.run import Statistics
-from lsoftmax_jax._core.spec import ClassParallel, Layout, Plan
+from lsoftmax_jax._core.spec import ClassParallel, Plan
 from lsoftmax_jax.losses import lsoftmax_loss, lsoftmax_loss_and_statistics, lsoftmax_loss_sum
 from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.schedule import SelfPaced
@@ -174,14 +172,16 @@ class LSoftmaxDense(linen.Module):
                 f"variables must hold the parameter 'kernel' of shape (D, {self.classes}) for this "
                 f"head, got none: call init, or load a checkpoint of this model"
             )
-        columns, init = self.classes, self.kernel_init
-        if (parallel := self.layout) is not None:
-            columns = parallel.columns(self.classes)
-            mesh, spec = Layout.of(parallel).mesh, (None, parallel.class_axis)
+        length = _calls.check_features(features).shape[-1]
+        if (layout := self.layout) is None:
+            return self.param("kernel", self.kernel_init, (length, self.classes), self.param_dtype)
 
-            def placed(*arguments: Any) -> jax.Array:
-                return resharded(self.kernel_init(*arguments), mesh, P(*spec))
+        def init(*arguments: Any) -> jax.Array:
+            # A box of linen.with_partitioning is opened: the layout decides.
+            made: jax.Array = linen.meta.unbox(self.kernel_init(*arguments))
+            return made
 
-            init = linen.with_partitioning(placed, spec)
-        shape = _calls.check_features(features).shape[-1], columns
-        return self.param("kernel", init, shape, self.param_dtype)
+        create = _calls.sharded_kernel(layout, init, length, self.classes, self.param_dtype)
+        boxed = linen.with_partitioning(create, (None, layout.class_axis))
+        kernel: Any = self.param("kernel", boxed)
+        return kernel

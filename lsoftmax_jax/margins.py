@@ -401,19 +401,20 @@ def check_margin(margin: int | Margin) -> Margin:
             raise TypeError(f"margin must have the attribute {name}, got {margin!r:.80}")
     if type(margin).__hash__ is object.__hash__:
         # Compared by identity, a margin could change after JAX has compiled it.
-        raise TypeError(f"margin must be a frozen dataclass, got a {type(margin).__name__}")
+        raise _is_no_setting(margin)
     try:
         hash(margin)
     except TypeError as error:
-        raise _holds_arrays(margin) from error
+        raise _is_no_setting(margin) from error
     _try_once(margin)  # type: ignore[arg-type]  # hash() has just been tried
     return margin
 
 
-def _holds_arrays(margin: Any) -> TypeError:
+def _is_no_setting(margin: Any) -> TypeError:
     return TypeError(
-        f"margin must be hashable and hold no arrays, as a frozen dataclass of Python numbers "
-        f"does, got a {type(margin).__name__}; a margin that changes in training is what lam is for"
+        f"margin must compare by its settings and hold no arrays, as a frozen dataclass of Python "
+        f"numbers does, got a {type(margin).__name__}; a margin that changes in training is what "
+        f"lam is for"
     )
 
 
@@ -426,7 +427,7 @@ def _try_once(margin: Any) -> None:
     with jax.ensure_compile_time_eval():
         value, slope = value_and_slope(margin, jnp.linspace(-1, 1, 33, dtype=jnp.float32))
         if isinstance(value, jax.core.Tracer) or isinstance(slope, jax.core.Tracer):
-            raise _holds_arrays(margin)
+            raise _is_no_setting(margin)
         least = float(jnp.min(slope)) if jnp.all(jnp.isfinite(value)) else math.nan
     if not least >= 0:
         raise ValueError(

@@ -3,7 +3,6 @@
 Source: Liu et al., ICML 2016, https://arxiv.org/abs/1612.02295.
 """
 
-import functools
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -14,8 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
 from flax.nnx.variablelib import VariableMetadata
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _calls, _checks
@@ -98,21 +95,15 @@ class LSoftmaxDense(nnx.Module):
             kernel = kernel_init(key, (in_features, classes), param_dtype)
             self.kernel = nnx.Param(kernel, **kernel_metadata)
             return
-        shape = in_features, layout.columns(classes)
-        # The mesh of the context, if that has the same axes: they may be of another type there.
-        spec, mesh = (None, layout.class_axis), Layout.of(layout).mesh
-        # Flax 0.11 places no parameters. Under jit no device ever holds more than its shard.
-        placed = NamedSharding(mesh, P(*spec)) if isinstance(mesh, Mesh) else P(*spec)
 
-        @functools.partial(jax.jit, out_shardings=placed)
-        def create(key: jax.Array) -> nnx.Param[jax.Array]:
-            kernel = kernel_init(key, shape, param_dtype)
-            if isinstance(kernel, VariableMetadata):  # of nnx.with_partitioning: the layout decides
-                kernel = kernel.raw_value
-            metadata: dict[str, Any] = {**kernel_metadata, _SHARDING: spec}
-            return nnx.Param(kernel, mesh=mesh, **metadata)
+        def init(*arguments: Any) -> jax.Array:
+            made: Any = kernel_init(*arguments)
+            # Of nnx.with_partitioning: the layout decides.
+            return made.raw_value if isinstance(made, VariableMetadata) else made
 
-        self.kernel = create(key)
+        create = _calls.sharded_kernel(layout, init, in_features, classes, param_dtype)
+        metadata = {**kernel_metadata, _SHARDING: (None, layout.class_axis)}
+        self.kernel = nnx.Param(create(key), mesh=Layout.of(layout).mesh, **metadata)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -74,8 +74,8 @@ def sample_classes(
         and insightface count the labels in: they draw max(labels, n) classes in all.)
       corrected: add :math:`\log\frac{\text{classes} - p}{n}` to the logits of the n drawn classes
         (p being the number of distinct labels), which makes the sum of the other exponentials an
-        unbiased estimate as long as, on every device, one of the drawn classes is no label. False
-        lets fewer classes compete, as the published Partial FC does.
+        unbiased estimate as long as, on every device, one of the drawn is a class and no label.
+        False lets fewer classes compete, as the published Partial FC does.
       layout: how the kernel lies on a mesh. Each device then draws its part of the negatives from
         its own classes; the class axis must divide `negatives`.
 
@@ -144,7 +144,7 @@ def _drawn(
     def local(key: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         shard = jax.lax.axis_index(layout.class_axis)
         start = shard * width
-        here = (labels >= start) & (labels < start + width)
+        here = (labels >= start) & (labels - start < width)  # start + width may be 2**31
         ids, offset, position = _drawn_from(
             jax.random.fold_in(key, shard),
             jnp.where(here, labels - start, -1),
@@ -246,7 +246,8 @@ def take_columns(
       layout: how the kernel lies on a mesh; no column leaves its device.
 
     Returns:
-      (D, sample.ids.size), zero where `sample` has no class.
+      (D, sample.ids.size): zero where `sample` has no class, NaN where the class is not on the
+      device, because the sample was drawn with another layout or for more classes.
 
     Raises:
       TypeError, ValueError: `kernel` is not a matrix, or `sample` not a `Sample`.
@@ -265,7 +266,10 @@ def take_columns(
 def _taken(layout: Layout | None, kernel: jax.Array, sample: Sample) -> jax.Array:
     def local(kernel: jax.Array, ids: jax.Array) -> jax.Array:
         here = _own_ids(layout, kernel, ids)
-        return kernel.at[:, here].get(mode="fill", fill_value=0)
+        columns = kernel.at[:, here].get(mode="fill", fill_value=0)
+        # A class that this device does not hold: the sample was drawn with another layout.
+        known = (ids < 0) | (here < kernel.shape[1])
+        return _checks.nan_unless(known[None, :], columns)
 
     specs = (
         (None, None) if layout is None else ((layout.columns, layout.of_columns), layout.columns)
@@ -339,8 +343,8 @@ def _own_ids(layout: Layout | None, kernel: jax.Array, ids: jax.Array) -> jax.Ar
 
 
 def _split(layout: Layout | None, kernel: jax.Array, sample: Sample) -> tuple[jax.Array, jax.Array]:
-    """The kernel and the ids where they lie; an entry without a class is beyond all columns."""
-    ids = jnp.where(sample.offset > -jnp.inf, sample.ids, kernel.shape[1])
+    """The kernel and the ids where they lie; -1 where an entry has no class."""
+    ids = jnp.where(sample.offset > -jnp.inf, sample.ids, -1)
     if layout is None:
         return kernel, ids
     mesh = layout.mesh

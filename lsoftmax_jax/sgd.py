@@ -78,7 +78,9 @@ def lsoftmax_sgd(
     needs about 8 batch x block bytes, and no gradient of D x classes numbers. Donate `kernel` and
     `momentum` to the jitted step to update them in place.
 
-    It cannot be differentiated: chain `dfeatures` into the rest of the model by `jax.vjp`.
+    It cannot be differentiated: chain `dfeatures` into the rest of the model by `jax.vjp`. Under
+    `jax.pmap` or `jax.shard_map` every device would update its kernel by its own rows alone: give
+    the whole batch, on a mesh.
 
     Args:
       features: (..., D) floating point.

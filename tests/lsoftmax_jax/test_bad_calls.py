@@ -421,7 +421,10 @@ OTHERS = [
     ("a margin that changes in training is what lam is for", lambda: turned(Dial, jax.grad)),
     ("a margin that changes in training is what lam is for", lambda: turned(FrozenDial)),
     ("margin must be .* got a traced float32", lambda: turned(lambda m: m)),
-    ("scale must be .* got a traced float32", lambda: turned(lambda m: Dial(0.1, m))),
+    (
+        "a margin that changes in training is what lam is for",
+        lambda: turned(lambda m: Dial(0.1, m)),
+    ),
     ("scale must be .* got a traced float32", lambda: turned(lambda m: margins.NormFace(scale=m))),
     (
         "corrected must be True or False, got a traced bool",

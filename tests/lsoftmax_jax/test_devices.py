@@ -164,6 +164,17 @@ def test_a_batch_that_does_not_divide(loop):
             call()
 
 
+def test_a_state_on_another_mesh_is_named():
+    layout = lsm.ClassParallel("model", "model", mesh_of(4, 1))
+    with jax.set_mesh(mesh_of(1, 4)):
+        model = Headed(nnx.Rngs(0), layout=lsm.ClassParallel("model", ("data", "model")))
+        graphdef, state = training.create(model, OPTIMIZER)
+    step = devices.compile_step(training.train_step(graphdef, OPTIMIZER, LAM), layout.mesh)
+    named = r"state.params\['head'\]\['kernel'\] must lie on the mesh of the step"
+    with pytest.raises(ValueError, match=named):
+        step(state, *images_and_labels(8, 3))
+
+
 @pytest.mark.parametrize("length", [0, -1, 1.0])
 def test_a_number_of_updates_below_one_is_refused(length):
     graphdef, state = training.create(Headed(nnx.Rngs(0)), OPTIMIZER)

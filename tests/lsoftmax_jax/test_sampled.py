@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 from scipy import stats
 
 import lsoftmax_jax as lsm
@@ -114,6 +115,21 @@ def test_only_drawn_columns_and_their_optimiser_state_change():
     np.testing.assert_array_equal(changed[:, rest], kernel[:, rest])
     np.testing.assert_array_equal(new_trace[:, rest], trace[:, rest])
     assert np.all(np.any(np.asarray(changed[:, drawn] != kernel[:, drawn]), axis=0))
+
+
+def test_a_class_that_a_device_does_not_hold_is_nan():
+    """A sample drawn for whole arrays, or for shards of another width, has classes elsewhere."""
+    mesh = jax.make_mesh((4,), ("model",), (AxisType.Auto,), devices=jax.devices()[:4])
+    layout, labels = lsm.ClassParallel("model", mesh=mesh), jnp.array([9, 8, 5, 0])
+    kernel = jnp.ones((DIM, 16))
+    for sample in (
+        lsm.sample_classes(jax.random.key(0), labels, 10, 8),
+        lsm.sample_classes(jax.random.key(0), labels, 10, 8, layout=layout),  # shards of 3
+    ):
+        columns = lsm.sampled.take_columns(kernel, sample, layout=layout)
+        assert np.isnan(columns[0, np.asarray(sample.labels)]).any()
+    more = lsm.sample_classes(jax.random.key(0), labels, 10, 8)
+    assert np.isnan(lsm.sampled.take_columns(kernel[:, :9], more)).any(axis=0).sum() == 1
 
 
 def test_invalid_labels_give_nan_unless_masked():

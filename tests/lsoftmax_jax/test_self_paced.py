@@ -304,6 +304,9 @@ def test_mistakes_are_named(make, strength, error):
 
 def test_a_schedule_in_place_of_its_value_is_refused_in_words():
     features, kernel, labels = as_arrays(learned(9), jnp.float32)
-    for lam in (lsm.margin_schedule(100), lsm.self_paced):
-        with pytest.raises(TypeError, match=r"lam .*pass schedule\(step\), not the schedule"):
+    for lam, wanted in (
+        (lsm.margin_schedule(100), r"pass schedule\(step\), not the schedule"),
+        (lsm.self_paced, r"call the rule, self_paced\(\)"),
+    ):
+        with pytest.raises(TypeError, match=f"lam .*{wanted}"):
             lsm.lsoftmax_loss(features, kernel, labels, margin=MARGIN, lam=lam)

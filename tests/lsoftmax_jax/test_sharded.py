@@ -331,6 +331,32 @@ def test_the_kernel_is_created_under_jit_where_no_device_holds_it_whole():
     assert traced == [True]
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("kind", ["nnx", "linen", "linen, under jit"])
+def test_a_kernel_is_made_in_shards_with_zeros_where_no_class_is(kind, axis_type):
+    """The real columns are those of a head on one device, whatever the number of shards."""
+    layout = LAYOUTS["one axis"]
+    mesh = make_mesh(layout, axis_type)
+    parallel, features = lsm.ClassParallel("model", "model", mesh), jnp.ones((BATCH, DIM))
+    with jax.set_mesh(mesh):
+        if kind == "nnx":
+            head = nnx.LSoftmaxDense(DIM, CLASSES, layout=parallel, rngs=flax_nnx.Rngs(0))
+            kernel = head.kernel[...]
+        else:
+            head = linen.LSoftmaxDense(CLASSES, layout=parallel)
+            init = jax.jit(head.init) if "jit" in kind else head.init
+            boxed = init(jax.random.key(0), features)["params"]["kernel"]
+            kernel = flax_linen.meta.unbox(boxed)
+    assert kernel.sharding.spec == P(None, "model")
+    assert kernel.addressable_shards[0].data.shape == (DIM, COLUMNS // 8)
+    if kind == "nnx":
+        alone = nnx.LSoftmaxDense(DIM, CLASSES, rngs=flax_nnx.Rngs(0)).kernel[...]
+    else:
+        alone = linen.LSoftmaxDense(CLASSES).init(jax.random.key(0), features)["params"]["kernel"]
+    np.testing.assert_allclose(np.asarray(kernel)[:, :CLASSES], alone, rtol=1e-5)
+    assert not np.any(np.asarray(kernel)[:, CLASSES:])
+
+
 MISTAKES = {
     "axis": ({"class_axis": "models"}, ValueError, "class_axis"),
     "batch axis": ({"batch_axes": "rows"}, ValueError, "batch_axes"),

@@ -89,7 +89,7 @@ def sgd(features, kernel, labels, weights, layout):
 def nnx_head(features, kernel, labels, weights, layout):
     head = nnx.LSoftmaxDense(
         DIM, CLASSES, margin=MARGIN, layout=layout,
-        kernel_init=lambda *_: kernel, rngs=flax_nnx.Rngs(0),
+        kernel_init=lambda *_: kernel[:, :CLASSES], rngs=flax_nnx.Rngs(0),
     )  # fmt: skip
     return jnp.sum(weights * head.loss(features, labels))
 
