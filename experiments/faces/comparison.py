@@ -4,7 +4,7 @@
 
 In each fold one softmax network is trained. The arms go on from this network, each with its own
 loss and all for equally many updates, so that `softmax-going-on` is what a margin must beat. The
-order is seed by seed and fold by fold. A seed of which a fold is missing is not reported.
+order is seed by seed and fold by fold. A seed of which a fold is missing is not committed.
 
 This was written on 2026-11-30, before the first run on view 2. View 1 chose, by the EER over all
 pairs of its test people, the weight decay of 0.002 before 0.0005, and ArcFace before NormFace and

@@ -23,7 +23,7 @@ of a core each, then CIFAR10 beside the runs of ``paced``. Before it, ``scales``
 for each of the two margins on the validation split, as many tries as every other loss had.
 
 All go on as long as the cores are free, seed by seed, so that at any stop all arms have the same
-seeds but for the last round. A seed that not all arms have is not reported.
+seeds but for the last round. A seed that not all arms have is not committed.
 """
 
 from dataclasses import replace

@@ -5,6 +5,7 @@ Recipe ``paper`` is Table 1 with batch 256 and its learning rates; where the aut
 prototxts differ, the same cell exists as ``released-...``.
 """
 
+import shlex
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,4 +80,5 @@ def _flags(name: str, value: Any) -> list[str]:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"]
+    values = value if isinstance(value, tuple) else (value,)
+    return [f"--{flag} {shlex.join(map(str, values))}"]

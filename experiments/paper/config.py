@@ -145,7 +145,8 @@ class Recipe:
             case "lead":
                 return self_paced(self.strength)
             case "schedule":
-                return margin_schedule(self.steps)
+                polynomial = self.family in ("l-softmax", "a-softmax")
+                return margin_schedule(self.steps, margin=int(self.margin) if polynomial else 4)
             case "none":
                 return optax.constant_schedule(0.0)
             case _:

@@ -15,7 +15,8 @@ from experiments.store import results
 
 # Runs of one seed start from the same weights and see the same batches. After 200 updates their
 # errors still have a correlation of 0.64 to 0.99 between losses. After 1,000 and more the
-# correlation has no sign, and pairing only costs degrees of freedom.
+# correlation has no sign, and pairing only costs degrees of freedom. This limit was chosen when the
+# runs were known, and FINDINGS says what depends on it.
 PAIRED_UP_TO = 200
 
 
@@ -52,7 +53,12 @@ def difference(ours: Group, theirs: Group) -> Difference:
     check_same_data([*ours.runs, *theirs.runs])
     first, second = ours.errors("test"), theirs.errors("test")
     if min(len(first), len(second)) == 1:
-        return over_images(ours.runs[0], theirs.runs[0])
+        with_seed = {run["seed"]: run for run in theirs.runs}
+        both = [run for run in ours.runs if run["seed"] in with_seed]
+        if both:
+            return over_images(both[0], with_seed[both[0]["seed"]])
+        found = over_images(ours.runs[0], theirs.runs[0])
+        return found._replace(over=found.over.replace("one seed", "different seeds"))
     seeds = [[run["seed"] for run in group.runs] for group in (ours, theirs)]
     if ours.of("steps") <= PAIRED_UP_TO and seeds[0] == seeds[1]:
         return paired(first, second, f"{len(first)} seeds, paired")

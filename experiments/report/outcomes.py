@@ -166,7 +166,8 @@ def load_outcomes(out: Path | None = None) -> Outcomes:
             _check(files[name], kind, outcome)
             found[kind].append(outcome)
     _check_different(files, found["run"], ("name", "changes", "seed"))
-    _check_different(files, found["verification"], ("config", "tested_folds", "protocol"))
+    of_pairs = "config", "tested_folds", "protocol", "verified"
+    _check_different(files, found["verification"], of_pairs)
     validated = [o for o in found["run"] if "validation" in o["changes"]]
     runs = [o for o in found["run"] if o not in validated]
     return Outcomes(runs, validated, found["tuning"], over_seeds(over_folds(found["verification"])))
@@ -239,8 +240,9 @@ def _mean_of_all_pairs(of_folds: Sequence[dict[str, Any] | None]) -> dict[str, A
     if len(known) < len(of_folds):
         return None
     counts = {name: sum(of[name] for of in known) for name in ("genuine", "impostors")}
-    of_folds_alone = [of["metrics"]["equal_error_rate"] for of in known]
-    return dict(_means(known)) | counts | {"fold_eer": of_folds_alone}
+    eer = [of["metrics"]["equal_error_rate"] for of in known]
+    tar = [of["metrics"]["tar_at_far"]["0.01"] for of in known]
+    return dict(_means(known)) | counts | {"fold_eer": eer, "fold_tar": tar}
 
 
 def _means(trees: Sequence[Any]) -> Any:
@@ -281,7 +283,8 @@ def _check_different(
 ) -> None:
     seen: dict[str, str] = {}
     for outcome in outcomes:
-        first = seen.setdefault(_key(*(outcome[name] for name in names)), outcome["file"])
+        # Older verifications do not say which pairs were verified.
+        first = seen.setdefault(_key(*(outcome.get(name) for name in names)), outcome["file"])
         if first != outcome["file"]:
             raise ValueError(
                 f"{files[first]} and {files[outcome['file']]} hold the same run, equal in "

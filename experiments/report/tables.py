@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -227,9 +228,10 @@ def _left(runs: Sequence[Outcome]) -> str:
 
 def _validated(validated: Sequence[Outcome], tunings: Sequence[Outcome]) -> str:
     """Every try on the validation split: rates and scales, then λ, the best in bold."""
+    named = {c for o in tunings for candidate in o["candidates"] for c in candidate["commands"]}
     rows = [
         [f"`{g.name}`", ", ".join(filter(None, [g.reduced_by("validation"), g.own_words])), g.error]
-        for g in grouped(validated)
+        for g in grouped([run for run in validated if run["command"] not in named])
     ]
     for outcome in tunings:
         config = Config.from_json(outcome["config"])
@@ -258,7 +260,8 @@ def _diverged(runs: Sequence[Outcome]) -> str:
 def _verifications(faces: Sequence[Outcome]) -> str:
     rows = []
     some = any(outcome.get("all_pairs") for outcome in faces)
-    of_all = ["all pairs", "EER % of all", "TAR % of all at FAR", "EER of all, less going on"]
+    of_all = ["all pairs", "EER % of all", "TAR % of all at FAR"]
+    of_all += ["EER of all, less going on", "TAR of all at FAR 0.01, less going on"]
     of_all = of_all if some else []
     for outcome in faces:
         seen = outcome["metrics"]
@@ -268,12 +271,12 @@ def _verifications(faces: Sequence[Outcome]) -> str:
         named = (f"`{outcome['file'].removesuffix('.json')}`", outcome["protocol"])
         counts = (outcome["people_trained_on"], f"{outcome['pairs']:,}", _accuracy(outcome))
         numbers = (f"{100 * seen['equal_error_rate']:.2f}", f"{seen['auc']:.4f}", at_far)
-        less, less_of_all = _less_going_on(outcome, faces)
-        everybody = (*_of_all_pairs(outcome), less_of_all)
+        less, *less_of_all = _less_going_on(outcome, faces)
+        everybody = (*_of_all_pairs(outcome), *less_of_all)
         rows.append([*named, *counts, less, *numbers, *everybody[: len(of_all)]])
     headers = ("ours", "protocol", "people trained on", "pairs")
     accuracy = ("accuracy % ± standard error over folds", "less going on")
-    return _table((*headers, *accuracy, "EER %", "AUC", "TAR % at FAR", *of_all), rows, 7)
+    return _table((*headers, *accuracy, "EER %", "AUC", "TAR % at FAR", *of_all), rows, 8)
 
 
 def _of_all_pairs(outcome: Outcome) -> tuple[str, str, str]:
@@ -287,8 +290,8 @@ def _of_all_pairs(outcome: Outcome) -> tuple[str, str, str]:
     return f"{count:,}", f"{100 * seen['equal_error_rate']:.2f}", ", ".join(measured)
 
 
-def _less_going_on(outcome: Outcome, faces: Sequence[Outcome]) -> tuple[str, str]:
-    """Accuracy, and EER of all pairs, less those of softmax going on; over the same folds."""
+def _less_going_on(outcome: Outcome, faces: Sequence[Outcome]) -> tuple[str, str, str]:
+    """Accuracy, EER and TAR of all pairs, less those of softmax going on; over the same folds."""
     same = [
         other
         for other in faces
@@ -298,8 +301,10 @@ def _less_going_on(outcome: Outcome, faces: Sequence[Outcome]) -> tuple[str, str
         and other is not outcome
     ]
     if len(same) != 1 or len(outcome["tested_folds"]) < 2:
-        return "", ""
-    return _less(outcome, same[0], _accuracies), _less(outcome, same[0], _eers_of_all_pairs)
+        return "", "", ""
+    measures = _accuracies, partial(_of_folds, "eer"), partial(_of_folds, "tar")
+    accuracy, eer, tar = (_less(outcome, same[0], measure) for measure in measures)
+    return accuracy, eer, tar
 
 
 def _less(ours: Outcome, theirs: Outcome, of: Callable[[Outcome], list[float]]) -> str:
@@ -320,6 +325,7 @@ def _accuracies(outcome: Outcome) -> list[float]:
     return found
 
 
-def _eers_of_all_pairs(outcome: Outcome) -> list[float]:
-    found: list[float] = (outcome.get("all_pairs") or {}).get("fold_eer", [])
+def _of_folds(measure: str, outcome: Outcome) -> list[float]:
+    """EER, or TAR at a FAR of 1 %, of all pairs of each fold."""
+    found: list[float] = (outcome.get("all_pairs") or {}).get(f"fold_{measure}", [])
     return found

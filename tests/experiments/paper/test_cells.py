@@ -1,6 +1,7 @@
 """The lab notebook has every cell, and a run's name gives its changes."""
 
 import json
+import shlex
 from dataclasses import asdict, replace
 
 import pytest
@@ -94,6 +95,17 @@ def test_command_makes_the_same_configuration(config):
 @pytest.mark.parametrize("config", CHANGED, ids=lambda config: run_name(config))
 def test_json_round_trip(config):
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("name, least", [("mnist-m2", 1.5), ("mnist-m3", 2.75), ("mnist-m4", 4.0)])
+def test_a_schedule_ends_where_its_margin_wants(name, least):
+    config = replace(CONFIGS[name], pace="schedule")
+    assert float(config.lam_policy(config.steps)) == pytest.approx(least)
+
+
+def test_a_word_with_a_space_stays_one_word():
+    config = replace(CONFIGS["mnist-m4"], init="my runs/seed0")
+    assert shlex.split(command_of(config))[-4:] == ["--init", "my runs/seed0", "--seed", "0"]
 
 
 def test_a_margin_of_one_is_plain_softmax_in_l_softmax_alone():

@@ -52,6 +52,17 @@ def test_other_seeds_are_no_pairs():
     assert differences.difference(margin, softmax).over == "3 and 2 seeds"
 
 
+def test_one_seed_is_compared_with_the_same_seed():
+    softmax, margin = groups_of(
+        *seeds_of("mnist-softmax", SOFTMAX, steps=200), run_of("mnist-m2", 2, 5.0, steps=200)
+    )
+    assert differences.difference(margin, softmax)[0] == pytest.approx(5.0 - SOFTMAX[2])
+    softmax, margin = groups_of(
+        *seeds_of("mnist-softmax", SOFTMAX, steps=200), run_of("mnist-m2", 7, 5.0, steps=200)
+    )
+    assert differences.difference(margin, softmax).over == "test images, different seeds"
+
+
 def test_one_seed_has_an_interval_over_images():
     runs = [run_of("mnist-softmax", 0, 12.0), run_of("mnist-m4", 0, 10.0)]
     for run in runs:
