@@ -29,7 +29,7 @@ quickstart: $(VENV)/experiments.stamp
 test: lint pytest
 
 docs: $(VENV)/docs.stamp
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -W --keep-going -q docs site
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -W --keep-going -q -d $(VENV)/doctrees docs site
 	@echo "site/index.html written"
 
 # Asks every link to another site, so it needs the network.

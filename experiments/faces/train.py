@@ -125,7 +125,8 @@ def train_faces(
         check_batch(recipe.batch, mesh, len(listed.names))
         images = FaceImages(listed, recipe.size)
         task, shared = prepare(recipe, images, out, init_from, mesh)
-        claim(out, task.settings, mesh.size, writes=processes.is_first())
+        alone = [recipe.seed]
+        claim(out, task.settings, mesh.size, writes=processes.is_first(), together=alone)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         pace = loop.Pace(1 if on_cpu else DISPATCH, 0, checkpoint_seconds)
         done = loop.finished(out, str(out))
@@ -212,6 +213,8 @@ def training_faces(folder: Path, recipe: FaceRecipe, pairs: tuple[Path, ...]) ->
         if not pairs:
             raise ValueError("left_out_fold counts the folds of pairs; got no file of pairs")
         left_out = people_of_fold(read_pairs(*pairs), recipe.left_out_fold)
+    elif pairs:
+        raise ValueError("pairs without left_out_fold leave nobody out: name the fold, or no pairs")
     faces = list_faces(folder, minimum_images=recipe.minimum_images, without=left_out)
     if len(faces.people) < 2:
         raise ValueError(f"faces: expected at least two people to tell apart, {folder} has one")

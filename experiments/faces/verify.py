@@ -90,6 +90,8 @@ def verify_faces(
         source = embedded(named, None, checkpoint, batch)
     else:
         listed = read_pairs(*pairs)
+        if embeddings is not None and faces is not None:
+            raise ValueError("--embeddings needs no --faces: only its images take part")
         if embeddings is not None:
             seen = embed.load_embeddings(embeddings)
             source = Source(seen, frozenset(), {"embeddings": embeddings.name})
@@ -109,6 +111,7 @@ def verify_faces(
     outcome = {
         "kind": "verification",
         "protocol": protocol,
+        "verified": [path.name for path in (pairs if bin is None else (bin,))],
         "tested_folds": tested,
         "pairs": int(np.isin(listed.fold, tested).sum()),
         "people_trained_on": len(source.trained_on),

@@ -182,7 +182,7 @@ def _from_tfds(folder: Path) -> Arrays:
         if not file.is_dir():
             regular(file)
         identity.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lsoftmax_jax"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lsoftmax_jax"
     kept = cache / f"{folder.parent.name}-{identity.hexdigest()[:16]}.npz"
     if kept.exists():
         return _from_npz([kept])

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,6 +45,9 @@ def campaign(
     """
     if not 1 <= processes <= (os.cpu_count() or 1):
         raise ValueError(f"processes must be in 1..{os.cpu_count()}, got {processes}")
+    if not budget_minutes >= 0:
+        raise ValueError(f"budget-minutes must be >= 0, got {budget_minutes}")
+    cores = cores_of(processes) if pin else []
     wanted, end = BATCHES[batch], time.monotonic() + 60 * budget_minutes
     waiting = [c for c in wanted if not (out / f"{run_name(c)}.json").exists()]
     running: dict[int, tuple[Config, subprocess.Popen[bytes]]] = {}
@@ -52,26 +56,30 @@ def campaign(
         loop.interruptible() as asked,
         Progress(f"campaign {batch}", len(wanted), "runs", done) as progress,
     ):
-        while running or (waiting and not stopped):
-            if not stopped and (asked() or time.monotonic() >= end):
-                stopped = True
-                for _, process in running.values():
-                    process.terminate()
-            for core in range(processes):
-                if core in running and running[core][1].poll() is not None:
-                    config, process = running.pop(core)
-                    # A run that was only starting, or had already ended, dies of the signal.
-                    fine = (0, loop.INTERRUPTED, *((-signal.SIGTERM,) if stopped else ()))
-                    failed += [] if process.returncode in fine else [config]
-                    progress.say(f"{run_name(config)}: exit code {process.returncode}")
-                    progress.advance(1)
-                if core not in running and waiting and not stopped:
-                    config = waiting.pop(0)
-                    running[core] = config, _begun(config, out, data, processes)
-                    if pin:
-                        os.sched_setaffinity(running[core][1].pid, {core})
-            progress.advance(0, f"{len(running)} at work")
-            time.sleep(0.2)
+        try:
+            while running or (waiting and not stopped):
+                if not stopped and (asked() or time.monotonic() >= end):
+                    stopped = True
+                    for _, process in running.values():
+                        process.terminate()
+                for core in range(processes):
+                    if core in running and running[core][1].poll() is not None:
+                        config, process = running.pop(core)
+                        # A run that was only starting, or had already ended, dies of the signal.
+                        fine = (0, loop.INTERRUPTED, *((-signal.SIGTERM,) if stopped else ()))
+                        failed += [] if process.returncode in fine else [config]
+                        progress.say(f"{run_name(config)}: exit code {process.returncode}")
+                        progress.advance(1)
+                    if core not in running and waiting and not stopped:
+                        config = waiting.pop(0)
+                        running[core] = config, _begun(config, out, data, processes)
+                        if pin:
+                            os.sched_setaffinity(running[core][1].pid, {cores[core]})
+                progress.advance(0, f"{len(running)} at work")
+                time.sleep(0.2)
+        finally:
+            for _, process in running.values():
+                process.terminate()
         left = sum(not (out / f"{run_name(c)}.json").exists() for c in wanted)
         print(f"{left} of {len(wanted)} runs left" if left else f"all runs are done: {out}")
         for config in failed:
@@ -79,12 +87,26 @@ def campaign(
         return loop.INTERRUPTED if asked() else int(bool(failed))
 
 
+def cores_of(processes: int) -> list[int]:
+    """Cores of this process, one for each of so many.
+
+    Raises:
+      ValueError: there are fewer, or the system cannot say.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        raise ValueError("pin: this system gives a process no core of its own")
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < processes:
+        raise ValueError(f"pin: expected {processes} cores for this process, got {len(cores)}")
+    return cores
+
+
 def _begun(
     config: Config, out: Path, data: Path | None, processes: int
 ) -> "subprocess.Popen[bytes]":
     log = out / f"{run_name(config)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *command_of(config).split()[1:], "--out", str(out)]
+    command = [sys.executable, *shlex.split(command_of(config))[1:], "--out", str(out)]
     environment = {MEMORY: f"{0.84 / processes:.2f}"} | os.environ
     with log.open("ab") as file:
         return subprocess.Popen(

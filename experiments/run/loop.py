@@ -185,7 +185,7 @@ class Group:
         """The one place that judges what updates saw; the update at which the run diverged."""
         name, first = session.task.name, session.step
         diverged = divergence(values, first, session.skipped)
-        session.advanced(state, values)
+        session.advanced(state, values, len(self.sessions))
 
         def seen(i: int) -> str:
             return numbers(of_update(values, first, i))
@@ -261,7 +261,7 @@ def finished(folder: Path, name: str) -> Outcome | None:
     if not file.exists():
         return None
     outcome = results.load_run(file, ("seconds", "curves"))
-    print(f"{name} is finished; delete {file} to train it again")
+    print(f"{name} is {outcome['status']}; delete {file} and {folder} to train it again")
     return outcome
 
 
@@ -298,9 +298,10 @@ def exit_code(outcome: Outcome | None) -> int:
 
 @contextmanager
 def interruptible() -> Iterator[Stop]:
-    """Makes the first Ctrl-C or SIGTERM a request to stop; the second ends at once.
+    """Makes the first Ctrl-C, SIGTERM or closing of the terminal a request to stop.
 
-    Later ones are ignored, so that what is being closed is closed.
+    The second ends at once. Later ones are ignored, so that what is being closed is closed. What
+    began with nohup goes on when its terminal is closed.
     """
     asked = 0
 
@@ -312,7 +313,10 @@ def interruptible() -> Iterator[Stop]:
         if asked == 2:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: asked > 0
     finally:

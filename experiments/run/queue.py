@@ -82,6 +82,8 @@ def runs(only: Sequence[str], seeds: int, toy: bool) -> list[Config]:
       ValueError: if a pattern names none.
     """
     named: set[str] = set()
+    if not only:
+        raise ValueError("--only must name a configuration, got none")
     for pattern in only:
         if not (names := fnmatch.filter(CONFIGS, pattern)):
             raise ValueError(
@@ -109,7 +111,7 @@ def keep_compiled() -> None:
     """Lets runs of one configuration share its compiled programs, unless JAX was told where."""
     option = "jax_compilation_cache_dir"
     if getattr(jax.config, option) is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update(option, str(cache / "lsoftmax_jax" / "compiled"))
 
 
@@ -223,6 +225,7 @@ def finished_here(out: Path) -> list[dict[str, Any]]:
         outcome
         for outcome in result.load_all(out)
         if outcome.get("status") == "finished"
+        and outcome.get("kind", "run") == "run"
         and outcome.get("device") == device
         and needed <= outcome.get("seconds", {}).keys()
     ]

@@ -145,6 +145,8 @@ class Session:
         self.outcome: dict[str, Any] = {}
         if first:
             running.callback(files.locked(task.folder).release)
+        # Not at the end: somebody may commit while the run trains.
+        self._provenance = results.provenance(shared.mesh.size)
         with shared.clock.spent("setup"):
             settings, devices = task.settings, shared.mesh.size
             begun = claims.claim(task.folder, settings, devices, writes=first, together=together)
@@ -170,15 +172,18 @@ class Session:
         self.collapsed = any(line.get("collapsing") for line in self.log.lines)
         self.idle = False
 
-    def advanced(self, state: State, values: Values) -> None:
+    def advanced(self, state: State, values: Values, together: int) -> None:
         """Takes in the updates of one dispatch: a line of their means.
 
         Of updates that were skipped the line has the number, of a collapse whether it was seen.
+
+        Args:
+          together: how many runs made them in one program.
         """
         self.state, self.step = state, self.step + len(values["loss"])
         self.task.watch(self.step, values)
         line = {name: float(OF_A_LINE.get(name, np.mean)(seen)) for name, seen in values.items()}
-        self._write("train", **line)
+        self._write("train", **line, together=together)
         self.skipped += int(line.get("skipped", 0))
 
     def test(self) -> None:
@@ -220,16 +225,16 @@ class Session:
                     measured = self.task.measure(self.state, self.log)
                 if not finite or not is_json(measured):
                     diverged, measured = {"step": self.step, **self._last_line()}, {}
-        seconds, examples = self._shared.clock.read(), self.step * self._shared.batch
+        seconds, images = self._shared.clock.read(), trained(self.log.lines) * self._shared.batch
         self.outcome = {
             **self.task.facts,
             "status": "diverged" if diverged else "finished",
             "diverged": diverged and logs.finite(diverged),
             "skipped": self.skipped,
-            **results.provenance(self._shared.mesh.size),
+            **self._provenance,
             "together": self._together,
             "seconds": asdict(seconds),
-            "images_per_second": len(self._together) * examples / seconds.training,
+            "images_per_second": images / seconds.training,
             "outside_step": seconds.outside,
             **measured,
             "curves": {kind: self.log.curve(kind) for kind in ("train", "test")},
@@ -259,6 +264,13 @@ class Session:
                 raise ValueError(f"{file} must say where the batches stood: {error}") from error
         elif self.task.source.position() is not None:
             raise ValueError(f"{file} is missing: continue on as many processes as before")
+
+
+def trained(lines: Sequence[dict[str, Any]]) -> int:
+    """The updates of a log, each as often as runs made it in one program; older logs say one."""
+    steps = [0] + [line["step"] for line in lines if line["kind"] == "train"]
+    runs = [line.get("together", 1) for line in lines if line["kind"] == "train"]
+    return int(np.diff(steps) @ np.array(runs, int))
 
 
 @jax.jit

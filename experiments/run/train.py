@@ -217,8 +217,13 @@ def evaluate_run(run: Path, folder: Path | None, devices: int | None) -> tuple[i
       folder: where the data is.
       devices: how many to compute on, the first ones; by default all.
     """
-    config = Config.from_json(claimed(run)["settings"]["config"])
+    settings = claimed(run)["settings"]
+    if "config" not in settings:
+        raise ValueError(f"{run} is no run of train; verify measures a run of train-faces")
+    config = Config.from_json(settings["config"])
     program = Program(config, folder, data_mesh(devices))
+    if program.dataset.fingerprint != settings["data"]:
+        raise ValueError(f"{run} saw other data than {config.dataset} of the folder that was given")
     state = last_state(run, program.like)
     found = measures(program, state)
     return int(state.step), {split: found[split] for split in ("train", "test")}

@@ -82,6 +82,10 @@ def tune(
     """
     if not config.has_margin:
         raise ValueError(f"{config.name} has no margin, so that λ changes nothing")
+    if config.pace != "annealed":
+        raise ValueError(f"{config.name} has pace {config.pace}: tune needs --pace annealed")
+    if config.init is not None:
+        raise ValueError("init: tune begins every run anew")
     out = out / "tune"
     candidates = [
         of_seeds(replace(config, lam=lam, validation=True), seeds)

@@ -72,7 +72,8 @@ def _checked(file: Path, run: dict[str, Any]) -> dict[str, Any]:
     named, splits = re.search(r"seed(\d+)$", file.stem), ("train", "test")
     wrong = {
         "status": run["status"] not in ("finished", "diverged"),
-        "seed": type(run.get("seed")) is not int or bool(named and int(named[1]) != run["seed"]),
+        "seed": type(run.get("seed")) is not int
+        or bool(named and run.get("kind", "run") == "run" and int(named[1]) != run["seed"]),
         "seconds": not _are_numbers(run.get("seconds", {})),
         "curves": not isinstance(run.get("curves", {}), dict),
         **{split: split in run and not _is_measured(run[split]) for split in splits},

@@ -19,6 +19,7 @@ DIGITS = ["train", "digits-m4", "--out", "{out}"]
 FACES = ["train-faces", "--faces", "{good}/faces", "--out", "{out}/run", "--size", "32", "32"]
 FACES += ["--width", "0.02", "--batch", "8"]
 MNIST = ["train", "mnist-m4", "--out", "{out}", "--data"]
+TUNE = ["tune", "digits-m4", "--pace", "annealed", "--out", "{out}"]
 VERIFY = ["verify", "--out", "{out}/v.json"]
 
 
@@ -212,7 +213,11 @@ MISTAKES = [
     (["reproduce", "--budget-minutes", "nan", "--out", "{out}"], "budget-minutes must be >= 0"),
     (["reproduce", "--budget-minutes", "-1", "--out", "{out}"], "budget-minutes must be >= 0"),
     (["tune", "digits-softmax", "--out", "{out}"], "has no margin"),
-    (["tune", "digits-m4", "--seeds", "0", "--out", "{out}"], "seeds must be >= 1"),
+    (["tune", "digits-m4", "--out", "{out}"], "has pace lead: tune needs --pace annealed"),
+    ([*TUNE, "--seeds", "0"], "seeds must be >= 1"),
+    ([*TUNE, "--init", "digits-softmax/seed0"], "init: tune begins every run anew"),
+    (["reproduce", "--only", "--out", "{out}"], "--only must name a configuration, got none"),
+    (["campaign", "A", "--budget-minutes", "nan", "--out", "{out}"], "budget-minutes must be >= 0"),
     # faces
     ([*FACES, "--width", "-1"], "width must be > 0 and finite, got -1"),
     ([*FACES, "--width", "0"], "width must be > 0 and finite, got 0"),
@@ -228,6 +233,7 @@ MISTAKES = [
     ([*FACES, "--faces", "{good}/file"], "file is no folder"),
     ([*FACES, "--minimum-images", "9"], "minimum_images is 9"),
     ([*FACES, "--left-out-fold", "0"], "got no file of pairs"),
+    ([*FACES, "--pairs", "{good}/pairs.txt"], "pairs without left_out_fold leave nobody out"),
     ([*FACES, "--left-out-fold", "7", "--pairs", "{good}/pairs.txt"], "fold must be in 0..1"),
     ([*FACES, "--init-from", "{good}/absent"], "no run in"),
     (["embed", "--checkpoint", "{good}/absent", "--faces", "{good}/faces", "--out", "{out}/e.npz"],
@@ -238,6 +244,8 @@ MISTAKES = [
     ([*VERIFY, "--pairs", "{good}/pairs.txt", "--embeddings", "{good}/embeddings.npz"],
      "embeddings.npz must be an .npz of names, embeddings"),
     ([*VERIFY, "--pairs", "{good}/pairs.txt", "--embeddings", "{good}/absent.npz"], "absent.npz"),
+    ([*VERIFY, "--pairs", "{good}/pairs.txt", "--embeddings", "{good}/absent.npz", "--faces",
+      "{good}/faces"], "--embeddings needs no --faces"),
     *[([*VERIFY, "--pairs", f"{{good}}/pairs_{name}.txt", "--pixels", "--faces", "{good}/faces"],
        message)
       for name, message in {

@@ -101,9 +101,17 @@ def test_the_result_says_what_ran(folder, tmp_path):
     assert outcome["status"] == "finished" and outcome["kind"] == "faces"
     assert outcome["ran"]["drops"] == [4] and outcome["ran"]["lam"]["base"] == 10.0
     assert outcome["data"]["people"] == 2 and outcome["broken_images"] == 0
+    assert outcome["images_per_second"] > 0
     assert 0 < outcome["curves"]["train"]["target_angle"][0] < 180
     # In radians all angles would be below pi; a fresh network's features are far from the columns.
     assert outcome["curves"]["train"]["target_angle"][0] > 10
+
+
+def test_a_finished_run_is_one_seed_and_no_run_of_train(finished, capsys):
+    outcome = json.loads(finished.with_name(f"{finished.name}.json").read_text())
+    assert outcome["together"] == [RECIPE.seed] and outcome["images_per_second"] > 0
+    assert main(["evaluate", finished.name, "--out", str(finished.parent)]) == 2
+    assert "is no run of train; verify measures a run of train-faces" in capsys.readouterr().err
 
 
 def test_the_margin_grows_and_the_training_loss_falls(finished):

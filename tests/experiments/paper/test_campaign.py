@@ -130,6 +130,31 @@ def test_a_run_that_the_budget_stops_has_not_failed(tmp_path, monkeypatch, capsy
     assert "9 of 9 runs left" in said and "failed" not in said
 
 
+def test_each_process_has_a_core_of_this_one(monkeypatch):
+    monkeypatch.setattr(abreast.os, "sched_getaffinity", lambda _: {5, 3}, raising=False)
+    assert abreast.cores_of(2) == [3, 5]
+    with pytest.raises(ValueError, match="pin: expected 3 cores for this process, got 2"):
+        abreast.cores_of(3)
+
+
+def test_no_process_outlives_a_campaign_that_fails(tmp_path, monkeypatch):
+    ended = []
+
+    class Process:
+        def __init__(self, *_, **__):
+            pass
+
+        def poll(self):
+            raise OSError("the table of processes is gone")
+
+        def terminate(self):
+            ended.append(self)
+
+    monkeypatch.setattr(abreast.subprocess, "Popen", Process)
+    assert main(["campaign", "A", "--out", str(tmp_path)]) == 2
+    assert len(ended) == 1
+
+
 def test_more_processes_than_cores_are_refused(capsys):
     assert main(["campaign", "A", "--processes", "4097"]) == 2
     assert "processes must be in 1.." in capsys.readouterr().err

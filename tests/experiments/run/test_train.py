@@ -16,7 +16,7 @@ from experiments.__main__ import main
 from experiments.paper import data
 from experiments.paper.cells import CELLS, CONFIGS, command_of, run_name, toy
 from experiments.paper.networks import NETWORKS
-from experiments.run import loop, train
+from experiments.run import loop, session, train
 from experiments.store import progress
 from experiments.store import results as result
 from experiments.store.claims import claim
@@ -260,6 +260,14 @@ def test_a_claim_contains_no_prose(tmp_path, monkeypatch):
     edited = cell._replace(where="Table 9", reported=1.0, standing="recalled", time="a year")
     monkeypatch.setitem(CELLS, CONFIG.name, edited)
     assert run(tmp_path)["status"] == "finished"
+
+
+def test_images_are_counted_as_often_as_runs_made_them():
+    """Two seeds made three updates together, then one went on alone. Older logs have no number."""
+    together = {"kind": "train", "step": 3, "together": 2}
+    alone = {"kind": "train", "step": 5, "together": 1}
+    assert session.trained([together, {"kind": "test", "step": 3}, alone]) == 8
+    assert session.trained([{"kind": "train", "step": 4}]) == 4 and session.trained([]) == 0
 
 
 def test_first_interrupt_asks_and_the_second_ends():

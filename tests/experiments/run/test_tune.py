@@ -9,8 +9,18 @@ from experiments.run import queue, train, tune
 from experiments.store import results as result
 from lsoftmax_jax.schedule import LambdaPreset
 
-CONFIGURATION = ["digits-m4", "--steps", "4", "--batch", "16", "--width", "0.0625"]
-FILE = "digits-m4/steps4-batch16-width0.0625-tuned.json"
+CONFIGURATION = [
+    "digits-m4",
+    "--pace",
+    "annealed",
+    "--steps",
+    "4",
+    "--batch",
+    "16",
+    "--width",
+    "0.0625",
+]
+FILE = "digits-m4/annealed-steps4-batch16-width0.0625-tuned.json"
 
 
 def words(out, *options):
@@ -44,7 +54,7 @@ def test_tune_reads_no_test_image(tmp_path, capsys, monkeypatch):
     assert outcome["train"]["count"] == 1297 - 129 and outcome["test"]["count"] == 129
     assert outcome["reduced"] and "--validation" in outcome["command"]
     said = capsys.readouterr().out
-    assert "best: python -m experiments train digits-m4 --lam.base 1000.0" in said
+    assert "best: python -m experiments train digits-m4 --pace annealed --lam.base 1000.0" in said
     monkeypatch.setattr(train, "run_seeds", None)
     assert main(once) == 0
     assert result.load(tmp_path / "tune" / FILE)["candidates"] == found["candidates"]
