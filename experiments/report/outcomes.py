@@ -241,7 +241,8 @@ def _mean_of_all_pairs(of_folds: Sequence[dict[str, Any] | None]) -> dict[str, A
         return None
     counts = {name: sum(of[name] for of in known) for name in ("genuine", "impostors")}
     eer = [of["metrics"]["equal_error_rate"] for of in known]
-    tar = [of["metrics"]["tar_at_far"]["0.01"] for of in known]
+    far = max(known[0]["metrics"]["tar_at_far"], key=float)
+    tar = [of["metrics"]["tar_at_far"][far] for of in known]
     return dict(_means(known)) | counts | {"fold_eer": eer, "fold_tar": tar}
 
 

@@ -228,10 +228,11 @@ def _left(runs: Sequence[Outcome]) -> str:
 
 def _validated(validated: Sequence[Outcome], tunings: Sequence[Outcome]) -> str:
     """Every try on the validation split: rates and scales, then λ, the best in bold."""
-    named = {c for o in tunings for candidate in o["candidates"] for c in candidate["commands"]}
+    tried = [candidate for outcome in tunings for candidate in outcome["candidates"]]
+    named = {command for candidate in tried for command in candidate.get("commands", [])}
     rows = [
         [f"`{g.name}`", ", ".join(filter(None, [g.reduced_by("validation"), g.own_words])), g.error]
-        for g in grouped([run for run in validated if run["command"] not in named])
+        for g in grouped([run for run in validated if run.get("command") not in named])
     ]
     for outcome in tunings:
         config = Config.from_json(outcome["config"])

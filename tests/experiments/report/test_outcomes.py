@@ -203,6 +203,7 @@ def test_seeds_with_the_same_folds_are_one_verification(tmp_path):
     everybody = both["all_pairs"]
     assert (everybody["genuine"], everybody["impostors"]) == (20, 180)
     assert everybody["fold_eer"] == pytest.approx([0.1, 0.15])
+    assert everybody["fold_tar"] == pytest.approx([0.3, 0.3])
     assert everybody["metrics"]["equal_error_rate"] == pytest.approx(0.125)
     assert third["metrics"]["standard_error"] is None
     assert roc.lowest_rate(both) == 2 / 600

@@ -203,11 +203,13 @@ def test_tries_on_the_validation_split(tmp_path):
         "config": replace(config, steps=8).to_json(),
         "best": schedules[1],
         "candidates": [
-            {"lam": lam, "validation_errors": errors}
+            {"lam": lam, "validation_errors": errors, "commands": [f"minimum {lam['minimum']}"]}
             for lam, errors in zip(schedules, ([2.0], [1.0, 1.5]), strict=True)
         ],
     }
     result.save(tmp_path / "tune" / "t.json", tuning)
+    # A try of a tuning is listed once.
+    runs.append(run_of("mnist-m4", 0, 2.0, **tried) | {"command": "minimum 5.0"})
     found = sections(tmp_path, [*runs, run_of("mnist-softmax", 0, 3.0, steps=8)])
     assert found[tables.VALIDATED].splitlines()[2:] == [
         "| `mnist-softmax` | 8 updates | 2.00 (1) |",
@@ -226,7 +228,7 @@ def test_verification_names_its_protocol_and_no_rate_it_did_not_measure(tmp_path
     everybody = {"genuine": 1000, "impostors": 9000, "metrics": rates}
     table = sections(tmp_path / "all", [FACES | {"all_pairs": everybody}])["LFW"]
     shown = row(table, ["`r0`"])
-    assert list(shown.values())[-4:] == ["10,000", "20.00", "0.001: 40.00", ""]
+    assert list(shown.values())[-5:] == ["10,000", "20.00", "0.001: 40.00", "", ""]
 
 
 def test_view_1_is_listed_and_in_no_matrix(tmp_path):
