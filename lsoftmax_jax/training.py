@@ -557,7 +557,7 @@ def _normalise_over(model: Any, axis_name: str | None) -> None:
     """Makes batch normalisation span the axis; on None it keeps what the model has."""
     if axis_name is None:
         return
-    for _, module in nnx.iter_modules(model):
+    for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.BatchNorm):
             if module.axis_name not in (None, axis_name):
                 # jax.lax.pmean takes no axis of vmap together with one of shard_map.

@@ -335,6 +335,8 @@ def test_the_kernel_is_created_under_jit_where_no_device_holds_it_whole():
 @pytest.mark.parametrize("kind", ["nnx", "linen", "linen, under jit"])
 def test_a_kernel_is_made_in_shards_with_zeros_where_no_class_is(kind, axis_type):
     """The real columns are those of a head on one device, whatever the number of shards."""
+    if kind == "linen" and axis_type is AxisType.Explicit and not hasattr(jax.lax, "pcast"):
+        pytest.skip("JAX before 0.8 allows Explicit axes inside jax.jit only")
     layout = LAYOUTS["one axis"]
     mesh = make_mesh(layout, axis_type)
     parallel, features = lsm.ClassParallel("model", "model", mesh), jnp.ones((BATCH, DIM))
