@@ -142,7 +142,8 @@ class ClassParallel:
       class_axis: mesh axis of the classes.
       batch_axes: mesh axes of the first batch axis, a name or names. If `class_axis` is among them,
         every device gathers the rows of its group.
-      mesh: the mesh, by default that of `jax.set_mesh`.
+      mesh: the mesh, by default that of `jax.set_mesh`. Where a mesh of the same axes is set, the
+        one that is set counts, with its devices.
       classes: number of real classes, by default all columns of the kernel. The size of
         `class_axis` must divide the columns. Add columns of any finite value until it does, see
         `columns`, and give the number of real ones here. The added columns take no part and get

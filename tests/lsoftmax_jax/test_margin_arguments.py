@@ -154,5 +154,5 @@ class Mutable:
     "margin", [ArcFace, 0.5, "ArcFace", None, Unhashable(), Mutable()], ids=lambda m: str(m)[:20]
 )
 def test_other_objects_than_margins_are_refused(margin):
-    with pytest.raises(TypeError, match="margin must be"):
+    with pytest.raises(TypeError, match=r"margin must (be|compare by)"):
         lsm.lsoftmax_loss(jnp.ones((2, 3)), jnp.eye(3), [0, 2], margin=margin, lam=0.0)
