@@ -1,4 +1,4 @@
-"""What both Flax heads do: check their settings and turn them into the arguments of a loss."""
+"""What both Flax heads do: check settings, make a kernel in shards, and prepare a loss's call."""
 
 import dataclasses
 import functools

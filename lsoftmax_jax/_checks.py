@@ -49,6 +49,15 @@ def shown(value: Any) -> str:
     return f"{value!r:.80}"
 
 
+def keep(of: Any, /, **checked: Any) -> None:
+    """Keeps the checked settings of a frozen dataclass, Python's numbers where NumPy's came.
+
+    NumPy's float64 would make float32 operands float64 where JAX has 64 bits.
+    """
+    for name, value in checked.items():
+        object.__setattr__(of, name, value)
+
+
 def check_size(name: str, value: int, most: int = 2**31 - 1) -> int:
     """A Python int in [1, most]; JAX indexes with int32."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

@@ -135,12 +135,6 @@ class Margin(Protocol):
         ...
 
 
-def _set(of: Margin, /, **checked: Any) -> None:
-    """Keeps checked settings as Python numbers: a NumPy float64 would make float32 float64."""
-    for name, value in checked.items():
-        object.__setattr__(of, name, value)
-
-
 @dataclass(frozen=True)
 class LSoftmax:
     """The margin of the large-margin softmax, psi: norms of features and columns are kept.
@@ -164,7 +158,7 @@ class LSoftmax:
     unit_columns: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _set(self, margin=_checks.check_size("margin", self.margin, _LARGEST))
+        _checks.keep(self, margin=_checks.check_size("margin", self.margin, _LARGEST))
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         return psi_and_slope(cosine, self.margin)
@@ -196,9 +190,9 @@ class SphereFace:
     unit_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _set(self, margin=_checks.check_size("margin", self.margin, _LARGEST))
+        _checks.keep(self, margin=_checks.check_size("margin", self.margin, _LARGEST))
         if self.scale is not None:
-            _set(self, scale=_checks.check_scale(self.scale))
+            _checks.keep(self, scale=_checks.check_scale(self.scale))
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         return psi_and_slope(cosine, self.margin)
@@ -228,7 +222,7 @@ class NormFace:
     unit_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _set(self, scale=_checks.check_scale(self.scale))
+        _checks.keep(self, scale=_checks.check_scale(self.scale))
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         return cosine, jnp.ones_like(cosine)
@@ -260,7 +254,7 @@ class CosFace:
 
     def __post_init__(self) -> None:
         margin = _checks.check_real("margin", self.margin, 0, _checks.LARGEST)
-        _set(self, margin=margin, scale=_checks.check_scale(self.scale))
+        _checks.keep(self, margin=margin, scale=_checks.check_scale(self.scale))
 
     def value_and_slope(self, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
         return cosine - self.margin, jnp.ones_like(cosine)
@@ -307,7 +301,7 @@ class Combined:
     unit_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _set(
+        _checks.keep(
             self,
             m1=_checks.check_real("m1", self.m1, 1, _checks.LARGEST),
             m2=_checks.check_real("m2", self.m2, 0, math.pi),
@@ -369,9 +363,9 @@ class ArcFace:
     unit_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _set(self, margin=_checks.check_real("margin", self.margin, 0, math.pi))
+        _checks.keep(self, margin=_checks.check_real("margin", self.margin, 0, math.pi))
         checked = self._combined()
-        _set(self, scale=checked.scale, easy=checked.easy, detach=checked.detach)
+        _checks.keep(self, scale=checked.scale, easy=checked.easy, detach=checked.detach)
 
     def _combined(self) -> Combined:
         return Combined(m2=self.margin, scale=self.scale, easy=self.easy, detach=self.detach)

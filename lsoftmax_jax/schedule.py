@@ -34,8 +34,7 @@ class SelfPaced:
     strength: float = 0.8
 
     def __post_init__(self) -> None:
-        strength = _checks.check_fraction("strength", self.strength)
-        object.__setattr__(self, "strength", strength)  # a float, not NumPy's float64
+        _checks.keep(self, strength=_checks.check_fraction("strength", self.strength))
 
     def share(self, plain: jax.Array, margin: jax.Array, rival: jax.Array) -> jax.Array:
         """The share 1 / (1 + λ) of each example, without a gradient.

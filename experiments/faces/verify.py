@@ -90,9 +90,9 @@ def verify_faces(
         source = embedded(named, None, checkpoint, batch)
     else:
         listed = read_pairs(*pairs)
-        if embeddings is not None and faces is not None:
-            raise ValueError("--embeddings needs no --faces: only its images take part")
         if embeddings is not None:
+            if faces is not None:
+                raise ValueError("--embeddings needs no --faces: only its images take part")
             seen = embed.load_embeddings(embeddings)
             source = Source(seen, frozenset(), {"embeddings": embeddings.name})
         elif faces is None:

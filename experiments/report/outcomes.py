@@ -182,8 +182,13 @@ def over_folds(verifications: Sequence[Outcome]) -> list[Outcome]:
     alike = defaultdict(list)
     for outcome in verifications:
         config = {n: v for n, v in outcome["config"].items() if n != "left_out_fold"}
-        alike[_key(outcome["protocol"], config, went_on(outcome))].append(outcome)
+        alike[_key(*_tested(outcome), config, went_on(outcome))].append(outcome)
     return [same[0] if len(same) == 1 else _mean_of_folds(same) for same in alike.values()]
+
+
+def _tested(verification: Outcome) -> tuple[str, list[str] | None]:
+    """The protocol and the files of pairs; results up to 2026-11-30 do not name the files."""
+    return verification["protocol"], verification.get("verified")
 
 
 def _mean_of_folds(same: Sequence[Outcome]) -> Outcome:
@@ -213,7 +218,7 @@ def over_seeds(verifications: Sequence[Outcome]) -> list[Outcome]:
     for outcome in sorted(verifications, key=lambda outcome: outcome["config"].get("seed", 0)):
         config = {n: v for n, v in outcome["config"].items() if n not in ("seed", "left_out_fold")}
         folds = outcome["tested_folds"]
-        alike[_key(outcome["protocol"], config, folds, went_on(outcome))].append(outcome)
+        alike[_key(*_tested(outcome), config, folds, went_on(outcome))].append(outcome)
     return [
         (same[0] if len(same) == 1 else _mean_of_seeds(same))
         | {"seeds": [outcome["config"].get("seed", 0) for outcome in same], "of_seeds": same}
@@ -284,7 +289,6 @@ def _check_different(
 ) -> None:
     seen: dict[str, str] = {}
     for outcome in outcomes:
-        # Older verifications do not say which pairs were verified.
         first = seen.setdefault(_key(*(outcome.get(name) for name in names)), outcome["file"])
         if first != outcome["file"]:
             raise ValueError(

@@ -314,8 +314,9 @@ def interruptible() -> Iterator[Stop]:
             raise KeyboardInterrupt
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    closed = getattr(signal, "SIGHUP", None)  # Windows has none
+    if closed is not None and signal.getsignal(closed) is not signal.SIG_IGN:
+        numbers.append(closed)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: asked > 0

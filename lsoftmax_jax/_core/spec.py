@@ -63,12 +63,11 @@ class Plan:
     keep_exponentials: bool | None = None
 
     def __post_init__(self) -> None:
-        checked: dict[str, Any] = {
-            "memory_budget": _checks.check_size("memory_budget", self.memory_budget, most=2**63)
-        }
+        budget = _checks.check_size("memory_budget", self.memory_budget, most=2**63)
+        _checks.keep(self, memory_budget=budget)
         for name in ("row_block", "class_block"):
-            if getattr(self, name) is not None:
-                checked[name] = _checks.check_size(name, getattr(self, name))
+            if (size := getattr(self, name)) is not None:
+                _checks.keep(self, **{name: _checks.check_size(name, size)})
         if self.row_block is not None and self.class_block is not None:
             raise ValueError(
                 f"row_block and class_block exclude each other, "
@@ -76,12 +75,9 @@ class Plan:
             )
         if self.keep_exponentials is not None:
             keep = _checks.check_flag("keep_exponentials", self.keep_exponentials)
-            checked["keep_exponentials"] = keep
+            _checks.keep(self, keep_exponentials=keep)
         if self.row_block is not None and self.keep_exponentials:
             raise ValueError("row_block keeps no exponentials, got keep_exponentials=True")
-        # Python numbers, not NumPy's: what chooses the pieces asks `is False`.
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
 
 
 class Pieces(NamedTuple):

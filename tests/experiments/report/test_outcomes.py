@@ -188,6 +188,17 @@ def test_folds_with_separate_networks_are_one_verification(tmp_path):
     assert roc.lowest_rate(folds) == roc.lowest_rate(alone) == 2 / 600
 
 
+def test_other_pairs_are_another_verification(tmp_path):
+    """One checkpoint on two test sets; their mean would be of nothing."""
+    one, other = (of_fold(0, of, seed=0) | {"verified": [f"{of}.bin"]} for of in (0.7, 0.8))
+    write(tmp_path, [one, other])
+    found = outcomes.load_outcomes(tmp_path).verifications
+    assert [of["metrics"]["accuracy"] for of in found] == [0.7, 0.8]
+    write(tmp_path, [one, one | {"pairs": 1}])
+    with pytest.raises(ValueError, match="hold the same run"):
+        outcomes.load_outcomes(tmp_path)
+
+
 def test_seeds_with_the_same_folds_are_one_verification(tmp_path):
     accuracies = {(0, 0): 0.7, (0, 1): 0.8, (1, 0): 0.9, (1, 1): 0.6, (2, 0): 0.5}
     runs = [of_fold(fold, of, seed=seed) for (seed, fold), of in accuracies.items()]

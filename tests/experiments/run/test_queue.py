@@ -266,6 +266,15 @@ def test_budget_stops_before_its_end(monkeypatch):
     assert not Budget(9).allows(9)
 
 
+def test_a_run_of_faces_beside_the_runs_is_left_alone(tmp_path):
+    """`train-faces` writes into runs too, under any name, and has no configuration of ours."""
+    device = result.provenance(1)["device"]
+    seconds = {"wall": 3.0, "setup": 1.0, "compilation": 1.0}
+    faces = {"kind": "faces", "status": "finished", "seed": 0, "device": device}
+    result.save(tmp_path / "arc-seed5.json", faces | {"seconds": seconds, "config": {}})
+    assert queue.finished_here(tmp_path) == []
+
+
 def test_request_to_stop_ends_the_queue(tmp_path):
     asked = []
     budget = Budget(math.inf, lambda: bool(asked))

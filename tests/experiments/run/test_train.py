@@ -161,6 +161,10 @@ def test_evaluate_measures_the_checkpoint(unbroken, monkeypatch, capsys):
     assert "measuring: 100 of 200 images" in said and "measuring: 200 of 200 images" in said
     with pytest.raises(FileNotFoundError, match="no run in"):
         train.evaluate_run(out / "runs" / "absent", None, 1)
+    settings = {"config": outcome["config"], "data": "of another day"}
+    monkeypatch.setattr(train, "claimed", lambda _: {"settings": settings})
+    with pytest.raises(ValueError, match="saw other data than digits"):
+        train.evaluate_run(out / run_name(CONFIG), None, 1)
 
 
 def test_warm_start_takes_weights_and_statistics(unbroken, tmp_path):
@@ -262,6 +266,14 @@ def test_a_claim_contains_no_prose(tmp_path, monkeypatch):
     assert run(tmp_path)["status"] == "finished"
 
 
+def test_the_commit_is_that_of_the_start(tmp_path, monkeypatch):
+    commits = (f"commit {number}" for number in itertools.count())
+    monkeypatch.setattr(result, "_commit", lambda: next(commits))
+    assert run(tmp_path)["commit"] == "commit 0"
+    claims = result.load(tmp_path / run_name(CONFIG) / "claim")
+    assert claims["begun"]["commit"] == "commit 1" and next(commits) == "commit 2"
+
+
 def test_images_are_counted_as_often_as_runs_made_them():
     """Two seeds made three updates together, then one went on alone. Older logs have no number."""
     together = {"kind": "train", "step": 3, "together": 2}
@@ -280,6 +292,17 @@ def test_first_interrupt_asks_and_the_second_ends():
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # while the run closes its files
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_closing_the_terminal_asks_unless_it_is_ignored(nohup):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        with loop.interruptible() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop() is not nohup
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_log_thins_curves_and_writes_null_for_nan(tmp_path):
