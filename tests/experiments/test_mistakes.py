@@ -324,8 +324,8 @@ def test_protobuf_too_old_for_tfds_is_named(good, tmp_path, capsys, monkeypatch)
     assert "Traceback" not in said
 
 
-def test_enough_mistakes_are_listed():
-    assert len(MISTAKES) >= 80
+def test_as_many_mistakes_are_listed_as_the_documentation_says():
+    assert len(MISTAKES) > 140
 
 
 @pytest.mark.parametrize("command", ["train", "tune"])
