@@ -73,8 +73,8 @@ def train_(
     checkpoint, on any number of processes and devices.
 
     Args:
-      config: the configuration. Flags change it, and the result records every change. Of the
-        paper's numbers a public source has the confirmed ones, none the recalled ones.
+      config: the configuration. Flags change it, and the result records every change. A number
+        of the paper is confirmed where a public source has it, and recalled where none has.
       data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
       out: folder of the results.
       devices: how many to train on, the first ones; by default all.

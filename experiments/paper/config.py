@@ -44,8 +44,9 @@ class Recipe:
     scale: float | None = None
     """Gives features and columns of the kernel this length; CosFace and ArcFace need it."""
     pace: Pace = "annealed"
-    """What decides λ: the constants of lam, margin_schedule, each example's own lead, or none. With
-    none λ is 0 from the first update on, as CosFace and ArcFace are used."""
+    """What decides λ: the constants of lam, margin_schedule, or each example's own lead, which is
+    the library's default self_paced. With none λ is 0 from the first update on, as CosFace and
+    ArcFace are used."""
     strength: float = 0.8
     """With the pace lead: how much of an example's lead the margin takes, from 0 to 1."""
     lam: LambdaPreset = LambdaPreset(0, 0, 0)
