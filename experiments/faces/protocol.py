@@ -207,11 +207,10 @@ def pair_scores(
 
     An embedding equal to the mean has cosine 0 with every other.
     """
-    # scikit-learn takes seconds to import, for which no other command should wait.
-    from sklearn.preprocessing import normalize
-
-    left, right = (normalize(projection.transform(side)) for side in (first, second))
-    return np.sum(left * right, axis=1)
+    # scikit-learn's `normalize` leaves rows shorter than 10 eps as they are, in float32 1e-6.
+    left, right = (projection.transform(side).astype(np.float64) for side in (first, second))
+    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    return np.sum(left * right, axis=1) / np.where(lengths > 0, lengths, 1)
 
 
 def best_threshold(seen: Roc) -> float:

@@ -105,6 +105,16 @@ def test_threshold_accepts_none_or_all_when_that_is_best():
     assert verify.best_threshold(roc([0.9, 0.5, 0.4, 0.1], ~kinds[::-1])) < 0.1
 
 
+@pytest.mark.parametrize("length", [2.0**-80, 2.0**80])
+def test_very_short_and_very_long_embeddings_keep_their_direction(pairs, length):
+    first, second, same, fold = pairs
+    first, second = np.float32(first), np.float32(second)
+    seen = verify.verify(first, second, same, fold)
+    scaled = verify.verify(first * np.float32(length), second * np.float32(length), same, fold)
+    assert scaled.accuracy == seen.accuracy > 0.6
+    assert scaled.roc.auc == seen.roc.auc
+
+
 def test_an_embedding_at_the_mean_scores_zero():
     first, second = np.array([[2.0, 1.0], [1.0, 0.0]]), np.array([[2.0, 3.0], [3.0, 0.0]])
     scores = verify.pair_scores(first, second, verify.fitted(np.concatenate([first, second])))
