@@ -96,7 +96,7 @@ def _indexed(path: Path, index: Path) -> tuple[Integers, Integers, Integers]:
     """Reads the key, place and person of each image, sorted by key."""
     try:
         keys, places = np.array(read_text(index).split(), np.int64).reshape(-1, 2).T
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # a number of more than 64 bits
         raise ValueError(f"{index}: expected lines of a key and a place; {error}") from error
     order = np.argsort(keys)
     keys, places = keys[order], places[order]
@@ -121,6 +121,8 @@ def _indexed(path: Path, index: Path) -> tuple[Integers, Integers, Integers]:
         if images.sum() != labels[0] - 1:
             expected = f"{labels[0] - 1:.0f} images, as record 0 says"
             raise ValueError(f"{index}: expected {expected}; got {images.sum()}")
+        if not images.any():
+            raise ValueError(f"{path}: record 0 says that there are no images")
     keys, places, labels = keys[images], places[images], labels[images]
     if not np.all((labels >= 0) & (labels == np.floor(labels)) & (labels < 2**31)):
         raise ValueError(f"{path}: expected labels that are whole numbers from 0 on")

@@ -164,6 +164,8 @@ def index(change):
         (index(lambda text: text.replace("\n1\t40", "\n1\t-4")), "is it cut off"),
         (index(lambda text: text.replace("\n2\t", "\ntwo\t")), "lines of a key and a place"),
         (index(lambda text: text + "9"), "lines of a key and a place"),
+        (index(lambda text: text + f"9\t{2**63}"), "lines of a key and a place"),
+        (spoil(32, struct.pack("<f", 1)), "record 0 says that there are no images"),
         (index(lambda text: "".join(text.splitlines(True)[:4])), "expected 6 images"),
     ],
 )
