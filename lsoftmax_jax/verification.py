@@ -449,7 +449,7 @@ def _units(name: str, value: Any, numbers: _Integers | None = None) -> _Units:
 def _labels(value: Any) -> NDArray:
     labels = _host("labels", value, "integers or strings (n,)")
     if labels.dtype.kind in "OT" and all(isinstance(label, str) for label in labels.flat):
-        labels = labels.astype(str)  # as pandas holds them
+        labels = labels.astype(object).astype(str)  # as pandas holds them
     if labels.size and labels.dtype.kind not in "iuUS":
         raise TypeError(f"labels must be integers or strings (n,), got dtype {labels.dtype}")
     if labels.ndim != 1:

@@ -198,7 +198,7 @@ def test_a_collapsed_network_is_at_chance(people):
     assert seen.roc.tar_at(0.5) == 0.0
 
 
-@pytest.mark.parametrize("dtype", [str, object])
+@pytest.mark.parametrize("dtype", [str, object, np.dtypes.StringDType()])
 def test_length_order_and_names_do_not_matter(people, dtype):
     embeddings, labels = people
     seen = verification.verify(embeddings, labels)
