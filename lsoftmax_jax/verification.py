@@ -12,9 +12,10 @@ work in blocks of a fixed size, so that all pairs of many embeddings need little
 
 **What is exact.** A cosine is the product of two float32 unit vectors, rounded to a multiple of
 2**-20. The order of the product's sum changes its last bits by about 1e-7. Without the rounding,
-equal pairs would tie in one block and not in another. ROC, EER, AUC, TAR and rank 1 then count
-every pair at its rounded cosine: no pair is sampled, and no coarser bins are made. The rounding
-moves a cosine by at most 2**-21 = 4.8e-7.
+equal pairs would tie in one block and not in another. With it a few, near the middle of two
+multiples, still come out 2**-20 apart in blocks of other shapes, or in a list of pairs. ROC, EER,
+AUC, TAR and rank 1 then count every pair at its rounded cosine: no pair is sampled, and no coarser
+bins are made. The rounding moves a cosine by at most 2**-21 = 4.8e-7.
 """
 
 import math
@@ -228,7 +229,9 @@ def roc(scores: ArrayLike, same: ArrayLike) -> Roc:
 
 
 def pair_cosines(embeddings: ArrayLike, pairs: ArrayLike) -> _Units:
-    """The cosine of each pair, as `verify` compares them.
+    """The cosine of each pair, as `verify` compares given pairs.
+
+    Where `verify` compares all pairs, a few cosines are 2**-20 higher or lower.
 
     Args:
       embeddings: (n, D) real numbers, finite and not of length zero.
