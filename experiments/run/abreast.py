@@ -15,7 +15,7 @@ import tyro
 from experiments.paper.campaign import BATCHES
 from experiments.paper.cells import command_of, run_name
 from experiments.paper.config import Config
-from experiments.run import loop
+from experiments.run import loop, train
 from experiments.store.progress import Progress
 
 Batch = Literal["A", "B", "C", "recipe", "narrow", "paced", "scales", "scaled"]
@@ -49,7 +49,7 @@ def campaign(
         raise ValueError(f"budget-minutes must be >= 0, got {budget_minutes}")
     cores = cores_of(processes) if pin else []
     wanted, end = BATCHES[batch], time.monotonic() + 60 * budget_minutes
-    waiting = [c for c in wanted if not (out / f"{run_name(c)}.json").exists()]
+    waiting = [config for config in wanted if not train.is_done(config, out)]
     running: dict[int, tuple[Config, subprocess.Popen[bytes]]] = {}
     failed, stopped, done = [], False, len(wanted) - len(waiting)
     with (

@@ -157,7 +157,7 @@ class Queue:
 
     def __init__(self, wanted: Sequence[Config], out: Path, budget: Budget) -> None:
         self._wanted, self._out, self._budget = wanted, out, budget
-        self._missing = [c for c in wanted if not (out / f"{run_name(c)}.json").exists()]
+        self._missing = [config for config in wanted if not train.is_done(config, out)]
         self._measured = finished_here(out)
         self.failed: dict[str, str] = {}
         self.diverged: list[str] = []

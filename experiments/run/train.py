@@ -156,12 +156,22 @@ def finished(config: Config, out: Path) -> loop.Outcome | None:
     """The result of a configuration that needs no more training; says so.
 
     Raises:
-      ValueError: naming the file, if it holds the result of another run, or not all of one.
+      ValueError: as `is_done`.
     """
     name = run_name(config)
-    if (file := out / f"{name}.json").exists():
-        check_result(config, file)
-    return loop.finished(out / name, name)
+    return loop.finished(out / name, name) if is_done(config, out) else None
+
+
+def is_done(config: Config, out: Path) -> bool:
+    """Whether a folder has the result of a configuration.
+
+    Raises:
+      ValueError: naming the file, if it holds the result of another run, or not all of one.
+    """
+    if not (file := out / f"{run_name(config)}.json").exists():
+        return False
+    check_result(config, file)
+    return True
 
 
 def check_result(config: Config, file: Path) -> None:

@@ -158,3 +158,13 @@ def test_no_process_outlives_a_campaign_that_fails(tmp_path, monkeypatch):
 def test_more_processes_than_cores_are_refused(capsys):
     assert main(["campaign", "A", "--processes", "4097"]) == 2
     assert "processes must be in 1.." in capsys.readouterr().err
+
+
+def test_a_batch_does_not_take_any_file_for_the_result_of_a_run(tmp_path, monkeypatch, capfd):
+    run = toy(CONFIGS["digits-softmax"])
+    monkeypatch.setitem(campaign.BATCHES, "A", [run])
+    monkeypatch.setattr(abreast.subprocess, "Popen", None)
+    file = tmp_path / f"{run_name(run)}.json"
+    result.save(file, {"name": run.name})
+    assert main(["campaign", "A", "--out", str(tmp_path)]) == 2
+    assert f"{file} must hold a result with status, seed" in capfd.readouterr().err

@@ -205,6 +205,17 @@ def test_reproduce_runs_what_is_missing(pair, tmp_path, capsys, monkeypatch):
     assert "2 of 2 runs are done" in capsys.readouterr().out
 
 
+def test_the_result_of_another_recipe_is_not_taken_for_the_run(tmp_path, capsys):
+    file = tmp_path / "toy" / f"{run_name(SEEDS[0])}.json"
+    other = SEEDS[0].to_json() | {"weight_decay": 0.5}
+    outcome = {"status": "diverged", "seed": 0, "reduced": True, "device": "none", "config": other}
+    result.save(file, outcome)
+    words = ["reproduce", "--only", "digits-m4", "--seeds", "1", "--toy", "--out", str(tmp_path)]
+    assert main(words) == 2
+    said = f"{file} must hold the result of this run, not weight_decay 0.5 -> 0.02"
+    assert said in capsys.readouterr().err
+
+
 def test_failed_and_diverged_runs_are_named(tmp_path, capsys, monkeypatch):
     def run_seeds(group, out, **_):
         if group[0].seed == 0:
