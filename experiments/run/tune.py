@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from experiments.paper.cells import Named, command_of, run_name
+from experiments.paper.cells import CONFIGS, Named, command_of, run_name
 from experiments.paper.config import Config
 from experiments.run import loop
 from experiments.run.queue import of_seeds, train_missing
@@ -86,6 +86,12 @@ def tune(
         raise ValueError(f"{config.name} has pace {config.pace}: tune needs --pace annealed")
     if config.init is not None:
         raise ValueError("init: tune begins every run anew")
+    named = CONFIGS[config.name]
+    if config.seed != named.seed:
+        raise ValueError("seed: tune trains seeds from 0 on; --seeds says how many")
+    for constant, flag in (("base", "--bases"), ("minimum", "--minimums")):
+        if getattr(config.lam, constant) != getattr(named.lam, constant):
+            raise ValueError(f"lam.{constant}: tune tries the values of {flag}")
     out = out / "tune"
     candidates = [
         of_seeds(replace(config, lam=lam, validation=True), seeds)

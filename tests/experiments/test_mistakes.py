@@ -216,6 +216,9 @@ MISTAKES = [
     (["tune", "digits-m4", "--out", "{out}"], "has pace lead: tune needs --pace annealed"),
     ([*TUNE, "--seeds", "0"], "seeds must be >= 1"),
     ([*TUNE, "--init", "digits-softmax/seed0"], "init: tune begins every run anew"),
+    ([*TUNE, "--seed", "5"], "seed: tune trains seeds from 0 on; --seeds says how many"),
+    ([*TUNE, "--lam.base", "10"], "lam.base: tune tries the values of --bases"),
+    ([*TUNE, "--lam.minimum", "5"], "lam.minimum: tune tries the values of --minimums"),
     (["reproduce", "--only", "--out", "{out}"], "--only must name a configuration, got none"),
     (["campaign", "A", "--budget-minutes", "nan", "--out", "{out}"], "budget-minutes must be >= 0"),
     # faces
