@@ -36,7 +36,7 @@ from experiments.report.outcomes import (
     seeds_words,
     words,
 )
-from experiments.report.roc import face_title, for_choosing, roc_figure
+from experiments.report.roc import for_choosing, roc_figure, titled
 from experiments.run.loop import RUNS
 
 
@@ -83,7 +83,7 @@ def figures(out: Path | None = None, reduced: bool = False) -> int:
         print(f"{folder / name}.png written{without}")
     faces = [outcome for outcome in outcomes.verifications if not for_choosing(outcome)]
     if faces and not reduced:
-        write(roc_figure({face_title(outcome): outcome for outcome in faces}), folder / "roc.png")
+        write(roc_figure(titled(faces)), folder / "roc.png")
         print(f"{folder / 'roc.png'} written")
     return 0
 

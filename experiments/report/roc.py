@@ -1,6 +1,6 @@
 """The ROC curves of all face models in one plot."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -76,6 +76,15 @@ def face_title(outcome: Outcome) -> str:
     width, updates = f"width {config['width']:g}", f"{config['steps']:,} updates"
     said = [loss, face_words(outcome), width, updates, seeds_words(outcome["seeds"])]
     return ", ".join(filter(None, said))
+
+
+def titled(outcomes: Sequence[Outcome]) -> dict[str, Outcome]:
+    """Verifications by `face_title`; of those that share one, each has its file's name too."""
+    titles = [face_title(outcome) for outcome in outcomes]
+    return {
+        title if titles.count(title) == 1 else f"{title}, {outcome['file']}": outcome
+        for title, outcome in zip(titles, outcomes, strict=True)
+    }
 
 
 def face_words(outcome: Outcome) -> str:

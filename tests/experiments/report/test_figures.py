@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from matplotlib import rc_context
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from experiments.__main__ import main
@@ -81,6 +82,25 @@ def test_figures_without_runs_are_named_and_left_out(drawn, capsys, monkeypatch)
     said = capsys.readouterr().out
     assert "fig2 left out, no finished run of fig2-m3\n" in said
     assert "fig7.png written, without fig7-128\n" in said
+
+
+def test_a_network_that_was_verified_on_two_files_has_two_curves(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "roc_figure", lambda named: drawn.update(named) or Figure())
+    network = {"margin": 1, "width": 0.25, "steps": 600, "seed": 1}
+    measured = {"tested_folds": [0], "metrics": {}, "curve": {}, "people_trained_on": 9}
+    for name in ("lfw", "cfp_fp"):
+        outcome = {"kind": "verification", "protocol": "not stated", "pairs": 6, **measured}
+        outcome |= {"verified": [f"{name}.bin"], "config": network}
+        result.save(tmp_path / f"{name}.json", outcome)
+    assert main(["figures", "--out", str(tmp_path)]) == 0
+    assert sorted(drawn) == [
+        f"softmax, width 0.25, 600 updates, seed 1, {name}.json" for name in ("cfp_fp", "lfw")
+    ]
+    (tmp_path / "lfw.json").unlink()
+    drawn.clear()
+    assert main(["figures", "--out", str(tmp_path)]) == 0
+    assert list(drawn) == ["softmax, width 0.25, 600 updates, seed 1"]
 
 
 def test_same_results_give_the_same_bytes(drawn, found):
