@@ -80,9 +80,10 @@ class Progress:
                 self._said = self._done, time.monotonic()
 
     def say(self, text: str) -> None:
-        """A line of its own, on the standard output."""
-        tqdm.write(text)
-        sys.stdout.flush()
+        """A line of its own, on the standard output; as `advance`, it does not end the work."""
+        with suppress(OSError):
+            tqdm.write(text)
+            sys.stdout.flush()
 
 
 def tracked(items: Iterable[T], total: int, name: str, unit: str) -> Iterator[T]:

@@ -73,10 +73,12 @@ def test_a_terminal_that_is_gone_does_not_end_the_work(clock, capsys, monkeypatc
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(sys, "stderr", Gone())
+    monkeypatch.setattr(sys, "stdout", Gone())
     with Progress("run", 1000, "updates") as shown:
         for second in range(1, 91):
             clock[0] = float(second)
             shown.advance(2)
+            shown.say("warning: run is collapsing")
 
 
 def test_days_are_shown_as_hours():
