@@ -27,7 +27,7 @@ from experiments.faces.protocol import (
 )
 from experiments.faces.train import load_run
 from experiments.store.claims import command_line
-from experiments.store.results import provenance, save
+from experiments.store.results import load, provenance, save
 from lsoftmax_jax import verification
 from lsoftmax_jax.verification import Roc
 
@@ -79,6 +79,8 @@ def verify_faces(
       protocol: name of the protocol, for the result, such as "unrestricted, no outside data".
       batch: images at a time, on all devices together.
     """
+    if out.exists() and load(out).get("kind") != "verification":
+        raise ValueError(f"{out} holds another result; name another file, or move this one")
     if (bin is None) == (not pairs):
         raise ValueError("expected exactly one of --pairs and --bin")
     if (embeddings is not None) + (checkpoint is not None) + pixels != 1:

@@ -94,6 +94,15 @@ def test_the_result_has_all_pairs(folder, embeddings, tmp_path, capsys):
     assert "8 listed pairs" in printed and "all 90 pairs" in printed and "rank 1" in printed
 
 
+def test_the_result_of_a_training_is_not_overwritten(folder, tmp_path, capsys):
+    out = tmp_path / "run.json"
+    out.write_text('{"kind": "faces", "status": "finished"}')
+    words = ["verify", "--pairs", str(folder / "pairs.txt"), "--out", str(out)]
+    assert main([*words, "--pixels", "--faces", str(folder)]) == 2
+    assert f"{out} holds another result; name another file" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == {"kind": "faces", "status": "finished"}
+
+
 def test_the_images_that_are_embedded(folder):
     pairs, faces = read_pairs(folder / "pairs.txt"), list_faces(folder)
     alone = verify.needed(pairs, faces, [0])
