@@ -202,7 +202,10 @@ def bench(quick: bool = False, again: bool = False, out: Path = OUT) -> None:
             else:
                 entry = measure(setting, seeds, partial(progress.advance, 1, setting.name))
             done.append(entry)
-            save(file, result | {"settings": done})
+            # Those that come later stay in the file while one before them is measured.
+            kept[setting.name] = entry
+            known = [kept[of.name] for of in settings if of.name in kept]
+            save(file, result | {"settings": known})
     print(f"{summary_table(done)}\n\n{settings_table(done)}\n\n{rarest_table(done)}\n")
     print(f"{file} written")
 

@@ -151,6 +151,25 @@ def test_an_interrupted_run_continues(tmp_path, capsys, monkeypatch):
     assert measured == ["b", "a", "b"]
 
 
+def test_an_interrupt_keeps_the_settings_that_come_later(tmp_path, monkeypatch):
+    def measure(setting, *_):
+        if setting.name == "new":
+            raise KeyboardInterrupt
+        return entry(setting.name, [2, 2], [1, 1])
+
+    settings = [Setting(name, apart=True) for name in ("a", "new", "b")]
+    monkeypatch.setattr(convergence, "POLICIES", (SOFTMAX, DEFAULT))
+    monkeypatch.setattr(convergence, "measure", measure)
+    monkeypatch.setattr(convergence, "SETTINGS", (settings[0], settings[2]))
+    convergence.bench(out=tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_text()
+    monkeypatch.setattr(convergence, "SETTINGS", tuple(settings))
+    with pytest.raises(KeyboardInterrupt):
+        convergence.bench(out=tmp_path)
+    assert file.read_text() == whole
+
+
 def test_the_committed_result_has_the_settings_of_the_code():
     entries = load(RESULT)["settings"]
     names = [(setting.name, setting.apart) for setting in convergence.SETTINGS]
