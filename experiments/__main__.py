@@ -167,6 +167,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+# These save checkpoints and continue from them.
+CONTINUED = {"train", "reproduce", "campaign", "tune", "train-faces", "compare-faces"}
 BENCHMARKS = ("all", "head", "step", "convergence", "open-set")
 NAMES = {(): COMMANDS, ("bench",): BENCHMARKS, ("train",): CONFIGS, ("tune",): CONFIGS}
 KINDS = {(): "command", ("bench",): "benchmark"}
@@ -311,7 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if TRACEBACK in os.environ:
             raise
-        say("interrupted; the same command continues from the last checkpoint")
+        continues = "; the same command continues from the last checkpoint"
+        say("interrupted" + (continues if CONTINUED & {*arguments[:1]} else ""))
         code = loop.INTERRUPTED
     try:
         sys.stdout.flush()

@@ -35,6 +35,15 @@ def test_shows_draws_and_writes(tiny, tmp_path, capsys):
     assert result["features"]["softmax"]["count"] == 540
 
 
+def test_an_interrupt_promises_no_checkpoint(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "fitted", interrupted)
+    assert main(["quickstart", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
 def test_digits_that_verify_were_not_trained(tiny, monkeypatch):
     """Training and its test see the first SEEN digits only."""
     seen = []
