@@ -2,9 +2,14 @@
 
 from typing import Any
 
+from experiments.paper.cells import CONFIGS
+
 
 def run_of(name: str, seed: int, error: float | None, **changes: Any) -> dict[str, Any]:
     """A finished run, or a diverged run if error is None."""
+    named = CONFIGS[name].to_json()
+    if "lam" in changes:
+        changes = changes | {"lam": named["lam"] | changes["lam"]}
     outcome = {
         "name": name,
         "seed": seed,
@@ -12,7 +17,7 @@ def run_of(name: str, seed: int, error: float | None, **changes: Any) -> dict[st
         "diverged": None if error is not None else {"step": 7, "lam": 12.5},
         "reduced": bool(changes),
         "changes": changes,
-        "config": {},
+        "config": named | changes | {"seed": seed},
         "device": "one GPU",
         "data": {"fingerprint": "same"},
     }

@@ -24,9 +24,9 @@ from experiments.paper import networks as models
 from experiments.run import loop
 from experiments.run.program import check_batch, network_state, per_update
 from experiments.run.session import Clock, Shared, Task, Values
-from experiments.store import processes
+from experiments.store import processes, results
 from experiments.store.checkpoints import last_state
-from experiments.store.claims import claim, claimed
+from experiments.store.claims import claim, claimed, differing
 from lsoftmax_jax import training
 from lsoftmax_jax.devices import DATA_AXIS, compile_step, data_mesh
 
@@ -126,6 +126,8 @@ def train_faces(
         images = FaceImages(listed, recipe.size)
         task, shared = prepare(recipe, images, out, init_from, mesh)
         alone = [recipe.seed]
+        if not out.exists():
+            check_result(recipe, loop.result_file(out))
         claim(out, task.settings, mesh.size, writes=processes.is_first(), together=alone)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         pace = loop.Pace(1 if on_cpu else DISPATCH, 0, checkpoint_seconds)
@@ -133,6 +135,15 @@ def train_faces(
         trained = [done] if done else loop.train([task], shared, pace, stop)
         print(f"{len(listed.people)} people, {len(images.broken)} broken images skipped: {out}")
         return loop.exit_code(trained[0] if trained else None)
+
+
+def check_result(recipe: FaceRecipe, file: Path) -> None:
+    """Raises ValueError if a result whose folder is gone is of another recipe."""
+    if not file.exists():
+        return
+    there = results.load_run(file, ("config",))["config"]
+    if wrong := differing(there, recipe.to_json()):
+        raise ValueError(f"{file} holds the result of another recipe ({', '.join(wrong)})")
 
 
 def prepare(

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.paper.cells import CONFIGS
+from experiments.paper.cells import CONFIGS, changes_of
+from experiments.paper.config import Config
 from experiments.paper.style import LINES, loss_name
 from experiments.run.loop import RUNS
 from experiments.store import results as result
+from experiments.store.claims import differing
 
 Outcome = dict[str, Any]
 
@@ -280,8 +282,21 @@ def _check(file: Path, kind: str, outcome: Outcome) -> None:
         needed += ("train", "test", "curves")
     if missing := [name for name in needed if name not in outcome]:
         raise ValueError(f"{file} must hold a result; it has no {', '.join(missing)}")
-    if kind == "run" and outcome["name"] not in CONFIGS:
+    if kind != "run":
+        return
+    if outcome["name"] not in CONFIGS:
         raise ValueError(f"{file} is of no configuration that list prints: {outcome['name']!r}")
+    try:
+        config = Config.from_json(outcome["config"])
+        saved, changes = config.to_json(), changes_of(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} must hold the configuration of its run: {error}") from error
+    # A group is named by its changes: those of an older configuration say something else today.
+    if wrong := differing(outcome["changes"], {field: saved[field] for field in changes}):
+        raise ValueError(
+            f"{file} is of another {outcome['name']} than today's, its changes were to be "
+            f"{', '.join(wrong)}: move the file away, or train the run again"
+        )
 
 
 def _check_different(

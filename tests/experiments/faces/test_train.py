@@ -126,6 +126,17 @@ def test_another_recipe_or_folder_is_no_continuation(folder, finished):
         run_for(folder, finished, recipe=replace(RECIPE, margin=2), without="")
 
 
+def test_a_result_without_its_folder_is_not_taken_for_another_recipe(
+    folder, finished, tmp_path, capsys
+):
+    shutil.copy(finished.with_name(f"{finished.name}.json"), tmp_path / "run.json")
+    words = ["train-faces", "--faces", str(folder), "--out", str(tmp_path / "run")]
+    assert main([*words, "--size", "32", "32", "--steps", "6", "--batch", "8"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'run.json'} holds the result of another recipe" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_image_that_changed_is_no_continuation(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "faces")
     assert run_for(tmp_path / "faces", tmp_path / "run", 2) is None

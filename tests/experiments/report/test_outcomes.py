@@ -31,7 +31,7 @@ FOREIGN = {
     "kind": ('{"kind": 7}', "got kind 7"),
     "tuning": ('{"kind": "tuning"}', "it has no config, best, candidates"),
     "half": (json.dumps(run_of("mnist-m4", 0, None) | {"status": "finished"}), "no train, test"),
-    "unknown": (json.dumps(run_of("mnist-m9", 0, 1.0)), "'mnist-m9'"),
+    "unknown": (json.dumps(run_of("mnist-m4", 0, 1.0) | {"name": "mnist-m9"}), "'mnist-m9'"),
 }
 
 
@@ -56,6 +56,16 @@ def test_a_copied_file_is_no_second_seed(tmp_path, capsys):
     assert main(["report", "--check", "--out", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{tmp_path / 'copy.json'} and {first} hold the same run" in line
+
+
+def test_a_run_of_an_older_configuration_is_not_averaged_with_todays(tmp_path, capsys):
+    run, older = run_of("mnist-m4", 0, 1.0), run_of("mnist-m4", 1, 9.0)
+    older["config"]["weight_decay"] = 0.5
+    write(tmp_path, [run, older])
+    assert main(["report", "--check", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'r1.json'} is of another mnist-m4 than today's" in line
+    assert "weight_decay None -> 0.5" in line
 
 
 def test_benchmarks_and_checkpoints_are_no_runs(tmp_path):
