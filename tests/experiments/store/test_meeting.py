@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,14 @@ def test_a_partner_that_never_comes(tmp_path):
         port = free.getsockname()[1]
     words = ["train", "digits-m4", "--out", str(tmp_path), "--coordinator", f"localhost:{port}"]
     words += ["--processes", "2", "--process", "0", "--heartbeat-seconds", "3"]
-    begun = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "experiments", *words],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=120,  # JAX alone would wait for 300 seconds
     )
-    assert time.monotonic() - begun < 100
     assert done.returncode == 2
     where = f"localhost:{port}"
     assert done.stderr.splitlines() == [
