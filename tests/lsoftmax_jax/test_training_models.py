@@ -159,9 +159,13 @@ class TwoViews(Line):
 def test_batch_normalisation_keeps_an_axis_of_its_own():
     model = TwoViews(nnx.Rngs(0))
     graphdef, state = training.create(model, OPTIMIZER)
-    loss = lsm.lsoftmax_loss(
-        model(ROWS), model.head.kernel[...], LABELS, margin=4, lam=LAM(0)
-    )  # which changes the statistics of the model
+
+    @nnx.jit  # which changes the statistics of the model
+    def losses(model):
+        kernel = model.head.kernel[...]
+        return lsm.lsoftmax_loss(model(ROWS), kernel, LABELS, margin=4, lam=LAM(0))
+
+    loss = losses(model)
     step = training.train_step(graphdef, OPTIMIZER, LAM)
     after, metrics = jax.jit(step)(state, ROWS, LABELS)
     assert_close(metrics.sums.loss, loss.sum())
@@ -172,7 +176,7 @@ def test_batch_normalisation_of_another_axis_is_refused():
     graphdef, state = training.create(TwoViews(nnx.Rngs(0)), OPTIMIZER)
     step = training.train_step(graphdef, OPTIMIZER, LAM, axis_name="data")
     specs = P(), P("data"), P("data")
-    step = jax.shard_map(step, mesh=mesh_of(2), in_specs=specs, out_specs=P())
+    step = jax.jit(jax.shard_map(step, mesh=mesh_of(2), in_specs=specs, out_specs=P()))
     with pytest.raises(ValueError, match=r"axis_name must be .*'views', got 'data'"):
         step(state, ROWS, LABELS)
 
@@ -201,5 +205,6 @@ class Late(Line):
 
 def test_a_variable_that_a_call_makes_is_named():
     graphdef, state = training.create(Late(nnx.Rngs(0)), OPTIMIZER)
+    step = jax.jit(training.train_step(graphdef, OPTIMIZER, LAM))
     with pytest.raises(TypeError, match="model must keep its variable 'last'"):
-        training.train_step(graphdef, OPTIMIZER, LAM)(state, ROWS, LABELS)
+        step(state, ROWS, LABELS)
