@@ -7,14 +7,12 @@ import io
 import json
 import math
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import jax
-import jupytext
+import jupytext.cli
 import nbformat
 import numpy as np
 import pytest
@@ -63,11 +61,11 @@ def test_notebook_has_the_cells_of_its_script(name):
     assert errors == []
 
 
-def test_jupytext_pairs_a_notebook_with_its_script():
+def test_jupytext_pairs_a_notebook_with_its_script(monkeypatch, capsys):
     """With this pairing, Jupyter writes both files when it saves one of them."""
-    command = [sys.executable, "-m", "jupytext", "--paired-paths", "tour.ipynb"]
-    asked = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
-    assert asked.stdout.split() == ["tour.py"]
+    monkeypatch.chdir(FOLDER)
+    jupytext.cli.jupytext(["--paired-paths", "tour.ipynb"])
+    assert capsys.readouterr().out.split() == ["tour.py"]
 
 
 @each
