@@ -41,11 +41,11 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
+@pytest.fixture(params=LAYOUTS)
 def layout(request):
     if jax.device_count() < 8:
         pytest.skip(f"needs 8 devices, {jax.devices()[0].platform} has {jax.device_count()}")
-    return request.param
+    return LAYOUTS[request.param]
 
 
 def make_mesh(layout, axis_type=AxisType.Auto):
@@ -133,13 +133,25 @@ def sum_and_gradients(features, kernel, labels, lam, weights, layout, mesh, plan
     return jax.value_and_grad(total, (0, 1, 2))(features, kernel, lam)
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+# Blocks are cut within a device, so each plan runs where devices hold all rows, some, and some that
+# others gather.
+IN_BLOCKS = ("replicated features", "data by model", "features over both")
+
+
+@pytest.mark.parametrize(
+    ("layout", "plan"),
+    [
+        *((layout, "one-shot") for layout in LAYOUTS),
+        *((layout, plan) for layout in IN_BLOCKS for plan in PLANS if plan != "one-shot"),
+    ],
+    indirect=["layout"],
+)
 def test_the_sum_by_every_plan(x64, layout, plan):
     mesh = make_mesh(layout)
     arrays = placed(layout, mesh, jnp.float64)
     features, kernel, labels, weights = arrays
     total, gradients = sum_and_gradients(
-        features, kernel, labels, jnp.float64(LAM), weights, layout, mesh, plan
+        features, kernel, labels, jnp.float64(LAM), weights, layout, mesh, PLANS[plan]
     )
     loss, pulled = wanted(*arrays)
     oracle.assert_close(total, np.sum(loss * np.asarray(weights)), 1e-12)
