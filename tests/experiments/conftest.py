@@ -1,11 +1,14 @@
 """Fixtures of the experiments' tests."""
 
+import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from experiments.paper.data import import_tfds
+from experiments.run import train
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +39,15 @@ def tfds_dir(tfds: None) -> Path:
 def lfw_dir() -> Path:
     """The folder of LFW's images, one folder a person, and its pairs.txt."""
     return real_data("LFW_DIR", "pairs.txt", "LFW's own page has the images and the pairs")
+
+
+@pytest.fixture(scope="module")
+def shared_programs() -> Iterator[None]:
+    """Runs of one configuration share their traced functions.
+
+    Each run would trace its own, which takes longer than its updates. What is compiled is the same:
+    `.compiled` has it. Not for tests that change the data in a folder.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Program", functools.cache(train.Program))
+        yield

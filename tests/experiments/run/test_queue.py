@@ -22,6 +22,8 @@ from experiments.store import ledger, logs
 from experiments.store import results as result
 from experiments.store.checkpoints import Checkpoints, steps_in
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 SEEDS = [replace(toy(CONFIGS["digits-m4"]), seed=seed) for seed in range(3)]
 OPTIONS = {"devices": 1, "evaluations": 2}
 ROOT = Path(__file__).parents[3]

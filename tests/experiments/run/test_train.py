@@ -23,6 +23,8 @@ from experiments.store.claims import claim
 from experiments.store.logs import Log, Seconds
 from lsoftmax_jax.schedule import LambdaPreset
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 CONFIG = replace(
     CONFIGS["digits-m4"],
     pace="annealed",
