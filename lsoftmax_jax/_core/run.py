@@ -150,8 +150,11 @@ def weights_of(spec: Spec, arrays: Arrays) -> jax.Array:
     """The weight of each example in a sum, 0 where it is masked."""
     dtype, weights = _checks.at_least_f32(spec.dtype), arrays.weights
     if weights is None:
-        ones = jnp.ones(arrays.labels.shape, dtype)
-        weights = vary_over(ones, varying_axes(arrays.features))
+        weights = jnp.ones(arrays.labels.shape, dtype)
+        if (layout := spec.layout) is None:
+            weights = vary_over(weights, varying_axes(arrays.features))
+        else:
+            weights = resharded(weights, layout.mesh, layout.rows)
     weights = weights.astype(dtype)
     return weights if arrays.where is None else jnp.where(arrays.where, weights, 0)
 

@@ -158,6 +158,27 @@ def test_the_sum_by_every_plan(x64, layout, plan):
     assert_pulled(gradients, pulled, 1e-12)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_sums_without_weights(x64, layout, axis_type):
+    mesh = make_mesh(layout, axis_type)
+    features, kernel, labels, _ = placed(layout, mesh, jnp.float64)
+    ones = np.ones(BATCH)
+    loss, pulled = wanted(features, kernel, labels, ones)
+    with jax.set_mesh(mesh):
+        total, gradients = sum_and_gradients(
+            features, kernel, labels, jnp.float64(LAM), None, layout, mesh
+        )
+        done = jax.jit(
+            lambda *arrays: lsm.lsoftmax_sgd(
+                *arrays, lam=LAM, learning_rate=1.0, decay=0.0, **keywords(layout, mesh)
+            )
+        )(features, kernel, jnp.zeros_like(kernel), labels)
+    oracle.assert_close(total, np.sum(loss), 1e-12)
+    assert_pulled(gradients, pulled, 1e-12)
+    oracle.assert_close(done.loss, np.sum(loss), 1e-12)
+    assert_pulled((done.dfeatures, done.momentum), pulled, 1e-12)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_narrower_operands(dtype, layout):
     mesh = make_mesh(layout)
