@@ -271,10 +271,10 @@ def _taken(layout: Layout | None, kernel: jax.Array, sample: Sample) -> jax.Arra
         known = (ids < 0) | (here < kernel.shape[1])
         return _checks.nan_unless(known[None, :], columns)
 
-    specs = (
-        (None, None) if layout is None else ((layout.columns, layout.of_columns), layout.columns)
-    )
-    return shards.on_devices(layout, local, *specs)(*_split(layout, kernel, sample))
+    if layout is not None:
+        in_specs = layout.columns, layout.of_columns
+        local = shards.on_devices(layout, local, in_specs, layout.columns)
+    return local(*_split(layout, kernel, sample))
 
 
 def put_columns(
@@ -325,13 +325,11 @@ def _put(layout: Layout | None, kernel: jax.Array, sample: Sample, columns: jax.
         here = _own_ids(layout, kernel, ids)
         return kernel.at[:, here].set(columns.astype(kernel.dtype), mode="drop")
 
-    specs: Any = None, None
     if layout is not None:
         split = layout.columns
-        specs = (split, layout.of_columns, split), split
         columns = resharded(columns, layout.mesh, split)
-    kernel, ids = _split(layout, kernel, sample)
-    return shards.on_devices(layout, local, *specs)(kernel, ids, columns)
+        local = shards.on_devices(layout, local, (split, layout.of_columns, split), split)
+    return local(*_split(layout, kernel, sample), columns)
 
 
 def _own_ids(layout: Layout | None, kernel: jax.Array, ids: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -177,21 +178,19 @@ def _updated(spec: Spec, arrays: Arrays, momentum: jax.Array, rates: Rates) -> S
             _checks.in_range(rates.decay, dtype, most=1),
             _checks.in_range(rates.weight_decay, dtype),
         )
-        local = functools.partial(_local, spec)
-        in_specs, out_specs = None, None
+        local: Callable[..., SgdStep] = functools.partial(_local, spec)
         if layout is not None:
             rows, columns = layout.rows, layout.columns
             in_specs = shards.splits(layout), columns, columns, P()
-            seen = jax.tree.map(lambda _: rows, run.OF_ROWS)
-            out_specs = SgdStep(*cast(Any, (P(), rows, columns, columns, seen)))
-        on_devices = shards.on_devices(layout, local, in_specs, out_specs)
-        return on_devices(arrays, kernel, momentum, rates)
+            out_specs = SgdStep(*cast(Any, (P(), rows, columns, columns, rows)))
+            local = shards.on_devices(layout, local, in_specs, out_specs)
+        return local(arrays, kernel, momentum, rates)
 
     if layout is not None:
         momentum = resharded(momentum, layout.mesh, layout.columns)
         arrays = run.placed(spec, arrays)
         return core((arrays.features, arrays.kernel, arrays, momentum, rates))
-    out_like = SgdStep(*cast(Any, ("scalar", "features", "kernel", "kernel", run.OF_ROWS)))
+    out_like = SgdStep(*cast(Any, ("scalar", "features", "kernel", "kernel", "batch")))
     return anywhere(core, out_like, (arrays.features, arrays.kernel, arrays, momentum, rates))
 
 

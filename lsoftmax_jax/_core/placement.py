@@ -25,8 +25,9 @@ def anywhere(core: Callable[..., Any], out_like: Any, arrays: Any) -> Any:
     would miss the sum over devices; marking all operands as varying makes JAX add it.
 
     Args:
-      out_like: a tree like the output, which says how each output is placed: "batch" as the batch
-        of features, "features" and "kernel" as those, "logits" as batch by columns, or "scalar".
+      out_like: how the output is placed, or the start of a tree like it, with a word for each part:
+        "batch" as the batch of features, "features" and "kernel" as those, "logits" as batch by
+        columns, or "scalar".
       arrays: a tuple that starts with features (..., D) and kernel (D, columns).
     """
     varying = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))

@@ -74,10 +74,6 @@ class Statistics(NamedTuple):
     lam: jax.Array
 
 
-# A tree like `Statistics`, for what holds of every field.
-OF_ROWS: Any = Statistics(*5 * ("batch",))  # type: ignore[arg-type]  # words, not arrays
-
-
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def losses(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Statistics]:
     """The loss of each example, and the statistics."""
@@ -89,7 +85,7 @@ def losses(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Statistics]:
 
     if spec.layout is not None:
         return core(placed(spec, arrays))
-    return anywhere(core, ("batch", OF_ROWS), arrays)
+    return anywhere(core, "batch", arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -309,19 +305,17 @@ def _losses_fwd(spec: Spec, arrays: Arrays) -> tuple[tuple[jax.Array, Statistics
         found = found._replace(loss=None, columns=found.columns._replace(kernel=None))
         return outputs, shards.kept(layout, found)
 
-    in_specs, out_specs = (None, None)
     if layout is not None:
-        rows = layout.rows
-        in_specs = (shards.splits(layout),)
-        out_specs = ((rows, jax.tree.map(lambda _: rows, OF_ROWS)), layout.own)
-    outputs, found = shards.on_devices(layout, local, in_specs, out_specs)(arrays)
+        out_specs = layout.rows, layout.own
+        local = shards.on_devices(layout, local, (shards.splits(layout),), out_specs)
+    outputs, found = local(arrays)
     return outputs, (arrays._replace(features=None, weights=None), found)
 
 
 def _losses_bwd(
     spec: Spec, residuals: Any, cotangents: tuple[jax.Array, Statistics]
 ) -> tuple[Arrays]:
-    layout = spec.layout
+    layout, (arrays, found) = spec.layout, residuals
 
     def local(arrays: Arrays, found: Pass, cotangent: jax.Array) -> Any:
         found = shards.own(layout, found)
@@ -333,12 +327,11 @@ def _losses_bwd(
         dkernel, dlam = shards.over_data(layout, (dkernel, dlam))
         return dfeatures, dkernel.astype(spec.dtype), dlam
 
-    in_specs, out_specs = (None, None)
     if layout is not None:
-        in_specs = (shards.splits(layout), layout.own, layout.rows)
-        out_specs = (layout.rows, layout.columns, P())
-    local = shards.on_devices(layout, local, in_specs, out_specs)
-    return (_gradient_of(*local(*residuals, cotangents[0])),)
+        in_specs = shards.splits(layout), layout.own, layout.rows
+        out_specs = layout.rows, layout.columns, P()
+        local = shards.on_devices(layout, local, in_specs, out_specs)
+    return (_gradient_of(*local(arrays, found, cotangents[0])),)
 
 
 _losses.defvjp(_losses_fwd, _losses_bwd)
@@ -378,11 +371,10 @@ def _sum_fwd(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Any]:
         dfeatures = dfeatures.reshape(*shape, dfeatures.shape[-1])
         return total, dfeatures, dkernel, dlam, losses
 
-    in_specs, out_specs = (None, None)
     if layout is not None:
-        in_specs = (shards.splits(layout),)
-        out_specs = (P(), layout.rows, layout.columns, P(), layout.rows)
-    total, *gradient = shards.on_devices(layout, local, in_specs, out_specs)(arrays)
+        out_specs = P(), layout.rows, layout.columns, P(), layout.rows
+        local = shards.on_devices(layout, local, (shards.splits(layout),), out_specs)
+    total, *gradient = local(arrays)
     return total, _gradient_of(*gradient)
 
 

@@ -9,8 +9,8 @@ Collectives of `lsoftmax_loss_sum`, loss and gradients:
 With a data axis every device sums its columns' gradient over that axis. For very many classes this
 is most of the bytes sent. A single axis for features and classes sends none of it.
 
-`view` and `exchanged` take the `Spec`, `splits` a `Layout`. All others take a `Layout`, or None on
-one device, where they change nothing.
+`view` and `exchanged` take the `Spec`, `on_devices` and `splits` a `Layout`. All others take a
+`Layout`, or None on one device, where they change nothing.
 """
 
 import functools
@@ -28,11 +28,9 @@ from lsoftmax_jax._core.target import Columns, LabelTerms, Rows, columns_of, lab
 
 
 def on_devices(
-    layout: Layout | None, local: Callable[..., Any], in_specs: Any, out_specs: Any
+    layout: Layout, local: Callable[..., Any], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
     """`local` on every device of the layout."""
-    if layout is None:
-        return local
     # JAX cannot know that what a class axis gathers is the same on all its devices: no check.
     return jax.shard_map(
         local, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
