@@ -217,7 +217,7 @@ def _local(
     layout, shape, block = spec.layout, arrays.labels.shape, spec.pieces.class_block
     assert block is not None
     arrays = shards.all_rows(layout, run.flat(arrays))
-    found = run.forward(spec, arrays)
+    found = run.forward(spec, arrays, *shards.view(spec, arrays))
     rows, columns = found.rows, found.columns
     weights, factor = run.fit_for_products(spec.dtype, arrays.weights, rows, columns)
     gradient = run.row_gradient(spec, arrays, found, weights)

@@ -71,8 +71,9 @@ def merge(one: Others, two: Others) -> Others:
     return Others(peak, mass, one.total + two.total)
 
 
-def summarise(spec: Spec, pieces: Pieces, rows: Rows, columns: Columns) -> tuple[Others, Any]:
+def summarise(spec: Spec, rows: Rows, columns: Columns) -> tuple[Others, Any]:
     """Every row's other logits over all columns, and what the plan keeps for `gradients`."""
+    pieces = spec.pieces
     if pieces.row_block is not None:
 
         def row_step(_: None, block: Rows) -> tuple[None, Others]:

@@ -205,15 +205,9 @@ class Pass(NamedTuple):
     kept: Any
 
 
-def forward(spec: Spec, arrays: Arrays) -> Pass:
-    rows, columns, terms = shards.view(spec, arrays)
-    return pass_over(spec, spec.pieces, arrays, rows, columns, terms)
-
-
-def pass_over(
-    spec: Spec, pieces: Pieces, arrays: Arrays, rows: Rows, columns: Columns, terms: LabelTerms
-) -> Pass:
-    others, kept = summarise(spec, pieces, rows, columns)
+def forward(spec: Spec, arrays: Arrays, rows: Rows, columns: Columns, terms: LabelTerms) -> Pass:
+    """The pass over the rows, columns and terms of `shards.view`."""
+    others, kept = summarise(spec, rows, columns)
     terms, others = shards.exchanged(spec, arrays.labels, terms, others)
     t = target_of(spec, terms, arrays.lam, others.peak)
     return Pass(loss_of(spec, t, others, classes_of(spec, arrays)), t, others, rows, columns, kept)
@@ -298,7 +292,7 @@ def _losses_fwd(spec: Spec, arrays: Arrays) -> tuple[tuple[jax.Array, Statistics
     def local(arrays: Arrays) -> Any:
         shape = arrays.labels.shape
         arrays = shards.all_rows(layout, flat(arrays))
-        found = forward(spec, arrays)
+        found = forward(spec, arrays, *shards.view(spec, arrays))
         outputs = shards.own_rows(layout, (found.loss, statistics_of(found)))
         outputs = jax.tree.map(lambda array: array.reshape(shape), outputs)
         # The kernel is whole already, the loss no part of its gradient.
@@ -360,7 +354,7 @@ def _sum_fwd(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Any]:
         if spec.pieces.row_block is not None and layout is None:
             losses, dfeatures, dkernel, dlam = _one_pass(spec, arrays)
         else:
-            found = forward(spec, arrays)
+            found = forward(spec, arrays, *shards.view(spec, arrays))
             dfeatures, dkernel, dlam = _backward(spec, arrays, found, arrays.weights)
             losses = found.loss
         total, dlam, dkernel = shards.over_data(
@@ -383,10 +377,11 @@ def _one_pass(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Arr
     rows, columns, terms = shards.view(spec, arrays)
     weights, factor = fit_for_products(spec.dtype, arrays.weights, rows, columns)
     block: Any = spec.pieces.row_block
+    one_shot = spec._replace(pieces=Pieces())
 
     def step(dkernel: jax.Array, block: Any) -> tuple[jax.Array, Any]:
         rows, terms, weights = block
-        found = pass_over(spec, Pieces(), arrays, rows, columns, terms)
+        found = forward(one_shot, arrays, rows, columns, terms)
         gradient = row_gradient(spec, arrays, found, weights)
         dfeatures, change = block_gradients(rows, columns, gradient, found.kept)
         return dkernel + change, (found.loss, gradient, dfeatures)
