@@ -31,10 +31,8 @@ from lsoftmax_jax._core.target import (
     Pull,
     Rows,
     Target,
-    contract,
     is_label,
-    multiply,
-    precision_for,
+    product,
     pulled_back,
 )
 from lsoftmax_jax._core.tiles import as_stored, less_along, sum_over_rows
@@ -124,7 +122,8 @@ def _summary(spec: Spec, rows: Rows, columns: Columns) -> tuple[Others, jax.Arra
 
 def plain_logits(rows: Rows, columns: Columns) -> jax.Array:
     """The logits without margin and offset, in float32 or better."""
-    logits = multiply(rows.features, columns.kernel)
+    kernel = columns.kernel
+    logits = product(rows.features, 1, kernel, 0, kernel.shape[1])
     if rows.scale is not None:
         logits = logits * rows.scale[:, None]
     if columns.inverse_norm is not None:
@@ -255,9 +254,9 @@ def products(rows: Rows, columns: Columns, grad: jax.Array) -> tuple[jax.Array, 
     if columns.inverse_norm is not None:
         grad = grad * columns.inverse_norm[None, :]
     grad = grad.astype(rows.features.dtype)
-    precision = precision_for(columns.kernel)
-    dfeatures = contract(grad, 1, columns.kernel, 1, precision)
-    return dfeatures, contract(rows.features, 0, grad, 0, precision)
+    kernel, classes = columns.kernel, columns.kernel.shape[1]
+    dfeatures = product(grad, 1, kernel, 1, classes)
+    return dfeatures, product(rows.features, 0, grad, 0, classes)
 
 
 def with_norms(

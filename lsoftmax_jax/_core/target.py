@@ -100,8 +100,8 @@ def label_terms(rows: Rows, kernel: jax.Array) -> LabelTerms:
     """
     features, labels = rows.features, rows.labels
     wide = features.astype(_checks.at_least_f32(features.dtype))
-    if kernel.shape[1] <= FEW_CLASSES:
-        plain = value_at(labels, multiply(features, kernel))
+    if (classes := kernel.shape[1]) <= FEW_CLASSES:
+        plain = value_at(labels, product(features, 1, kernel, 0, classes))
         column_square = value_at(labels, _squares(kernel, 0))
     else:
         columns = columns_at(kernel, labels).astype(wide.dtype)
@@ -242,27 +242,16 @@ def is_label(labels: jax.Array, classes: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, 1) == labels[:, None]
 
 
-def multiply(features: jax.Array, kernel: jax.Array) -> jax.Array:
-    """features @ kernel, accumulated in float32 or better; see `label_terms` for the precision."""
-    return contract(features, 1, kernel, 0, precision_for(kernel))
-
-
-def precision_for(kernel: jax.Array) -> jax.lax.Precision | None:
-    """The precision of products with a kernel: full with few classes, else JAX's default.
-
-    The default on a TPU rounds float32 operands to bfloat16. At small angles two terms that are up
-    to m² times as long nearly cancel in a gradient, and the rounding error grows with them.
-    """
-    return jax.lax.Precision.HIGHEST if kernel.shape[1] <= FEW_CLASSES else None
-
-
-def contract(
-    lhs: jax.Array,
-    lhs_axis: int,
-    rhs: jax.Array,
-    rhs_axis: int,
-    precision: jax.lax.Precision | None,
+def product(
+    lhs: jax.Array, lhs_axis: int, rhs: jax.Array, rhs_axis: int, classes: int
 ) -> jax.Array:
+    """The product summed over one axis of each matrix, accumulated in float32 or better.
+
+    With few classes its precision is full, else JAX's default. The default on a TPU rounds float32
+    operands to bfloat16. At small angles two terms that are up to m² times as long nearly cancel in
+    a gradient, and the rounding error grows with them.
+    """
     dtype: Any = _checks.at_least_f32(lhs.dtype)
+    precision = jax.lax.Precision.HIGHEST if classes <= FEW_CLASSES else None
     axes = (((lhs_axis,), (rhs_axis,)), ((), ()))
     return jax.lax.dot_general(lhs, rhs, axes, precision, preferred_element_type=dtype)
