@@ -381,15 +381,13 @@ def check_margin(margin: int | Margin) -> Margin:
     """`margin` as a `Margin`; an int m becomes `LSoftmax(m)`."""
     if isinstance(margin, OURS):
         return margin
-    if isinstance(margin, (bool, type)) or not (
-        isinstance(margin, (int, np.integer)) or callable(getattr(margin, "value_and_slope", None))
-    ):
+    if isinstance(margin, (int, np.integer)) and not isinstance(margin, bool):
+        return LSoftmax(int(margin))
+    if isinstance(margin, (bool, type)) or not callable(getattr(margin, "value_and_slope", None)):
         raise TypeError(
             f"margin must be a Python int >= 1 or one of lsoftmax_jax.margins, got "
             f"{_checks.shown(margin)}"
         )
-    if isinstance(margin, (int, np.integer)):
-        return LSoftmax(int(margin))
     for name in ("scale", "unit_columns"):
         if not hasattr(margin, name):
             raise TypeError(f"margin must have the attribute {name}, got {margin!r:.80}")
