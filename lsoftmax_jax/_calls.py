@@ -89,13 +89,6 @@ def sharded_kernel(
     return create
 
 
-def check_features(features: ArrayLike) -> jax.Array:
-    features = _checks.as_array("features", features, "a floating-point array (..., D)")
-    if features.ndim < 1:
-        raise ValueError("features must have shape (..., D), got a scalar")
-    return features
-
-
 def lam_of(head: Head, lam: ArrayLike | SelfPaced | None) -> ArrayLike | SelfPaced:
     """λ of a call: the call's own, the head's, or the default of its margin."""
     if lam is not None:
@@ -110,7 +103,7 @@ def call_of(
     head: Head, features: ArrayLike, kernel: jax.Array, lam: ArrayLike | SelfPaced | None
 ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     """Features and kernel in the dtype of the head, and the settings that every loss takes."""
-    features = check_features(features)
+    features = _checks.check_features(features)
     kernel = _checks.as_array("kernel", kernel, "a floating-point array (D, classes)")
     columns = head.classes if head.layout is None else head.layout.columns(head.classes)
     if kernel.ndim != 2 or kernel.shape[1] != columns:
@@ -118,7 +111,6 @@ def call_of(
             f"kernel of the head must have shape (D, {columns}) for {head.classes} classes, got "
             f"{kernel.shape}: load the weights of this head"
         )
-    _checks.check_floating("features", features)
     if head.dtype is not None:
         features, kernel = features.astype(head.dtype), kernel.astype(head.dtype)
     layout = head.layout and dataclasses.replace(head.layout, classes=head.classes)

@@ -161,15 +161,20 @@ def check_floating(name: str, array: jax.Array) -> None:
         )
 
 
-def check_features(
-    features: ArrayLike, kernel: ArrayLike, kernel_name: str = "kernel"
-) -> tuple[jax.Array, jax.Array]:
+def check_features(features: ArrayLike) -> jax.Array:
     features = as_array("features", features, "a floating-point array (..., D)")
-    kernel = as_array(kernel_name, kernel, "a floating-point array (D, classes)")
     check_floating("features", features)
-    check_floating(kernel_name, kernel)
     if features.ndim < 1:
         raise ValueError("features must have shape (..., D), got a scalar")
+    return features
+
+
+def check_operands(
+    features: ArrayLike, kernel: ArrayLike, kernel_name: str = "kernel"
+) -> tuple[jax.Array, jax.Array]:
+    features = check_features(features)
+    kernel = as_array(kernel_name, kernel, "a floating-point array (D, classes)")
+    check_floating(kernel_name, kernel)
     check_columns(kernel_name, kernel)
     if features.shape[-1] != kernel.shape[0]:
         raise ValueError(

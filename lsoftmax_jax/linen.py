@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen
 from jax.typing import ArrayLike
 
-from lsoftmax_jax import _calls
+from lsoftmax_jax import _calls, _checks
 from lsoftmax_jax._core.run import Statistics
 from lsoftmax_jax._core.spec import ClassParallel, Plan
 from lsoftmax_jax.losses import lsoftmax_loss, lsoftmax_loss_and_statistics, lsoftmax_loss_sum
@@ -172,7 +172,7 @@ class LSoftmaxDense(linen.Module):
                 f"variables must hold the parameter 'kernel' of shape (D, {self.classes}) for this "
                 f"head, got none: call init, or load a checkpoint of this model"
             )
-        length = _calls.check_features(features).shape[-1]
+        length = _checks.check_features(features).shape[-1]
         if (layout := self.layout) is None:
             return self.param("kernel", self.kernel_init, (length, self.classes), self.param_dtype)
 

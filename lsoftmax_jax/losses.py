@@ -65,7 +65,7 @@ def lsoftmax_logits(
     if labels is not None:
         return run.margin_logits(*prepare(features, kernel, labels, margin=margin, lam=lam))
     margin = check_margin(margin)
-    features, kernel = _checks.check_features(features, kernel)
+    features, kernel = _checks.check_operands(features, kernel)
     if not isinstance(lam, SelfPaced):
         _checks.check_scalar("lam", lam)
     dtype = _checks.promoted(features, kernel)

@@ -520,7 +520,7 @@ def _prepared(
     **keywords: Any,
 ) -> tuple[Spec, Arrays]:
     sample = _checked(sample)
-    features, columns = _checks.check_features(features, columns, "columns")
+    features, columns = _checks.check_operands(features, columns, "columns")
     if columns.shape[1] != sample.ids.size:
         raise ValueError(
             f"columns must have shape (D, {sample.ids.size}), one for each id of the sample, got "

@@ -378,7 +378,7 @@ def prepare(
     """
     margin = check_margin(margin)
     label_smoothing = _checks.check_fraction("label_smoothing", label_smoothing)
-    features, kernel = _checks.check_features(features, kernel, name)
+    features, kernel = _checks.check_operands(features, kernel, name)
     batch_shape, (_, columns) = features.shape[:-1], kernel.shape
     rule, lam = (lam, np.float32(0)) if isinstance(lam, SelfPaced) else (None, lam)
     lam = _checks.check_scalar("lam", lam)
