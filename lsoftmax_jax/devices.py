@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._core.placement import is_explicit
 from lsoftmax_jax.training import State, StepMetrics, TrainStep, _check_state, _unaliased
 
 DATA_AXIS = "data"
@@ -327,7 +326,7 @@ def _sharding(leaf: Any) -> Any:
 
 def _with_auto_axes(function: Any, mesh: Mesh, placed: Any) -> Any:
     """Leaves the placement inside `function` to the compiler on an Explicit mesh too."""
-    if not is_explicit(mesh):
+    if not mesh.explicit_axes:
         return function
     # Before JAX 0.8, the mesh of traced arrays is abstract, and no other one is taken here.
     placed = jax.tree.map(lambda at: NamedSharding(mesh.abstract_mesh, at.spec), placed)

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
 from lsoftmax_jax._core import run, shards
-from lsoftmax_jax._core.placement import is_explicit, resharded
+from lsoftmax_jax._core.placement import resharded
 from lsoftmax_jax._core.run import Statistics
 from lsoftmax_jax._core.spec import Arrays, ClassParallel, Layout, Plan, Spec, prepare
 from lsoftmax_jax.margins import Margin
@@ -133,7 +133,7 @@ def _drawn(
     labels: jax.Array,
 ) -> Sample:
     mesh = jax.typeof(labels).sharding.mesh
-    if is_explicit(mesh):
+    if mesh.explicit_axes:
         labels = resharded(labels, mesh, P(*(None,) * labels.ndim))
     labels = _checks.known_labels(labels, classes).reshape(math.prod(labels.shape))
     if layout is None:

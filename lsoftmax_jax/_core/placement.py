@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, auto_axes
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
 
 AnyMesh = Mesh | AbstractMesh
@@ -33,7 +33,7 @@ def anywhere(core: Callable[..., Any], out_like: Any, arrays: Any) -> Any:
     varying = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))
     arrays = jax.tree.map(lambda array: vary_over(array, varying), arrays)
     features, kernel = (jax.typeof(array).sharding for array in arrays[:2])
-    meshes = [s.mesh for s in (features, kernel) if is_explicit(s.mesh)]
+    meshes = [s.mesh for s in (features, kernel) if s.mesh.explicit_axes]
     if not meshes:
         return core(arrays)
     batch, columns = features.spec[:-1], kernel.spec[-1]
@@ -46,7 +46,7 @@ def anywhere(core: Callable[..., Any], out_like: Any, arrays: Any) -> Any:
         "scalar": P(),
     }
     placed = jax.tree.map(lambda kind: NamedSharding(meshes[0], specs[kind]), out_like)
-    return auto_axes(core, axes=_explicit_axes(meshes[0]), out_sharding=placed)(arrays)
+    return auto_axes(core, axes=meshes[0].explicit_axes, out_sharding=placed)(arrays)
 
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -78,27 +78,9 @@ def zeros_like_rows(shape: tuple[int, ...], rows: jax.Array) -> jax.Array:
     return vary_over(jnp.zeros(shape, rows.dtype), varying_axes(rows))
 
 
-def is_explicit(mesh: AnyMesh) -> bool:
-    return AxisType.Explicit in mesh.axis_types
-
-
-def _explicit_axes(mesh: AnyMesh) -> tuple[str, ...]:
-    return _axes_of(mesh, AxisType.Explicit)
-
-
-def manual_axes(mesh: AnyMesh) -> tuple[str, ...]:
-    """The axes that `jax.shard_map` has mapped."""
-    return _axes_of(mesh, AxisType.Manual)
-
-
-def _axes_of(mesh: AnyMesh, kind: AxisType) -> tuple[str, ...]:
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(axis for axis, other in kinds if other == kind)
-
-
 def resharded(array: jax.Array, mesh: AnyMesh, spec: P) -> jax.Array:
     """`array` split as `spec` over Explicit axes, where shard_map takes no other placement."""
-    explicit = _explicit_axes(mesh)
+    explicit = mesh.explicit_axes
     if not explicit:
         return array
     if not hasattr(jax.lax, "pcast") and not isinstance(array, jax.core.Tracer):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._core.placement import AnyMesh, manual_axes
+from lsoftmax_jax._core.placement import AnyMesh
 from lsoftmax_jax.margins import LSoftmax, Margin, check_margin
 from lsoftmax_jax.schedule import SelfPaced
 
@@ -244,7 +244,7 @@ class Layout(NamedTuple):
                     raise ValueError(
                         f"layout: {name} must be axes of the mesh {mesh.axis_names}, got {axis!r}"
                     )
-        if mapped := manual_axes(context):
+        if mapped := context.manual_axes:
             raise ValueError(
                 f"layout: the axes {mapped} are already mapped by jax.shard_map or jax.pmap; call "
                 f"a class-parallel loss outside, on the whole arrays"
