@@ -188,7 +188,7 @@ def _updated(spec: Spec, arrays: Arrays, momentum: jax.Array, rates: Rates) -> S
 
     if layout is not None:
         momentum = resharded(momentum, layout.mesh, layout.columns)
-        arrays = run.placed(spec, arrays)
+        arrays = run.placed(layout, arrays)
         return core((arrays.features, arrays.kernel, arrays, momentum, rates))
     out_like = SgdStep(*cast(Any, ("scalar", "features", "kernel", "kernel", "batch")))
     return anywhere(core, out_like, (arrays.features, arrays.kernel, arrays, momentum, rates))

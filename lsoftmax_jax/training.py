@@ -599,14 +599,6 @@ def _has_margin(head: Any) -> bool:
     return margin != LSoftmax(1) and not isinstance(margin, NormFace)
 
 
-def _logit_per_length(head: Any, kernel_norm: jax.Array) -> jax.Array | None:
-    """The largest logit of a feature of length 1; None where the length counts for nothing."""
-    margin = check_margin(head.margin)
-    if margin.scale is not None:
-        return None
-    return jnp.ones(()) if margin.unit_columns else kernel_norm
-
-
 def _kernel_norm(head: Any) -> jax.Array:
     """Mean length of the columns of the real classes."""
     kernel = head.kernel[...]
@@ -643,16 +635,18 @@ def _losses(
         losses,
         seen.plain_logit > seen.max_logit,
         jnp.arccos(jnp.clip(seen.target_cosine, -1, 1)),
-        _norm(features, axis=-1),
+        jnp.linalg.norm(_widened(features), axis=-1),
         jnp.broadcast_to(share, losses.shape),
     )
     return losses, Sums(*(jnp.sum(row, where=where, dtype=jnp.float32) for row in rows))
 
 
 def _collapsing(head: Any, sums: Sums, kernel_norm: jax.Array) -> jax.Array:
-    per_length = _logit_per_length(head, kernel_norm)
-    if per_length is None:
-        return jnp.bool_(False)
+    margin = check_margin(head.margin)
+    if margin.scale is not None:
+        return jnp.bool_(False)  # the features' length counts for nothing
+    # The largest logit of a feature of length 1.
+    per_length = jnp.ones(()) if margin.unit_columns else kernel_norm
     count = jnp.maximum(sums.examples, 1)
     guessing = sums.loss / count > 0.98 * math.log(head.classes)
     # Logits below a tenth move no probability by much; at the start features are longer.
@@ -711,7 +705,3 @@ def _uncopied(condition: jax.Array) -> jax.Array:
 
 def _widened(array: jax.Array) -> jax.Array:
     return array.astype(_checks.at_least_f32(array.dtype))
-
-
-def _norm(array: jax.Array, axis: int) -> jax.Array:
-    return jnp.linalg.norm(_widened(array), axis=axis)

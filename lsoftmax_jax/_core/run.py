@@ -39,7 +39,7 @@ from lsoftmax_jax._core.placement import (
     varying_axes,
     zeros_like_rows,
 )
-from lsoftmax_jax._core.spec import Arrays, Pieces, Spec
+from lsoftmax_jax._core.spec import Arrays, Layout, Pieces, Spec
 from lsoftmax_jax._core.target import (
     Columns,
     LabelTerms,
@@ -84,7 +84,7 @@ def losses(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Statistics]:
         return loss if where is None else jnp.where(where, loss, 0), seen
 
     if spec.layout is not None:
-        return core(placed(spec, arrays))
+        return core(placed(spec.layout, arrays))
     return anywhere(core, "batch", arrays)
 
 
@@ -96,7 +96,7 @@ def loss_sum(spec: Spec, arrays: Arrays) -> jax.Array:
         return _sum(spec, cleaned(spec, arrays._replace(weights=weights_of(spec, arrays))))
 
     if spec.layout is not None:
-        return core(placed(spec, arrays))
+        return core(placed(spec.layout, arrays))
     return anywhere(core, "scalar", arrays)
 
 
@@ -130,10 +130,8 @@ def inference_logits(spec: Spec, features: jax.Array, kernel: jax.Array) -> jax.
     return anywhere(core, "logits", (features, kernel))
 
 
-def placed(spec: Spec, arrays: Arrays) -> Arrays:
+def placed(layout: Layout, arrays: Arrays) -> Arrays:
     """Every array split as the layout says."""
-    layout = spec.layout
-    assert layout is not None
     return Arrays(
         *(
             None if array is None else resharded(jnp.asarray(array), layout.mesh, split)

@@ -78,17 +78,12 @@ def view(spec: Spec, arrays: Arrays) -> tuple[Rows, Columns, LabelTerms]:
         column_norm=jnp.where(here, terms.column_norm, 0),
     )
     rows = rows._replace(labels=jnp.where(here, rows.labels, -1))
-    return rows, columns_of(spec, kernel, _offset(spec, arrays, start)), terms
-
-
-def _offset(spec: Spec, arrays: Arrays, start: jax.Array) -> jax.Array | None:
-    """-inf for the columns that only fill up the last shards."""
-    layout, kernel = spec.layout, arrays.kernel
-    assert layout is not None
-    if arrays.offset is not None or kernel.shape[1] * layout.shards == spec.classes:
-        return arrays.offset
-    real = start + jnp.arange(kernel.shape[1], dtype=jnp.int32) < spec.classes
-    return jnp.where(real, 0, -jnp.inf).astype(_checks.at_least_f32(kernel.dtype))
+    offset = arrays.offset
+    if offset is None and width * layout.shards != spec.classes:
+        # -inf for the columns that only fill up the last shards.
+        real = start + jnp.arange(width, dtype=jnp.int32) < spec.classes
+        offset = jnp.where(real, 0, -jnp.inf).astype(_checks.at_least_f32(kernel.dtype))
+    return rows, columns_of(spec, kernel, offset), terms
 
 
 def exchanged(
