@@ -497,18 +497,9 @@ def lsoftmax_sampled_loss_sum(
       >>> lsm.lsoftmax_sampled_loss_sum(features, columns, sample, margin=4, lam=5.0).shape
       ()
     """
-    keywords = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
-    prepared = _prepared(
-        features,
-        columns,
-        sample,
-        layout,
-        margin=margin,
-        lam=lam,
-        weights=weights,
-        one_pass=True,
-        **keywords,
-    )
+    keywords: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
+    keywords |= {"weights": weights, "one_pass": True}
+    prepared = _prepared(features, columns, sample, layout, margin=margin, lam=lam, **keywords)
     return run.loss_sum(*prepared)
 
 
