@@ -276,7 +276,7 @@ def times(factor: jax.Array | None, array: jax.Array) -> jax.Array:
     return array if factor is None else array * factor
 
 
-# The loss of each example.
+# The loss of each example. The gradient of `Arrays` is an `Arrays`: labels and offset have none.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -323,15 +323,11 @@ def _losses_bwd(
         in_specs = shards.splits(layout), layout.own, layout.rows
         out_specs = layout.rows, layout.columns, P()
         local = shards.on_devices(layout, local, in_specs, out_specs)
-    return (_gradient_of(*local(arrays, found, cotangents[0])),)
+    dfeatures, dkernel, dlam = local(arrays, found, cotangents[0])
+    return (Arrays(dfeatures, dkernel, None, dlam),)
 
 
 _losses.defvjp(_losses_fwd, _losses_bwd)
-
-
-def _gradient_of(features: Any, kernel: Any, lam: Any, weights: Any = None) -> Arrays:
-    """The gradients as a cotangent of `Arrays`; labels and offset have none."""
-    return Arrays(features, kernel, None, lam, weights=weights)
 
 
 # The weighted sum, its gradients computed in the forward pass.
@@ -366,8 +362,8 @@ def _sum_fwd(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Any]:
     if layout is not None:
         out_specs = P(), layout.rows, layout.columns, P(), layout.rows
         local = shards.on_devices(layout, local, (shards.splits(layout),), out_specs)
-    total, *gradient = local(arrays)
-    return total, _gradient_of(*gradient)
+    total, dfeatures, dkernel, dlam, losses = local(arrays)
+    return total, Arrays(dfeatures, dkernel, None, dlam, weights=losses)
 
 
 def _one_pass(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -447,7 +443,7 @@ def _logits_bwd(spec: Spec, residuals: Any, cotangent: jax.Array) -> tuple[Array
     dkernel = columns_with_norms(columns, sums, dkernel)
     dlam = jnp.zeros_like(lam) if t.dlam is None else times(factor, jnp.sum(g * t.dlam))
     dfeatures, dkernel = (times(factor, array).astype(spec.dtype) for array in (dfeatures, dkernel))
-    return (_gradient_of(dfeatures, dkernel, dlam),)
+    return (Arrays(dfeatures, dkernel, None, dlam),)
 
 
 _logits.defvjp(_logits_fwd, _logits_bwd)
