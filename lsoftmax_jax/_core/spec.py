@@ -13,14 +13,13 @@ from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
 from lsoftmax_jax._core.placement import AnyMesh
-from lsoftmax_jax.margins import LSoftmax, Margin, check_margin
+from lsoftmax_jax.margins import Margin, check_margin
 from lsoftmax_jax.schedule import SelfPaced
 
 # Row blocks below this many rows starve the matrix units; class blocks win there.
 _FEWEST_ROWS = 704
 # A block of classes this wide keeps the matrix units busy; a wider one only costs memory.
 _FEWEST_CLASSES, _MOST_CLASSES = 512, 8192
-_PLAIN = LSoftmax(1)
 
 
 @dataclass(frozen=True)
@@ -256,10 +255,6 @@ class Layout(NamedTuple):
         return self.mesh.shape[self.class_axis]
 
     @property
-    def groups(self) -> int:
-        return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
-
-    @property
     def data_axes(self) -> tuple[str, ...]:
         return tuple(axis for axis in self.batch_axes if axis != self.class_axis)
 
@@ -313,10 +308,11 @@ class Layout(NamedTuple):
                 f"features must have rows to lie on axes {self.batch_axes}, got shape "
                 f"{features.shape}"
             )
-        rows, least = features.shape[0], self.groups if self.splits_rows else 0
-        if rows % self.groups or rows < least:
+        groups = math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
+        rows, least = features.shape[0], groups if self.splits_rows else 0
+        if rows % groups or rows < least:
             raise ValueError(
-                f"features must have a multiple of {self.groups} rows, at least {least}, to lie on "
+                f"features must have a multiple of {groups} rows, at least {least}, to lie on "
                 f"axes {self.batch_axes}, got shape {features.shape}"
             )
 
@@ -331,11 +327,6 @@ class Spec(NamedTuple):
     dtype: jnp.dtype  # of the matrix products
     pieces: Pieces
     layout: Layout | None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the loss is that of plain softmax."""
-        return self.margin == _PLAIN
 
     @property
     def unit_columns(self) -> bool:

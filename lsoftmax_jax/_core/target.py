@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lsoftmax_jax import _checks
 from lsoftmax_jax._core.spec import Spec
 from lsoftmax_jax._core.tiles import columns_at, sum_over_rows
-from lsoftmax_jax.margins import value_and_slope
+from lsoftmax_jax.margins import LSoftmax, value_and_slope
 
 # Up to this many classes a product at full precision costs less than gathering the label's column.
 FEW_CLASSES = 256
@@ -172,7 +172,7 @@ def target_of(spec: Spec, terms: LabelTerms, lam: jax.Array, rival: jax.Array | 
         terms = terms._replace(column_norm=ones, inverse_column_norm=ones)
         u = terms.feature_norm * cosine
     lam = jnp.broadcast_to(lam, u.shape)
-    if spec.is_plain:
+    if spec.margin == LSoftmax(1):  # plain softmax
         lam = lam if spec.rule is None else jnp.full_like(u, jnp.inf)
         return Target(u, u, jnp.ones_like(u), None, jnp.zeros_like(u), lam, cosine, terms, unit)
     value, slope = value_and_slope(spec.margin, cosine)
