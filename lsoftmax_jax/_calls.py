@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
 from lsoftmax_jax._core import run
-from lsoftmax_jax._core.placement import first_columns, resharded
+from lsoftmax_jax._core.mesh import first_columns, resharded
 from lsoftmax_jax._core.run import Statistics
 from lsoftmax_jax._core.spec import ClassParallel, Layout, Plan, prepare
 from lsoftmax_jax.losses import (

@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._core import run, shards
-from lsoftmax_jax._core.placement import resharded
+from lsoftmax_jax._core import mesh, run
+from lsoftmax_jax._core.mesh import resharded
 from lsoftmax_jax._core.run import Statistics
 from lsoftmax_jax._core.spec import Arrays, ClassParallel, Layout, Plan, Spec, prepare
 from lsoftmax_jax.margins import Margin
@@ -132,9 +132,9 @@ def _drawn(
     key: jax.Array,
     labels: jax.Array,
 ) -> Sample:
-    mesh = jax.typeof(labels).sharding.mesh
-    if mesh.explicit_axes:
-        labels = resharded(labels, mesh, P(*(None,) * labels.ndim))
+    given = jax.typeof(labels).sharding.mesh
+    if given.explicit_axes:
+        labels = resharded(labels, given, P(*(None,) * labels.ndim))
     labels = _checks.known_labels(labels, classes).reshape(math.prod(labels.shape))
     if layout is None:
         ids, offset, position = _drawn_from(key, labels, classes, classes, negatives, corrected)
@@ -159,7 +159,7 @@ def _drawn(
 
     of_columns = layout.of_columns
     specs = (P(), P()), (of_columns, of_columns, P())
-    ids, offset, position = shards.on_devices(layout, local, *specs)(key, labels)
+    ids, offset, position = mesh.on_devices(layout, local, *specs)(key, labels)
     return Sample(ids, offset, jnp.where(labels >= 0, position, -1).astype(jnp.int32))
 
 
@@ -273,7 +273,7 @@ def _taken(layout: Layout | None, kernel: jax.Array, sample: Sample) -> jax.Arra
 
     if layout is not None:
         in_specs = layout.columns, layout.of_columns
-        local = shards.on_devices(layout, local, in_specs, layout.columns)
+        local = mesh.on_devices(layout, local, in_specs, layout.columns)
     return local(*_split(layout, kernel, sample))
 
 
@@ -328,14 +328,14 @@ def _put(layout: Layout | None, kernel: jax.Array, sample: Sample, columns: jax.
     if layout is not None:
         split = layout.columns
         columns = resharded(columns, layout.mesh, split)
-        local = shards.on_devices(layout, local, (split, layout.of_columns, split), split)
+        local = mesh.on_devices(layout, local, (split, layout.of_columns, split), split)
     return local(*_split(layout, kernel, sample), columns)
 
 
 def _own_ids(layout: Layout | None, kernel: jax.Array, ids: jax.Array) -> jax.Array:
     """ids from this device's first class on; the number of its columns where there is no class."""
     width = kernel.shape[1]
-    local = ids - shards.first_class(layout, width)
+    local = ids - mesh.first_class(layout, width)
     # A negative index would wrap to the last column.
     return jnp.where((local >= 0) & (local < width), local, width)
 
@@ -345,8 +345,8 @@ def _split(layout: Layout | None, kernel: jax.Array, sample: Sample) -> tuple[ja
     ids = jnp.where(sample.offset > -jnp.inf, sample.ids, -1)
     if layout is None:
         return kernel, ids
-    mesh = layout.mesh
-    return resharded(kernel, mesh, layout.columns), resharded(ids, mesh, layout.of_columns)
+    kernel = resharded(kernel, layout.mesh, layout.columns)
+    return kernel, resharded(ids, layout.mesh, layout.of_columns)
 
 
 def _layout_of(layout: ClassParallel | None) -> Layout | None:

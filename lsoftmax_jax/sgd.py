@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._core import run, shards
+from lsoftmax_jax._core import mesh, run
 from lsoftmax_jax._core.blocks import (
     block_gradients,
     columns_with_norms,
@@ -21,9 +21,10 @@ from lsoftmax_jax._core.blocks import (
     slice_columns,
     sums_from,
 )
-from lsoftmax_jax._core.placement import anywhere, resharded, zeros_like_rows
+from lsoftmax_jax._core.mesh import anywhere, resharded, zeros_like_rows
 from lsoftmax_jax._core.run import Statistics
 from lsoftmax_jax._core.spec import Arrays, ClassParallel, Pieces, Plan, Spec, pieces_of, prepare
+from lsoftmax_jax._core.target import view
 from lsoftmax_jax._core.tiles import as_stored
 from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.schedule import SelfPaced
@@ -181,14 +182,14 @@ def _updated(spec: Spec, arrays: Arrays, momentum: jax.Array, rates: Rates) -> S
         local: Callable[..., SgdStep] = functools.partial(_local, spec)
         if layout is not None:
             rows, columns = layout.rows, layout.columns
-            in_specs = shards.splits(layout), columns, columns, P()
+            in_specs = mesh.splits(layout), columns, columns, P()
             out_specs = SgdStep(*cast(Any, (P(), rows, columns, columns, rows)))
-            local = shards.on_devices(layout, local, in_specs, out_specs)
+            local = mesh.on_devices(layout, local, in_specs, out_specs)
         return local(arrays, kernel, momentum, rates)
 
     if layout is not None:
         momentum = resharded(momentum, layout.mesh, layout.columns)
-        arrays = run.placed(layout, arrays)
+        arrays = mesh.placed(layout, arrays)
         return core((arrays.features, arrays.kernel, arrays, momentum, rates))
     out_like = SgdStep(*cast(Any, ("scalar", "features", "kernel", "kernel", "batch")))
     return anywhere(core, out_like, (arrays.features, arrays.kernel, arrays, momentum, rates))
@@ -216,8 +217,8 @@ def _local(
     """
     layout, shape, block = spec.layout, arrays.labels.shape, spec.pieces.class_block
     assert block is not None
-    arrays = shards.all_rows(layout, run.flat(arrays))
-    found = run.forward(spec, arrays, *shards.view(spec, arrays))
+    arrays = mesh.all_rows(layout, run.flat(arrays))
+    found = run.forward(spec, arrays, *view(spec, arrays))
     rows, columns = found.rows, found.columns
     weights, factor = run.fit_for_products(spec.dtype, arrays.weights, rows, columns)
     gradient = run.row_gradient(spec, arrays, found, weights)
@@ -235,7 +236,7 @@ def _local(
         change, dkernel = block_gradients(shifted, here, gradient, None)
         along = sums_from(sums, start, width)
         dkernel = columns_with_norms(own, along, dkernel)
-        dkernel = shards.over_data(layout, run.times(factor, dkernel))
+        dkernel = mesh.over_data(layout, run.times(factor, dkernel))
         dkernel = dkernel + omega * own.kernel.astype(omega.dtype)
         velocity = mu * _block(momentum, start, width).astype(mu.dtype) + dkernel
         # Without the barrier XLA of JAX 0.12 copies kernel and momentum for the tail.
@@ -251,9 +252,9 @@ def _local(
         carry = update(count * block, tail, carry)
     dfeatures, kernel, momentum = carry
     dfeatures = features_with_norms(rows, gradient.target, dfeatures)
-    dfeatures = shards.sum_of_features(layout, run.times(factor, dfeatures)).astype(spec.dtype)
-    loss = shards.over_data(layout, jnp.sum(arrays.weights * found.loss))
-    seen = shards.own_rows(layout, run.statistics_of(found))
+    dfeatures = mesh.sum_of_features(layout, run.times(factor, dfeatures)).astype(spec.dtype)
+    loss = mesh.over_data(layout, jnp.sum(arrays.weights * found.loss))
+    seen = mesh.own_rows(layout, run.statistics_of(found))
     seen = jax.tree.map(lambda array: array.reshape(shape), seen)
     dfeatures = dfeatures.reshape(*shape, dfeatures.shape[-1])
     return SgdStep(loss, dfeatures, kernel, momentum, seen)

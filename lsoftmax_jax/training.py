@@ -29,7 +29,7 @@ import optax
 from flax import nnx
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._core.placement import vary_over, varying_axes
+from lsoftmax_jax._core.mesh import vary_over, varying_axes
 from lsoftmax_jax._core.tiles import sum_over_rows
 from lsoftmax_jax.margins import LSoftmax, NormFace, check_margin
 from lsoftmax_jax.schedule import SelfPaced, self_paced

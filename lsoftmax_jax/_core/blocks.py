@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._core.placement import zeros_like_rows
+from lsoftmax_jax._core.mesh import zeros_like_rows
 from lsoftmax_jax._core.spec import Pieces, Spec
 from lsoftmax_jax._core.target import (
     FEW_CLASSES,
     Columns,
+    LabelTerms,
     Pull,
     Rows,
     Target,
@@ -67,6 +68,29 @@ def merge(one: Others, two: Others) -> Others:
     peak = jnp.maximum(one.peak, two.peak)
     mass = one.mass * jnp.exp(one.peak - peak) + two.mass * jnp.exp(two.peak - peak)
     return Others(peak, mass, one.total + two.total)
+
+
+def exchanged(
+    spec: Spec, labels: jax.Array, terms: LabelTerms, others: Others
+) -> tuple[LabelTerms, Others]:
+    """Joins what each device knows of the label's and the other logits, in one collective."""
+    layout = spec.layout
+    if layout is None:
+        return terms, others
+    known = [terms.product, terms.column_norm, others.peak, others.mass]
+    known += [others.total] if spec.label_smoothing else []
+    gathered = jax.lax.all_gather(jnp.stack(known), layout.class_axis)
+    products, norms, peaks, masses, *totals = jnp.moveaxis(gathered, 1, 0)
+    peak = jnp.max(peaks, axis=0, keepdims=True)
+    mass = jnp.sum(masses * jnp.exp(peaks - peak), axis=0)
+    total = jnp.sum(totals[0], axis=0) if totals else others.total
+    norm = jnp.sum(norms, axis=0)
+    terms = terms._replace(
+        product=_checks.nan_unless(labels >= 0, jnp.sum(products, axis=0)),
+        column_norm=norm,
+        inverse_column_norm=jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), norm),
+    )
+    return terms, Others(peak[0], mass, total)
 
 
 def summarise(spec: Spec, rows: Rows, columns: Columns) -> tuple[Others, Any]:

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._core import shards
+from lsoftmax_jax._core import mesh
 from lsoftmax_jax._core.blocks import (
     LogitGradient,
     Others,
     block_gradients,
     columns_with_norms,
+    exchanged,
     features_with_norms,
     gradients,
     label_sums,
@@ -32,14 +33,8 @@ from lsoftmax_jax._core.blocks import (
     summarise,
     with_norms,
 )
-from lsoftmax_jax._core.placement import (
-    anywhere,
-    resharded,
-    vary_over,
-    varying_axes,
-    zeros_like_rows,
-)
-from lsoftmax_jax._core.spec import Arrays, Layout, Pieces, Spec
+from lsoftmax_jax._core.mesh import anywhere, placed, vary_over, varying_axes, zeros_like_rows
+from lsoftmax_jax._core.spec import Arrays, Pieces, Spec
 from lsoftmax_jax._core.target import (
     Columns,
     LabelTerms,
@@ -50,6 +45,7 @@ from lsoftmax_jax._core.target import (
     pulled_back,
     rows_of,
     target_of,
+    view,
 )
 
 
@@ -130,16 +126,6 @@ def inference_logits(spec: Spec, features: jax.Array, kernel: jax.Array) -> jax.
     return anywhere(core, "logits", (features, kernel))
 
 
-def placed(layout: Layout, arrays: Arrays) -> Arrays:
-    """Every array split as the layout says."""
-    return Arrays(
-        *(
-            None if array is None else resharded(jnp.asarray(array), layout.mesh, split)
-            for array, split in zip(arrays, shards.splits(layout), strict=True)
-        )
-    )
-
-
 def weights_of(spec: Spec, arrays: Arrays) -> jax.Array:
     """The weight of each example in a sum, 0 where it is masked."""
     dtype, weights = _checks.at_least_f32(spec.dtype), arrays.weights
@@ -148,7 +134,7 @@ def weights_of(spec: Spec, arrays: Arrays) -> jax.Array:
         if (layout := spec.layout) is None:
             weights = vary_over(weights, varying_axes(arrays.features))
         else:
-            weights = resharded(weights, layout.mesh, layout.rows)
+            weights = mesh.resharded(weights, layout.mesh, layout.rows)
     weights = weights.astype(dtype)
     return weights if arrays.where is None else jnp.where(arrays.where, weights, 0)
 
@@ -204,9 +190,9 @@ class Pass(NamedTuple):
 
 
 def forward(spec: Spec, arrays: Arrays, rows: Rows, columns: Columns, terms: LabelTerms) -> Pass:
-    """The pass over the rows, columns and terms of `shards.view`."""
+    """The pass over the rows, columns and terms of `view`."""
     others, kept = summarise(spec, rows, columns)
-    terms, others = shards.exchanged(spec, arrays.labels, terms, others)
+    terms, others = exchanged(spec, arrays.labels, terms, others)
     t = target_of(spec, terms, arrays.lam, others.peak)
     return Pass(loss_of(spec, t, others, classes_of(spec, arrays)), t, others, rows, columns, kept)
 
@@ -230,7 +216,7 @@ def _backward(
     dfeatures, dkernel = gradients(spec.pieces, found.rows, found.columns, gradient, found.kept)
     dlam = jnp.zeros_like(arrays.lam) if gradient.dlam is None else jnp.sum(gradient.dlam)
     # Each device has its own factor.
-    dfeatures = shards.sum_of_features(spec.layout, times(factor, dfeatures))
+    dfeatures = mesh.sum_of_features(spec.layout, times(factor, dfeatures))
     return dfeatures, times(factor, dkernel), times(factor, dlam)
 
 
@@ -289,17 +275,17 @@ def _losses_fwd(spec: Spec, arrays: Arrays) -> tuple[tuple[jax.Array, Statistics
 
     def local(arrays: Arrays) -> Any:
         shape = arrays.labels.shape
-        arrays = shards.all_rows(layout, flat(arrays))
-        found = forward(spec, arrays, *shards.view(spec, arrays))
-        outputs = shards.own_rows(layout, (found.loss, statistics_of(found)))
+        arrays = mesh.all_rows(layout, flat(arrays))
+        found = forward(spec, arrays, *view(spec, arrays))
+        outputs = mesh.own_rows(layout, (found.loss, statistics_of(found)))
         outputs = jax.tree.map(lambda array: array.reshape(shape), outputs)
         # The kernel is whole already, the loss no part of its gradient.
         found = found._replace(loss=None, columns=found.columns._replace(kernel=None))
-        return outputs, shards.kept(layout, found)
+        return outputs, mesh.kept(layout, found)
 
     if layout is not None:
         out_specs = layout.rows, layout.own
-        local = shards.on_devices(layout, local, (shards.splits(layout),), out_specs)
+        local = mesh.on_devices(layout, local, (mesh.splits(layout),), out_specs)
     outputs, found = local(arrays)
     return outputs, (arrays._replace(features=None, weights=None), found)
 
@@ -310,19 +296,19 @@ def _losses_bwd(
     layout, (arrays, found) = spec.layout, residuals
 
     def local(arrays: Arrays, found: Pass, cotangent: jax.Array) -> Any:
-        found = shards.own(layout, found)
+        found = mesh.own(layout, found)
         found = found._replace(columns=found.columns._replace(kernel=arrays.kernel))
         shape = cotangent.shape
-        cotangent = shards.all_cotangents(layout, cotangent.reshape(math.prod(shape)))
+        cotangent = mesh.all_cotangents(layout, cotangent.reshape(math.prod(shape)))
         dfeatures, dkernel, dlam = _backward(spec, arrays, found, cotangent)
         dfeatures = dfeatures.astype(spec.dtype).reshape(*shape, dfeatures.shape[-1])
-        dkernel, dlam = shards.over_data(layout, (dkernel, dlam))
+        dkernel, dlam = mesh.over_data(layout, (dkernel, dlam))
         return dfeatures, dkernel.astype(spec.dtype), dlam
 
     if layout is not None:
-        in_specs = shards.splits(layout), layout.own, layout.rows
+        in_specs = mesh.splits(layout), layout.own, layout.rows
         out_specs = layout.rows, layout.columns, P()
-        local = shards.on_devices(layout, local, in_specs, out_specs)
+        local = mesh.on_devices(layout, local, in_specs, out_specs)
     dfeatures, dkernel, dlam = local(arrays, found, cotangents[0])
     return (Arrays(dfeatures, dkernel, None, dlam),)
 
@@ -344,31 +330,31 @@ def _sum_fwd(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Any]:
 
     def local(arrays: Arrays) -> Any:
         shape = arrays.labels.shape
-        arrays = shards.all_rows(layout, flat(arrays))
+        arrays = mesh.all_rows(layout, flat(arrays))
         if spec.pieces.row_block is not None and layout is None:
             losses, dfeatures, dkernel, dlam = _one_pass(spec, arrays)
         else:
-            found = forward(spec, arrays, *shards.view(spec, arrays))
+            found = forward(spec, arrays, *view(spec, arrays))
             dfeatures, dkernel, dlam = _backward(spec, arrays, found, arrays.weights)
             losses = found.loss
-        total, dlam, dkernel = shards.over_data(
+        total, dlam, dkernel = mesh.over_data(
             layout, (jnp.sum(arrays.weights * losses), dlam, dkernel)
         )
-        losses = shards.own_rows(layout, losses).reshape(shape)
+        losses = mesh.own_rows(layout, losses).reshape(shape)
         dfeatures = dfeatures.astype(stored_dtype(spec.dtype))
         dfeatures = dfeatures.reshape(*shape, dfeatures.shape[-1])
         return total, dfeatures, dkernel, dlam, losses
 
     if layout is not None:
         out_specs = P(), layout.rows, layout.columns, P(), layout.rows
-        local = shards.on_devices(layout, local, (shards.splits(layout),), out_specs)
+        local = mesh.on_devices(layout, local, (mesh.splits(layout),), out_specs)
     total, dfeatures, dkernel, dlam, losses = local(arrays)
     return total, Arrays(dfeatures, dkernel, None, dlam, weights=losses)
 
 
 def _one_pass(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(losses, dfeatures, dkernel, dλ), the logits of a block of rows computed once."""
-    rows, columns, terms = shards.view(spec, arrays)
+    rows, columns, terms = view(spec, arrays)
     weights, factor = fit_for_products(spec.dtype, arrays.weights, rows, columns)
     block: Any = spec.pieces.row_block
     one_shot = spec._replace(pieces=Pieces())
@@ -414,7 +400,7 @@ def _logits(spec: Spec, arrays: Arrays) -> jax.Array:
 
 def _logits_fwd(spec: Spec, arrays: Arrays) -> tuple[jax.Array, Any]:
     labels = arrays.labels
-    rows, columns, terms = shards.view(spec, arrays)
+    rows, columns, terms = view(spec, arrays)
     plain = plain_logits(rows, columns)
     at_label = is_label(labels, plain.shape[1])
     lowest = jnp.finfo(plain.dtype).min

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._core.placement import AnyMesh
 from lsoftmax_jax.margins import Margin, check_margin
 from lsoftmax_jax.schedule import SelfPaced
+
+AnyMesh = Mesh | AbstractMesh
 
 # Row blocks below this many rows starve the matrix units; class blocks win there.
 _FEWEST_ROWS = 704

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._core.spec import Spec
+from lsoftmax_jax._core import mesh
+from lsoftmax_jax._core.spec import Arrays, Spec
 from lsoftmax_jax._core.tiles import columns_at, sum_over_rows
 from lsoftmax_jax.margins import LSoftmax, value_and_slope
 
@@ -109,6 +110,33 @@ def label_terms(rows: Rows, kernel: jax.Array) -> LabelTerms:
         column_square = _squares(columns, 1)
     plain = _checks.nan_unless(labels >= 0, plain)
     return LabelTerms(plain, *_norm(_squares(features, 1)), *_norm(column_square))
+
+
+def view(spec: Spec, arrays: Arrays) -> tuple[Rows, Columns, LabelTerms]:
+    """A device's rows, columns, and what it knows of the labels' logits.
+
+    The rows' labels count from the device's first class; -1 stands for a class elsewhere.
+    """
+    layout, kernel, labels = spec.layout, arrays.kernel, arrays.labels
+    width = kernel.shape[1]
+    if layout is None:
+        rows = rows_of(spec, arrays.features, labels)
+        return rows, columns_of(spec, kernel, arrays.offset), label_terms(rows, kernel)
+    start = mesh.first_class(layout, width)
+    here = (labels >= start) & (labels < start + width)
+    rows = rows_of(spec, arrays.features, jnp.where(here, labels - start, 0))
+    terms = label_terms(rows, kernel)
+    terms = terms._replace(
+        product=jnp.where(here, terms.product, 0),
+        column_norm=jnp.where(here, terms.column_norm, 0),
+    )
+    rows = rows._replace(labels=jnp.where(here, rows.labels, -1))
+    offset = arrays.offset
+    if offset is None and width * layout.shards != spec.classes:
+        # -inf for the columns that only fill up the last shards.
+        real = start + jnp.arange(width, dtype=jnp.int32) < spec.classes
+        offset = jnp.where(real, 0, -jnp.inf).astype(_checks.at_least_f32(kernel.dtype))
+    return rows, columns_of(spec, kernel, offset), terms
 
 
 def value_at(labels: jax.Array, values: jax.Array) -> jax.Array:

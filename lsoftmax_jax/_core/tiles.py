@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from lsoftmax_jax._core.placement import zeros_like_rows
+from lsoftmax_jax._core.mesh import zeros_like_rows
 
 _SUBLANES, _LANES = 8, 128
 # Below this many numbers a sum over the rows of a matrix costs less than a loop.

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import lsoftmax_jax as lsm
 from lsoftmax_jax import linen, nnx
-from lsoftmax_jax._core import placement
+from lsoftmax_jax._core.mesh import first_columns
 from tests import oracle
 
 BATCH, DIM, CLASSES, COLUMNS = 16, 5, 43, 48
@@ -460,6 +460,6 @@ def test_logits_of_a_split_batch_stay_split_without_the_filling():
         logits = jax.device_put(jnp.arange(24.0).reshape(4, 6), place)
         for count in (4, 5):  # equal to the number of rows, and not equal
             # Older versions of JAX allow Explicit axes inside jax.jit only.
-            first = jax.jit(placement.first_columns, static_argnums=1)(logits, count)
+            first = jax.jit(first_columns, static_argnums=1)(logits, count)
             assert jax.typeof(first).sharding.spec == P("data", None)
             np.testing.assert_array_equal(first, np.arange(24.0).reshape(4, 6)[:, :count])

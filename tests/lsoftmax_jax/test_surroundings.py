@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 import lsoftmax_jax as lsm
 from lsoftmax_jax import linen, nnx
-from lsoftmax_jax._core.placement import varying_axes
+from lsoftmax_jax._core.mesh import varying_axes
 from tests import oracle
 
 BATCH, DIM, CLASSES, MARGIN, LAM = 8, 5, 8, 3, 0.5

@@ -1,6 +1,9 @@
-"""What the devices of a class-parallel head exchange.
+"""Where arrays lie on a mesh, and what its devices exchange.
 
-Collectives of `lsoftmax_loss_sum`, loss and gradients:
+This is the one file that asks which JAX it runs on. JAX calls the axes of a mesh Auto (the compiler
+places), Explicit (types carry the placement) or Manual (inside `jax.shard_map`).
+
+Collectives of `lsoftmax_loss_sum` with a layout, loss and gradients:
 
 - 4 if the features are split over another axis than the kernel: the exchange, the features'
   gradient, the kernel's gradient over the data axis, the scalars;
@@ -8,23 +11,108 @@ Collectives of `lsoftmax_loss_sum`, loss and gradients:
 
 With a data axis every device sums its columns' gradient over that axis. For very many classes this
 is most of the bytes sent. A single axis for features and classes sends none of it.
-
-`view` and `exchanged` take the `Spec`, `on_devices` and `splits` a `Layout`. All others take a
-`Layout`, or None on one device, where they change nothing.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
 
-from lsoftmax_jax import _checks
-from lsoftmax_jax._core.blocks import Others
-from lsoftmax_jax._core.spec import Arrays, Layout, Spec
-from lsoftmax_jax._core.target import Columns, LabelTerms, Rows, columns_of, label_terms, rows_of
+from lsoftmax_jax._core.spec import AnyMesh, Arrays, Layout
+
+
+def anywhere(core: Callable[..., Any], out_like: Any, arrays: Any) -> Any:
+    """Calls `core(arrays)` correctly on Explicit meshes and inside `jax.shard_map`.
+
+    On a mesh with Explicit axes a hand-written contraction raises, so the core runs with those
+    axes Auto and its outputs are placed again.
+
+    Inside `jax.shard_map` a hand-written gradient of an operand that is the same on every device
+    would miss the sum over devices; marking all operands as varying makes JAX add it.
+
+    Args:
+      out_like: how the output is placed, or the start of a tree like it, with a word for each part:
+        "batch" as the batch of features, "features" and "kernel" as those, "logits" as batch by
+        columns, or "scalar".
+      arrays: a tuple that starts with features (..., D) and kernel (D, columns).
+    """
+    varying = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))
+    arrays = jax.tree.map(lambda array: vary_over(array, varying), arrays)
+    features, kernel = (jax.typeof(array).sharding for array in arrays[:2])
+    meshes = [s.mesh for s in (features, kernel) if s.mesh.explicit_axes]
+    if not meshes:
+        return core(arrays)
+    batch, columns = features.spec[:-1], kernel.spec[-1]
+    taken = {axis for entry in batch for axis in _names(entry)}
+    specs = {
+        "batch": P(*batch),
+        "features": P(*features.spec),
+        "kernel": P(*kernel.spec),
+        "logits": P(*batch, None if taken.intersection(_names(columns)) else columns),
+        "scalar": P(),
+    }
+    placed = jax.tree.map(lambda kind: NamedSharding(meshes[0], specs[kind]), out_like)
+    return auto_axes(core, axes=meshes[0].explicit_axes, out_sharding=placed)(arrays)
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def varying_axes(array: jax.Array) -> frozenset[str]:
+    """The Manual mesh axes over which `array` differs inside `jax.shard_map`."""
+    kind = jax.typeof(array)
+    # Before JAX 0.10 the type of an array has its varying axes as `vma`.
+    return frozenset(
+        kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+    )
+
+
+def vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """`array` marked as varying over the Manual mesh `axes` (none outside `jax.shard_map`)."""
+    missing = tuple(axes - varying_axes(array))
+    if not missing:
+        return array
+    if pcast := getattr(jax.lax, "pcast", None):
+        return cast(jax.Array, pcast(array, missing, to="varying"))
+    before_0_8_2 = "pvary"
+    return cast(jax.Array, getattr(jax.lax, before_0_8_2)(array, missing))
+
+
+def zeros_like_rows(shape: tuple[int, ...], rows: jax.Array) -> jax.Array:
+    """Zeros of the dtype of `rows`, varying over devices as `rows` does in `jax.shard_map`."""
+    return vary_over(jnp.zeros(shape, rows.dtype), varying_axes(rows))
+
+
+def resharded(array: jax.Array, mesh: AnyMesh, spec: P) -> jax.Array:
+    """`array` split as `spec` over Explicit axes, where shard_map takes no other placement."""
+    explicit = mesh.explicit_axes
+    if not explicit:
+        return array
+    if not hasattr(jax.lax, "pcast") and not isinstance(array, jax.core.Tracer):
+        raise NotImplementedError(
+            f"a mesh with Explicit axes outside jax.jit needs a newer JAX than {jax.__version__}: "
+            f"wrap the call in jax.jit, or make the mesh's axes AxisType.Auto"
+        )
+    kept = (tuple(axis for axis in _names(entry) if axis in explicit) or None for entry in spec)
+    return jax.sharding.reshard(array, NamedSharding(mesh, P(*kept)))
+
+
+def first_columns(logits: jax.Array, count: int) -> jax.Array:
+    """logits (..., columns) without the columns that fill up a sharded kernel."""
+    if logits.shape[-1] == count:
+        return logits
+    sharding = jax.typeof(logits).sharding
+    # An odd number of classes cannot stay split.
+    logits = resharded(logits, sharding.mesh, P(*sharding.spec[:-1], None))
+    return logits[..., :count]
+
+
+# The devices of a layout. What takes None, for one device, changes nothing there.
 
 
 def on_devices(
@@ -44,6 +132,16 @@ def splits(layout: Layout) -> Any:
     return Arrays(*specs)
 
 
+def placed(layout: Layout, arrays: Arrays) -> Arrays:
+    """Every array split as the layout says."""
+    return Arrays(
+        *(
+            None if array is None else resharded(jnp.asarray(array), layout.mesh, split)
+            for array, split in zip(arrays, splits(layout), strict=True)
+        )
+    )
+
+
 def kept(layout: Layout | None, tree: Any) -> Any:
     """Each device's own arrays as the parts of whole ones, along a new first axis."""
     return tree if layout is None else jax.tree.map(lambda array: array[None], tree)
@@ -57,56 +155,6 @@ def own(layout: Layout | None, tree: Any) -> Any:
 def first_class(layout: Layout | None, width: int) -> Any:
     """The class of the first column of this device."""
     return 0 if layout is None else jax.lax.axis_index(layout.class_axis) * width
-
-
-def view(spec: Spec, arrays: Arrays) -> tuple[Rows, Columns, LabelTerms]:
-    """A device's rows, columns, and what it knows of the labels' logits.
-
-    The rows' labels count from the device's first class; -1 stands for a class elsewhere.
-    """
-    layout, kernel, labels = spec.layout, arrays.kernel, arrays.labels
-    width = kernel.shape[1]
-    if layout is None:
-        rows = rows_of(spec, arrays.features, labels)
-        return rows, columns_of(spec, kernel, arrays.offset), label_terms(rows, kernel)
-    start = first_class(layout, width)
-    here = (labels >= start) & (labels < start + width)
-    rows = rows_of(spec, arrays.features, jnp.where(here, labels - start, 0))
-    terms = label_terms(rows, kernel)
-    terms = terms._replace(
-        product=jnp.where(here, terms.product, 0),
-        column_norm=jnp.where(here, terms.column_norm, 0),
-    )
-    rows = rows._replace(labels=jnp.where(here, rows.labels, -1))
-    offset = arrays.offset
-    if offset is None and width * layout.shards != spec.classes:
-        # -inf for the columns that only fill up the last shards.
-        real = start + jnp.arange(width, dtype=jnp.int32) < spec.classes
-        offset = jnp.where(real, 0, -jnp.inf).astype(_checks.at_least_f32(kernel.dtype))
-    return rows, columns_of(spec, kernel, offset), terms
-
-
-def exchanged(
-    spec: Spec, labels: jax.Array, terms: LabelTerms, others: Others
-) -> tuple[LabelTerms, Others]:
-    """Joins what each device knows of the label's and the other logits, in one collective."""
-    layout = spec.layout
-    if layout is None:
-        return terms, others
-    known = [terms.product, terms.column_norm, others.peak, others.mass]
-    known += [others.total] if spec.label_smoothing else []
-    gathered = jax.lax.all_gather(jnp.stack(known), layout.class_axis)
-    products, norms, peaks, masses, *totals = jnp.moveaxis(gathered, 1, 0)
-    peak = jnp.max(peaks, axis=0, keepdims=True)
-    mass = jnp.sum(masses * jnp.exp(peaks - peak), axis=0)
-    total = jnp.sum(totals[0], axis=0) if totals else others.total
-    norm = jnp.sum(norms, axis=0)
-    terms = terms._replace(
-        product=_checks.nan_unless(labels >= 0, jnp.sum(products, axis=0)),
-        column_norm=norm,
-        inverse_column_norm=jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), norm),
-    )
-    return terms, Others(peak[0], mass, total)
 
 
 def sum_of_features(layout: Layout | None, dfeatures: jax.Array) -> jax.Array:
