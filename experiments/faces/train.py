@@ -23,7 +23,7 @@ from experiments.faces.recipe import FaceRecipe, Plateau
 from experiments.paper import networks as models
 from experiments.run import loop
 from experiments.run.program import check_batch, network_state, per_update
-from experiments.run.session import Clock, Shared, Task, Values
+from experiments.run.session import Clock, Shared, Task, Values, result_file
 from experiments.store import processes, results
 from experiments.store.checkpoints import last_state
 from experiments.store.claims import claim, claimed, differing
@@ -127,7 +127,7 @@ def train_faces(
         task, shared = prepare(recipe, images, out, init_from, mesh)
         alone = [recipe.seed]
         if not out.exists():
-            check_result(recipe, loop.result_file(out))
+            check_result(recipe, result_file(out))
         claim(out, task.settings, mesh.size, writes=processes.is_first(), together=alone)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         pace = loop.Pace(1 if on_cpu else DISPATCH, 0, checkpoint_seconds)
