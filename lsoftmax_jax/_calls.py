@@ -1,4 +1,4 @@
-"""What both Flax heads do: check settings, make a kernel in shards, and call the losses."""
+"""What both Flax heads do: check settings, make a kernel in shards, and prepare a loss's call."""
 
 import dataclasses
 import functools
@@ -13,14 +13,8 @@ from jax.typing import ArrayLike
 from lsoftmax_jax import _checks
 from lsoftmax_jax._core import run
 from lsoftmax_jax._core.mesh import first_columns, resharded
-from lsoftmax_jax._core.run import Statistics
-from lsoftmax_jax._core.spec import ClassParallel, Layout, Plan, prepare
-from lsoftmax_jax.losses import (
-    lsoftmax_logits,
-    lsoftmax_loss,
-    lsoftmax_loss_and_statistics,
-    lsoftmax_loss_sum,
-)
+from lsoftmax_jax._core.spec import ClassParallel, Layout, prepare
+from lsoftmax_jax.losses import lsoftmax_logits
 from lsoftmax_jax.margins import Margin, check_margin
 from lsoftmax_jax.schedule import SelfPaced, self_paced
 
@@ -28,7 +22,7 @@ _SELF_PACED = self_paced()
 
 
 class Head(Protocol):
-    """The settings of a head, and where its kernel is."""
+    """The settings of a head."""
 
     classes: int
     margin: int | Margin
@@ -36,8 +30,6 @@ class Head(Protocol):
     dtype: Any
     param_dtype: Any
     layout: ClassParallel | None
-
-    def _kernel_for(self, features: ArrayLike) -> jax.Array: ...
 
 
 def check_settings(head: Head) -> None:
@@ -108,10 +100,9 @@ def lam_of(head: Head, lam: ArrayLike | SelfPaced | None) -> ArrayLike | SelfPac
 
 
 def call_of(
-    head: Head, features: ArrayLike, lam: ArrayLike | SelfPaced | None
+    head: Head, features: ArrayLike, kernel: jax.Array, lam: ArrayLike | SelfPaced | None
 ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     """Features and kernel in the dtype of the head, and the settings that every loss takes."""
-    kernel = head._kernel_for(features)
     features = _checks.check_features(features)
     kernel = _checks.as_array("kernel", kernel, "a floating-point array (D, classes)")
     columns = head.classes if head.layout is None else head.layout.columns(head.classes)
@@ -129,13 +120,14 @@ def call_of(
 def logits(
     head: Head,
     features: ArrayLike,
+    kernel: jax.Array,
     labels: ArrayLike | None,
     lam: ArrayLike | SelfPaced | None,
 ) -> jax.Array:
     """The logits of the head's classes, without the columns that fill up a sharded kernel."""
     if labels is None and lam is not None:
         raise TypeError("labels must be given with lam: inference has no margin and needs no lam")
-    features, kernel, settings = call_of(head, features, lam)
+    features, kernel, settings = call_of(head, features, kernel, lam)
     margin, lam = settings["margin"], settings["lam"]
     if labels is None:
         whole = lsoftmax_logits(features, kernel, None, margin=margin, lam=lam)
@@ -145,72 +137,3 @@ def logits(
         # No column that only fills up the kernel may be the rival that λ goes by.
         whole = run.margin_logits(spec._replace(classes=head.classes), arrays)
     return first_columns(whole, head.classes)
-
-
-# The methods of both heads.
-
-
-def loss(
-    head: Head,
-    features: ArrayLike,
-    labels: ArrayLike,
-    lam: ArrayLike | SelfPaced | None = None,
-    *,
-    where: ArrayLike | None = None,
-    label_smoothing: float = 0.0,
-    plan: Plan | None = None,
-) -> jax.Array:
-    """The fused loss of each example, `lsoftmax_jax.lsoftmax_loss`.
-
-    Args:
-      features: (..., D) floating point.
-      labels: (...,) integers in [0, classes).
-      lam: λ >= 0 or a rule; None is the head's.
-      where: (...,) bool; False gives exactly zero loss and gradient.
-      label_smoothing: in [0, 1].
-      plan: in which pieces to compute.
-
-    Returns:
-      (...,) float32, or float64 for float64 operands.
-    """
-    options: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
-    features, kernel, settings = call_of(head, features, lam)
-    return lsoftmax_loss(features, kernel, labels, **options, **settings)
-
-
-def loss_and_statistics(
-    head: Head,
-    features: ArrayLike,
-    labels: ArrayLike,
-    lam: ArrayLike | SelfPaced | None = None,
-    *,
-    where: ArrayLike | None = None,
-    label_smoothing: float = 0.0,
-    plan: Plan | None = None,
-) -> tuple[jax.Array, Statistics]:
-    """`loss`, and the `lsoftmax_jax.Statistics` of the same pass."""
-    options: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
-    features, kernel, settings = call_of(head, features, lam)
-    return lsoftmax_loss_and_statistics(features, kernel, labels, **options, **settings)
-
-
-def loss_sum(
-    head: Head,
-    features: ArrayLike,
-    labels: ArrayLike,
-    weights: ArrayLike | None = None,
-    lam: ArrayLike | SelfPaced | None = None,
-    *,
-    where: ArrayLike | None = None,
-    label_smoothing: float = 0.0,
-    plan: Plan | None = None,
-) -> jax.Array:
-    """The scalar sum of weights * loss, `lsoftmax_jax.lsoftmax_loss_sum`.
-
-    Args:
-      weights: (...,) floating point, or None for ones.
-      features, labels, lam, where, label_smoothing, plan: as in `loss`.
-    """
-    options: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
-    features, kernel, settings = call_of(head, features, lam)
-    return lsoftmax_loss_sum(features, kernel, labels, weights, **options, **settings)

@@ -16,7 +16,9 @@ from flax.nnx.variablelib import VariableMetadata
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _calls, _checks
-from lsoftmax_jax._core.spec import ClassParallel, Layout
+from lsoftmax_jax._core.run import Statistics
+from lsoftmax_jax._core.spec import ClassParallel, Layout, Plan
+from lsoftmax_jax.losses import lsoftmax_loss, lsoftmax_loss_and_statistics, lsoftmax_loss_sum
 from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.schedule import SelfPaced
 
@@ -128,14 +130,70 @@ class LSoftmaxDense(nnx.Module):
           (..., classes): the logits without a margin; with labels those with the margin,
           `lsoftmax_jax.lsoftmax_logits`.
         """
-        return _calls.logits(self, features, labels, lam)
+        return _calls.logits(self, features, self.kernel[...], labels, lam)
 
-    loss = _calls.loss
-    loss_and_statistics = _calls.loss_and_statistics
-    loss_sum = _calls.loss_sum
+    def loss(
+        self,
+        features: ArrayLike,
+        labels: ArrayLike,
+        lam: ArrayLike | SelfPaced | None = None,
+        *,
+        where: ArrayLike | None = None,
+        label_smoothing: float = 0.0,
+        plan: Plan | None = None,
+    ) -> jax.Array:
+        """The fused loss of each example, `lsoftmax_jax.lsoftmax_loss`.
 
-    def _kernel_for(self, _: ArrayLike) -> jax.Array:
-        return self.kernel[...]
+        Args:
+          features: (..., D) floating point.
+          labels: (...,) integers in [0, classes).
+          lam: λ >= 0 or a rule; None is the head's.
+          where: (...,) bool; False gives exactly zero loss and gradient.
+          label_smoothing: in [0, 1].
+          plan: in which pieces to compute.
+
+        Returns:
+          (...,) float32, or float64 for float64 operands.
+        """
+        options: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
+        features, kernel, settings = _calls.call_of(self, features, self.kernel[...], lam)
+        return lsoftmax_loss(features, kernel, labels, **options, **settings)
+
+    def loss_and_statistics(
+        self,
+        features: ArrayLike,
+        labels: ArrayLike,
+        lam: ArrayLike | SelfPaced | None = None,
+        *,
+        where: ArrayLike | None = None,
+        label_smoothing: float = 0.0,
+        plan: Plan | None = None,
+    ) -> tuple[jax.Array, Statistics]:
+        """`loss`, and the `lsoftmax_jax.Statistics` of the same pass."""
+        options: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
+        features, kernel, settings = _calls.call_of(self, features, self.kernel[...], lam)
+        return lsoftmax_loss_and_statistics(features, kernel, labels, **options, **settings)
+
+    def loss_sum(
+        self,
+        features: ArrayLike,
+        labels: ArrayLike,
+        weights: ArrayLike | None = None,
+        lam: ArrayLike | SelfPaced | None = None,
+        *,
+        where: ArrayLike | None = None,
+        label_smoothing: float = 0.0,
+        plan: Plan | None = None,
+    ) -> jax.Array:
+        """The scalar sum of weights * loss, `lsoftmax_jax.lsoftmax_loss_sum`.
+
+        Args:
+          weights: (...,) floating point, or None for ones.
+          features, labels, lam, where, label_smoothing, plan: as in `loss`.
+        """
+        options: Any = {"where": where, "label_smoothing": label_smoothing, "plan": plan}
+        features, kernel, settings = _calls.call_of(self, features, self.kernel[...], lam)
+        return lsoftmax_loss_sum(features, kernel, labels, weights, **options, **settings)
 
 
 def _show_signature(head: Any) -> None:
