@@ -85,6 +85,8 @@ def dead_links(file: Path, pages: dict[Path, Page]) -> set[str]:
     return dead
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_every_link_inside_the_site_leads_somewhere(site):
     pages = {file.resolve(): Page(file) for file in site.rglob("*.html")}
     assert len(pages) > 20
@@ -92,11 +94,15 @@ def test_every_link_inside_the_site_leads_somewhere(site):
     assert {page: links for page, links in dead.items() if links} == {}
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_page_with_formulas_loads_mathjax(site):
     loads = Page(site / "guide" / "how-it-works.html").loads
     assert [url for url in loads if "mathjax" in url.lower()]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_numbers_are_those_of_the_newest_result(site, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     measured = importlib.import_module("measured")
@@ -136,6 +142,8 @@ def test_the_guides_tables_are_means_of_the_committed_runs(tmp_path, monkeypatch
     assert row in measured.small_cnn()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_recorded_runs_of_stacks_and_notebooks_are_on_the_site(site, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     measured = importlib.import_module("measured")
@@ -196,6 +204,8 @@ def names(path: Path) -> set[str]:
     return {name for name in found if not name.startswith("_")}
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_site_builds_and_its_reference_is_complete(documented):
     public = {f"lsoftmax_jax.{name}" for name in lsoftmax_jax.__all__}
     for path in PACKAGE.glob("*.py"):

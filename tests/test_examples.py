@@ -60,6 +60,8 @@ def test_many_classes_are_told_apart(example, monkeypatch):
     assert accuracies[0] < 0.1 and accuracies[-1] > 0.9
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @named("partial_fc")
 def test_a_sample_of_the_classes_learns_what_all_classes_learn(example, monkeypatch):
     monkeypatch.setattr(example, "TRAINED", 80)
@@ -131,6 +133,8 @@ def test_the_small_cnns_numbers_are_those_of_the_committed_runs(example):
     assert f"from {told[6]} to {told[7]} % error" in readme
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @named("small_cnn")
 def test_a_small_cnn_learns_in_spite_of_wrong_labels(example, tmp_path, monkeypatch, capsys):
     """Each class is a level of grey; a third of the training labels are wrong."""

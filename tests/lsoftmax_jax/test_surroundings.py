@@ -337,6 +337,8 @@ def refusal(surrounding, name):
 
 CASES = {name: Case(entry, False) for name, entry in ENTRIES.items()}
 CASES |= {f"{name}, split": Case(ENTRIES[name], True) for name in CLASS_PARALLEL}
+# Op by op, each operation on the devices is a program of its own.
+LONG = ("debug nans, op by op", "sum, split")
 # By default one entry of each kind runs in every surrounding, and every entry runs under jit.
 OFTEN = ("logits", "loss", "sum, split", "sampled sum", "sgd")
 
@@ -344,8 +346,14 @@ OFTEN = ("logits", "loss", "sum, split", "sampled sum", "sgd")
 def each(names, surrounding=None):
     """Parameters of a test; those that do not run by default are marked as slow."""
     often = CASES if surrounding == "jit" else OFTEN
+
+    def marks(name):
+        if (surrounding, name) == LONG:
+            return pytest.mark.slow, pytest.mark.ci
+        return () if name in often else pytest.mark.slow
+
     return [
-        pytest.param(*given, marks=() if name in often else pytest.mark.slow)
+        pytest.param(*given, marks=marks(given[-1]))
         for name in names
         for given in [(name,) if surrounding is None else (surrounding, name)]
     ]

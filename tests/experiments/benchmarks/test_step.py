@@ -10,6 +10,8 @@ from experiments.benchmarks import step
 from experiments.paper.cells import CONFIGS
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_steps_are_timed(tmp_path):
     flags = ["--configurations", "mnist-m4", "--batch", "4", "--width", "0.0625"]
     assert main(["bench", "step", *flags, "--repetitions", "2", "--out", str(tmp_path)]) == 0

@@ -50,6 +50,8 @@ def lfw(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_all_folds_are_verified_and_a_second_command_has_nothing_to_do(
     lfw, tmp_path, monkeypatch, capsys
 ):

@@ -53,6 +53,8 @@ def test_scales_are_tried_on_validation_images_alone_and_used_without_lambda():
         assert [(run.seed, run.pace) for run in mine] == [(seed, "none") for seed in range(3)]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_batch_is_trained_side_by_side_and_a_second_call_has_nothing_to_do(
     tmp_path, monkeypatch, capfd
 ):
