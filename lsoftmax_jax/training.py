@@ -90,9 +90,10 @@ class StepMetrics(NamedTuple):
       skipped: whether the update was not finite, so that nothing but the step changed.
       margin_idle: whether the head has a margin that takes no part: share is below 0.01. Normal
         while λ starts high; at the end of training a sign that λ should fall faster or further.
-      collapsing: whether the margin is shrinking the features to nothing: the logits are nearly
-        0, the loss is that of guessing, and the margin takes part. A higher λ helps. Always False
-        for a margin with a scale, for which the features' length counts for nothing.
+      collapsing: whether the margin takes part and is shrinking the features to nothing: the
+        logits are nearly 0, and the loss is that of guessing. With a scale, where length counts for
+        nothing: whether the features turn away, on average over 120 degrees from the columns of
+        their labels. A higher λ helps in both cases.
     """
 
     sums: Sums
@@ -642,16 +643,17 @@ def _losses(
 
 
 def _collapsing(head: Any, sums: Sums, kernel_norm: jax.Array) -> jax.Array:
-    margin = check_margin(head.margin)
+    margin, count = check_margin(head.margin), jnp.maximum(sums.examples, 1)
+    takes_part = sums.share / count > IDLE_SHARE
     if margin.scale is not None:
-        return jnp.bool_(False)  # the features' length counts for nothing
+        # At the start the angles are near 90 degrees. ArcFace's slope is 0 at 180 degrees less m.
+        return takes_part & (sums.target_angle / count > 2 * math.pi / 3)
     # The largest logit of a feature of length 1.
     per_length = jnp.ones(()) if margin.unit_columns else kernel_norm
-    count = jnp.maximum(sums.examples, 1)
     guessing = sums.loss / count > 0.98 * math.log(head.classes)
     # Logits below a tenth move no probability by much; at the start features are longer.
     vanishing = sums.feature_norm / count * per_length < 0.1
-    return guessing & vanishing & (sums.share / count > IDLE_SHARE)
+    return takes_part & guessing & vanishing
 
 
 # The update.

@@ -49,6 +49,10 @@ CURE = """\
 The margin shrinks the features to nothing, all classes alike. A higher λ is the cure: --pace
 lead, which finds it, or a floor under it (--lam.minimum 5)."""
 
+TURNED = """\
+The features turn away from the columns of their labels, where the margin hardly pulls. Let λ find
+itself (--pace lead), or begin with the network of a softmax run (--init, --init-from)."""
+
 # The margin takes no part in an update in which its share is below this one.
 NO_PART = 0.01
 
@@ -195,7 +199,8 @@ class Group:
         collapsing = np.flatnonzero(values.get("collapsing", 0)).tolist()
         if collapsing and not session.collapsed:
             i, session.collapsed = collapsing[0], True
-            progress.say(f"warning: {name} is collapsing at update {first + i}: {seen(i)}\n{CURE}")
+            cure = CURE if session.task.facts["config"].get("scale") is None else TURNED
+            progress.say(f"warning: {name} is collapsing at update {first + i}: {seen(i)}\n{cure}")
         due = session.task.margin_from
         takes_part = values.get("share", np.ones(1)).mean() >= NO_PART
         if due is not None and due <= first and not takes_part and not session.idle:

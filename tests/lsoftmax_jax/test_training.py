@@ -290,6 +290,18 @@ def test_what_counts_as_a_collapse(loss, length, share, collapsing):
 
 
 @pytest.mark.parametrize(
+    ("degrees", "share", "turned"),
+    [(119, 1, False), (121, 1, True), (150, 1 / 99, True), (150, 1 / 101, False)],
+)
+def test_features_that_turn_away_from_their_columns_are_reported(degrees, share, turned):
+    """Of a margin with a scale: 4 examples of 2 classes, whose loss and lengths do not matter."""
+    head = LSoftmaxDense(3, 2, margin=ArcFace(0.5, scale=16.0), rngs=nnx.Rngs(0))
+    angles = 4 * math.radians(degrees)
+    sums = training.Sums(*map(jnp.float32, (4, 0.1, 2, angles, 40.0, 4 * share)))
+    assert bool(training._collapsing(head, sums, jnp.float32(2))) == turned
+
+
+@pytest.mark.parametrize(
     ("head", "collapsing"),
     [
         ({"margin": 4}, True),
