@@ -9,6 +9,7 @@ import pytest
 from experiments.__main__ import main
 from experiments.paper import campaign
 from experiments.paper.cells import CONFIGS, changes_of, run_name, toy
+from experiments.report.outcomes import RESULTS
 from experiments.run import abreast
 from experiments.store import results as result
 
@@ -51,6 +52,10 @@ def test_scales_are_tried_on_validation_images_alone_and_used_without_lambda():
         assert [run.scale for run in tried if run.name == name] == [8, 16]
         mine = [run for run in used if run.name == name]
         assert [(run.seed, run.pace) for run in mine] == [(seed, "none") for seed in range(3)]
+        tries = [run for run in tried if run.name == name]
+        files = [RESULTS / "tune" / f"{run_name(run)}.json" for run in tries]
+        errors = [result.load(file)["test"]["error"] for file in files]
+        assert {run.scale for run in mine} == {tries[errors.index(min(errors))].scale}
 
 
 @pytest.mark.slow
