@@ -293,12 +293,20 @@ def test_a_run_whose_last_iterate_is_not_finite_has_diverged(tmp_path, capsys):
     json.dumps(outcome, allow_nan=False)
 
 
-def test_a_collapse_is_reported_once(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("scale", "cure"),
+    [
+        (None, ("A higher λ is the cure", "--lam.minimum")),
+        (8.0, ("turn away from the columns", "--pace lead", "--init")),
+    ],
+)
+def test_a_collapse_is_reported_once(scale, cure, tmp_path, monkeypatch, capsys):
     write(tmp_path)
     prepare = train.prepare
 
     def collapsing(*arguments):
         tasks, shared = prepare(*arguments)
+        tasks[0].facts["config"]["scale"] = scale
         steps = itertools.count()
 
         def values(metrics):
@@ -312,5 +320,5 @@ def test_a_collapse_is_reported_once(tmp_path, monkeypatch, capsys):
     assert outcome["curves"]["train"]["collapsing"] == [0, 0, 0, 1, 1, 1, 1, 1]
     said = capsys.readouterr().out
     assert said.count("is collapsing at update") == 1
-    for part in ("is collapsing at update 3: loss", "A higher λ is the cure", "--lam.minimum"):
+    for part in ("is collapsing at update 3: loss", *cure):
         assert part in said
