@@ -127,7 +127,7 @@ def train_faces(
         task, shared = prepare(recipe, images, out, init_from, mesh)
         alone = [recipe.seed]
         if not out.exists():
-            check_result(recipe, result_file(out))
+            check_result(task, result_file(out))
         claim(out, task.settings, mesh.size, writes=processes.is_first(), together=alone)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         pace = loop.Pace(1 if on_cpu else DISPATCH, 0, checkpoint_seconds)
@@ -137,13 +137,13 @@ def train_faces(
         return loop.exit_code(trained[0] if trained else None)
 
 
-def check_result(recipe: FaceRecipe, file: Path) -> None:
-    """Raises ValueError if a result whose folder is gone is of another recipe."""
+def check_result(task: Task, file: Path) -> None:
+    """Raises ValueError if a result whose folder is gone is of another run."""
     if not file.exists():
         return
-    there = results.load_run(file, ("config",))["config"]
-    if wrong := differing(there, recipe.to_json()):
-        raise ValueError(f"{file} holds the result of another recipe ({', '.join(wrong)})")
+    there, names = results.load_run(file, ("config",)), ("config", "init_from")
+    if wrong := differing({n: there.get(n) for n in names}, {n: task.facts[n] for n in names}):
+        raise ValueError(f"{file} holds the result of another run ({', '.join(wrong)})")
 
 
 def prepare(

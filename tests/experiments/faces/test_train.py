@@ -126,14 +126,23 @@ def test_another_recipe_or_folder_is_no_continuation(folder, finished):
         run_for(folder, finished, recipe=replace(RECIPE, margin=2), without="")
 
 
-def test_a_result_without_its_folder_is_not_taken_for_another_recipe(
+def test_a_result_without_its_folder_is_not_taken_for_another_run(
     folder, finished, tmp_path, capsys
 ):
     shutil.copy(finished.with_name(f"{finished.name}.json"), tmp_path / "run.json")
     words = ["train-faces", "--faces", str(folder), "--out", str(tmp_path / "run")]
     assert main([*words, "--size", "32", "32", "--steps", "6", "--batch", "8"]) == 2
     said = capsys.readouterr().err
-    assert f"{tmp_path / 'run.json'} holds the result of another recipe" in said
+    assert f"{tmp_path / 'run.json'} holds the result of another run (config.lam" in said
+    recipe = load_run(finished).recipe
+    images = FaceImages(list_faces(folder, without="CD"), recipe.size)
+    same, going_on = (
+        train_faces.prepare(recipe, images, tmp_path / "run", init_from, data_mesh())[0]
+        for init_from in (None, finished)
+    )
+    train_faces.check_result(same, tmp_path / "run.json")
+    with pytest.raises(ValueError, match=rf"another run \(init_from None -> {finished.name}\)"):
+        train_faces.check_result(going_on, tmp_path / "run.json")
     assert not (tmp_path / "run").exists()
 
 
