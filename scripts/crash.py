@@ -66,7 +66,7 @@ def skip_and_drop() -> None:
 
         return train_step(graphdef, optimizer, lam, **keywords)
 
-    networks.ConvNet, training.train_step = Dropping, skipping  # type: ignore[misc]
+    networks.ConvNet, training.train_step = Dropping, skipping  # type: ignore[misc]  # in this process alone
 
 
 def started(words: list[str], out: Path, cache: Path, event: int | None = None) -> int:

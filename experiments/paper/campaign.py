@@ -105,7 +105,7 @@ BATCHES: dict[str, list[Config]] = {
         run
         for data, arms in (("mnist", UNTUNED + SCALED), ("cifar10", SCALED_CIFAR10))
         for seed in range(3)
-        for loss, pace in arms
-        for run in _runs(f"{data}-{loss}", seed, **NARROW, steps=SHORTER[data], **pace)
+        for loss, changes in arms
+        for run in _runs(f"{data}-{loss}", seed, **NARROW, steps=SHORTER[data], **changes)
     ],
 }

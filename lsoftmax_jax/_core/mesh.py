@@ -94,7 +94,7 @@ def resharded(array: jax.Array, mesh: AnyMesh, spec: P) -> jax.Array:
     if not explicit:
         return array
     if not hasattr(jax.lax, "pcast") and not isinstance(array, jax.core.Tracer):
-        raise NotImplementedError(
+        raise NotImplementedError(  # of JAX before 0.8.2, which has no pcast
             f"a mesh with Explicit axes outside jax.jit needs a newer JAX than {jax.__version__}: "
             f"wrap the call in jax.jit, or make the mesh's axes AxisType.Auto"
         )
