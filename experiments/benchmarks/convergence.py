@@ -7,7 +7,7 @@ same setting.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,6 +26,7 @@ from experiments.store.progress import Progress
 from experiments.store.results import save
 from lsoftmax_jax import schedule
 from lsoftmax_jax.linen import LSoftmaxDense
+from lsoftmax_jax.margins import ArcFace, CosFace, Margin, NormFace, SphereFace
 from lsoftmax_jax.schedule import SelfPaced
 
 SEEDS = 10
@@ -38,11 +39,11 @@ class Policy(NamedTuple):
 
     name: str
     lam: SelfPaced | Callable[[int], jax.Array]
-    margin: int = 4
+    margin: int | Margin = 4
 
 
-def scheduled(steps: int) -> jax.Array:
-    return lsm.margin_schedule(steps)(np.arange(steps))
+def scheduled(steps: int, share: float | None = None) -> jax.Array:
+    return lsm.margin_schedule(steps, share=share)(np.arange(steps))
 
 
 def released(steps: int, minimum: float = 0.0) -> jax.Array:
@@ -70,6 +71,22 @@ POLICIES = (
     Policy("annealed_lambda, released, stretched", released),
     Policy("λ = 5", constant(5.0)),
     Policy("λ = 0", constant(0.0)),
+)
+# The margins with a scale, which is large enough for 500 classes. "Slope 1": the detached gradient.
+SCALE = 16.0
+COSFACE, ARCFACE = CosFace(0.35, scale=SCALE), ArcFace(0.5, scale=SCALE)
+SPHEREFACE = SphereFace(4, scale=SCALE)
+SCALED = (
+    SOFTMAX,
+    Policy("NormFace", constant(0.0), NormFace(scale=SCALE)),
+    Policy("CosFace, λ = 0", constant(0.0), COSFACE),
+    Policy("CosFace, self-paced", DEFAULT.lam, COSFACE),
+    Policy("ArcFace, λ = 0", constant(0.0), ARCFACE),
+    Policy("ArcFace, self-paced", DEFAULT.lam, ARCFACE),
+    Policy("ArcFace, λ falls to 0", partial(scheduled, share=1.0), ARCFACE),
+    Policy("ArcFace, slope 1, λ = 0", constant(0.0), ArcFace(0.5, scale=SCALE, detach=True)),
+    Policy("SphereFace, λ = 0", constant(0.0), SPHEREFACE),
+    Policy("SphereFace, self-paced", DEFAULT.lam, SPHEREFACE),
 )
 
 OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
@@ -174,19 +191,22 @@ SETTINGS = TUNED_ON + tuple(setting._replace(apart=True) for setting in APART)
 QUICK = (Setting("ReLU feature", batch=32, steps=40),)
 
 
-def bench(quick: bool = False, again: bool = False, out: Path = OUT) -> None:
+def bench(scaled: bool = False, quick: bool = False, again: bool = False, out: Path = OUT) -> None:
     """Trains every setting with every way to choose λ; prints tables.
 
     An interrupted benchmark continues with the setting at which it stopped.
 
     Args:
+      scaled: train the margins with a scale in place of L-Softmax.
       quick: run one short setting with two seeds, to see that it works.
       again: start over even if there is a result.
       out: folder of the result.
     """
     settings, seeds = (QUICK, 2) if quick else (SETTINGS, SEEDS)
-    file = out / f"convergence{'-quick' * quick}-{jax.default_backend()}.json"
-    command = f"python -m experiments bench convergence{' --quick' * quick}"
+    policies = SCALED if scaled else POLICIES
+    flags = [name for name, given in (("scaled", scaled), ("quick", quick)) if given]
+    file = out / f"{'-'.join(['convergence', *flags, jax.default_backend()])}.json"
+    command = " --".join(["python -m experiments bench convergence", *flags])
     result = heading("bench convergence", command) | {"seeds": seeds}
     kept: dict[str, dict[str, Any]] = {}
     # Other versions of JAX may give other numbers: those are measured anew.
@@ -194,13 +214,14 @@ def bench(quick: bool = False, again: bool = False, out: Path = OUT) -> None:
         result |= {key: saved[key] for key in ("date", "commit", "device")}
         kept = {entry["setting"]["name"]: entry for entry in saved["settings"]}
     done: list[dict[str, Any]] = []
-    with Progress("bench convergence", len(settings) * len(POLICIES), "policies") as progress:
+    with Progress("bench convergence", len(settings) * len(policies), "policies") as progress:
         for setting in settings:
             entry = kept.get(setting.name)
-            if entry and [run["policy"] for run in entry["runs"]] == [p.name for p in POLICIES]:
-                progress.advance(len(POLICIES), f"{setting.name}: kept")
+            if entry and [run["policy"] for run in entry["runs"]] == [p.name for p in policies]:
+                progress.advance(len(policies), f"{setting.name}: kept")
             else:
-                entry = measure(setting, seeds, partial(progress.advance, 1, setting.name))
+                advance = partial(progress.advance, 1, setting.name)
+                entry = measure(setting, policies, seeds, advance)
             done.append(entry)
             # Those that come later stay in the file while one before them is measured.
             kept[setting.name] = entry
@@ -211,19 +232,22 @@ def bench(quick: bool = False, again: bool = False, out: Path = OUT) -> None:
 
 
 def measure(
-    setting: Setting, seeds: int, advance: Callable[[], object] = lambda: None
+    setting: Setting,
+    policies: Sequence[Policy],
+    seeds: int,
+    advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """The numbers that each way to choose λ reaches, one for each seed."""
     begun, split, runs = time.perf_counter(), split_of(setting.data), []
     keys = jax.random.split(jax.random.key(1), seeds)
-    for policy in POLICIES:
+    for policy in policies:
         rule = policy.lam if isinstance(policy.lam, SelfPaced) else None
         given = constant(0.0) if isinstance(policy.lam, SelfPaced) else policy.lam
         params, shares = trained(
             setting, split.classes, policy.margin, rule, split.train, given(setting.steps), keys
         )
         inputs, labels = split.test
-        answers = features_and_answers(setting, split.classes, params, inputs)[1]
+        answers = features_and_answers(setting, split.classes, policy.margin, params, inputs)[1]
         wrong = 100.0 * np.asarray(answers != labels)
         numbers = {
             "errors": wrong.mean(axis=1),  # on the test rows, %
@@ -231,7 +255,8 @@ def measure(
             "shares": shares,
         }
         rounded = {name: np.round(of, 4).tolist() for name, of in numbers.items()}
-        runs.append({"policy": policy.name, "margin": policy.margin} | rounded)
+        margin = policy.margin if isinstance(policy.margin, int) else str(policy.margin)
+        runs.append({"policy": policy.name, "margin": margin} | rounded)
         advance()
     return {
         "setting": setting._asdict(),
@@ -249,7 +274,7 @@ class Network(linen.Module):
 
     setting: Setting
     classes: int
-    margin: int
+    margin: int | Margin
 
     def setup(self) -> None:
         if self.setting.convolutional:
@@ -294,7 +319,7 @@ QUICKLY = {"xla_backend_optimization_level": "1"}
 def trained(
     setting: Setting,
     classes: int,
-    margin: int,
+    margin: int | Margin,
     rule: SelfPaced | None,
     train: tuple[jax.Array, jax.Array],
     lams: jax.Array,
@@ -336,12 +361,12 @@ def trained(
     return jax.lax.map(run, keys)
 
 
-@partial(jax.jit, static_argnames=("setting", "classes"), compiler_options=QUICKLY)
+@partial(jax.jit, static_argnames=("setting", "classes", "margin"), compiler_options=QUICKLY)
 def features_and_answers(
-    setting: Setting, classes: int, params: Any, inputs: jax.Array
+    setting: Setting, classes: int, margin: int | Margin, params: Any, inputs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Features (seeds, rows, D), and the classes that the heads answer (seeds, rows)."""
-    network = Network(setting, classes, 1)
+    network = Network(setting, classes, margin)
 
     def of(params: Any) -> Any:
         logits: Any = network.apply(params, inputs)
@@ -400,7 +425,7 @@ def above_softmax(errors: NDArray) -> NDArray:
 def titles(entries: list[dict[str, Any]]) -> list[str]:
     """Titles of the policies in Markdown."""
     named = [(run["policy"], run["margin"]) for run in entries[0]["runs"]]
-    several = {name for name, margin in named if margin != DEFAULT.margin}
+    several = {name for name, m in named if isinstance(m, int) and m != DEFAULT.margin}
     return [
         (f"`{name}`" if "(" in name else name) + (f", m = {margin}" if name in several else "")
         for name, margin in named
@@ -429,17 +454,22 @@ def summary_table(entries: list[dict[str, Any]]) -> str:
 def settings_table(entries: list[dict[str, Any]]) -> str:
     """Markdown: a row a setting; softmax's mean error and what the others add to it.
 
-    Collapsed runs stand in parentheses. The last column is the share of the default.
+    Collapsed runs stand in parentheses. The last column is the share of the default, if the
+    default was run.
     """
     errors, shares = array(entries), array(entries, "shares").mean(axis=2)
-    lost, above, default = collapsed(errors), above_softmax(errors), POLICIES.index(DEFAULT)
+    lost, above = collapsed(errors), above_softmax(errors)
+    named = [(run["policy"], run["margin"]) for run in entries[0]["runs"]]
+    default = [i for i, of in enumerate(named) if of == (DEFAULT.name, DEFAULT.margin)]
     rows = []
     for i, entry in enumerate(entries):
         cells = [f"{errors[i, 0].mean():.2f}", *(f"{points:+.2f}" for points in above[i, 1:])]
         cells = [f"{cell} ({n})" if n else cell for cell, n in zip(cells, lost[i], strict=True)]
         star = "" if entry["setting"]["apart"] else " *"
-        rows.append([entry["setting"]["name"] + star, *cells, f"{shares[i, default]:.3f}"])
-    return markdown(["setting", "softmax, %", *titles(entries)[1:], "share"], rows)
+        share = [f"{of:.3f}" for of in shares[i, default]]
+        rows.append([entry["setting"]["name"] + star, *cells, *share])
+    header = ["setting", "softmax, %", *titles(entries)[1:], *["share" for _ in default]]
+    return markdown(header, rows)
 
 
 def rarest_table(entries: list[dict[str, Any]]) -> str:

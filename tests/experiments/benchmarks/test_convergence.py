@@ -87,7 +87,9 @@ def test_every_policy_has_its_own_runs():
     def errors_and_shares(margin, rule, lam):
         lams = jnp.full(60, lam)
         params, shares = convergence.trained(setting, 10, margin, rule, split.train, lams, keys)
-        features, answers = convergence.features_and_answers(setting, 10, params, split.test[0])
+        features, answers = convergence.features_and_answers(
+            setting, 10, margin, params, split.test[0]
+        )
         assert features.shape == (2, 540, 32)
         return 100 * np.mean(answers != split.test[1], axis=1), shares
 
@@ -100,17 +102,34 @@ def test_every_policy_has_its_own_runs():
     assert (paced < 20).all() and (shares > 0).all() and (shares < 0.36).all()
 
 
+def test_a_margin_with_a_scale_answers_by_the_angle():
+    """With columns of very different lengths, the largest product is not the smallest angle."""
+    setting, inputs = Setting("no update", feature=3), np.ones((5, 64), np.float32)
+    network = convergence.Network(setting, 4, convergence.COSFACE)
+    params = jax.vmap(network.init, (0, None))(jax.random.split(jax.random.key(0), 1), inputs)
+    kernel = params["params"]["head"]["kernel"] * jnp.array([1.0, 100.0, 0.01, 1.0])
+    params["params"]["head"]["kernel"] = kernel
+    answers = []
+    for margin in (4, convergence.COSFACE):
+        features, found = convergence.features_and_answers(setting, 4, margin, params, inputs)
+        answers.append(found[0].tolist())
+    products = np.asarray(features[0] @ kernel[0])
+    cosines = products / np.linalg.norm(kernel[0], axis=0)
+    assert answers == [products.argmax(axis=1).tolist(), cosines.argmax(axis=1).tolist()]
+    assert answers[0] != answers[1]
+
+
 def test_the_rarest_classes_are_the_last_three(monkeypatch):
     """A network that always answers 7 is right about a third of the three rarest classes."""
     setting = Setting("always seven", steps=1)
     labels = convergence.split_of(setting.data).test[1]
 
-    def sevens(setting, classes, params, inputs):
+    def sevens(setting, classes, margin, params, inputs):
         return None, np.full((2, len(inputs)), 7)
 
     monkeypatch.setattr(convergence, "features_and_answers", sevens)
     monkeypatch.setattr(convergence, "trained", lambda *_: (None, np.zeros(2)))
-    run = convergence.measure(setting, 2)["runs"][0]
+    run = convergence.measure(setting, [SOFTMAX], 2)["runs"][0]
     rare = labels[labels >= 7]
     assert run["rarest"] == pytest.approx([100 * np.mean(rare != 7)] * 2, abs=1e-3)
     assert run["errors"] == pytest.approx([100 * np.mean(labels != 7)] * 2, abs=1e-3)
@@ -126,6 +145,20 @@ def test_a_short_run_writes_its_tables(tmp_path, capsys):
         (policy.name, policy.margin) for policy in POLICIES
     ]
     assert all(len(run["errors"]) == len(run["shares"]) == 2 for run in entry["runs"])
+
+
+def test_a_short_run_of_the_margins_with_a_scale(tmp_path, capsys):
+    assert main(["bench", "convergence", "--scaled", "--quick", "--out", str(tmp_path)]) == 0
+    assert "| ArcFace, λ = 0 | 0 of 2 |" in capsys.readouterr().out
+    (file,) = tmp_path.iterdir()
+    result = json.loads(file.read_text())
+    assert file.name == "convergence-scaled-quick-cpu.json"
+    assert result["command"].endswith("bench convergence --scaled --quick")
+    runs = result["settings"][0]["runs"]
+    assert [run["policy"] for run in runs] == [policy.name for policy in convergence.SCALED]
+    shares = {run["policy"]: np.mean(run["shares"]) for run in runs}
+    assert shares["CosFace, λ = 0"] == 1 and 0 < shares["ArcFace, self-paced"] < 0.29
+    assert "CosFace(margin=0.35, scale=16.0)" in {run["margin"] for run in runs}
 
 
 def test_an_interrupted_run_continues(tmp_path, capsys, monkeypatch):
