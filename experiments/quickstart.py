@@ -91,7 +91,7 @@ def unseen(loss: str) -> dict[str, list[float]]:
     inputs, labels = (np.concatenate(of) for of in zip(*others, strict=True))
     split = Split(parts[0], parts[1], SEEN)
     params, _ = fitted(SETTING, loss, split, SEEDS)
-    features = features_and_answers(SETTING, SEEN, 4, params, inputs)[0]
+    features = features_and_answers(SETTING, 4, params, split._replace(test=(inputs, labels)))[0]
     rates = [100 * verification.verify(seed, labels).roc.eer for seed in features]
     return {"error_of_seen": errors(params, split), "eer_of_unseen": rates}
 
@@ -100,7 +100,7 @@ def plane(loss: str) -> dict[str, Any]:
     """What the first seed's test digits look like as a feature of two numbers."""
     split = split_of(Data())
     params, _ = fitted(PLANE, loss, split, 1)
-    features = features_and_answers(PLANE, 10, 4, params, split.test[0])[0][0]
+    features = features_and_answers(PLANE, 4, params, split)[0][0]
     kernel = params["params"]["head"]["kernel"][0]
     return measures(*map(np.asarray, (features, features @ kernel, split.test[1], kernel)))
 
@@ -113,7 +113,7 @@ def fitted(setting: Setting, loss: str, split: Split, seeds: int) -> Any:
 
 
 def errors(params: Any, split: Split) -> list[float]:
-    answers = features_and_answers(SETTING, split.classes, 4, params, split.test[0])[1]
+    answers = features_and_answers(SETTING, 4, params, split)[1]
     return (100 * np.mean(answers != split.test[1], axis=1)).tolist()
 
 

@@ -122,6 +122,7 @@ class Setting(NamedTuple):
     steps: int = 300
     apart: bool = False  # no rule for λ was chosen by this setting
     masked: int = 0  # rows of every batch that do not count; they have wrong labels
+    batch_norm: bool = False  # of the feature, without a scale and a bias of its own
 
 
 class Split(NamedTuple):
@@ -191,20 +192,29 @@ SETTINGS = TUNED_ON + tuple(setting._replace(apart=True) for setting in APART)
 QUICK = (Setting("ReLU feature", batch=32, steps=40),)
 
 
-def bench(scaled: bool = False, quick: bool = False, again: bool = False, out: Path = OUT) -> None:
+def bench(
+    scaled: bool = False,
+    batch_norm: bool = False,
+    quick: bool = False,
+    again: bool = False,
+    out: Path = OUT,
+) -> None:
     """Trains every setting with every way to choose λ; prints tables.
 
     An interrupted benchmark continues with the setting at which it stopped.
 
     Args:
       scaled: train the margins with a scale in place of L-Softmax.
+      batch_norm: normalise the features over the batch, without a scale and a bias of its own.
       quick: run one short setting with two seeds, to see that it works.
       again: start over even if there is a result.
       out: folder of the result.
     """
     settings, seeds = (QUICK, 2) if quick else (SETTINGS, SEEDS)
     policies = SCALED if scaled else POLICIES
-    flags = [name for name, given in (("scaled", scaled), ("quick", quick)) if given]
+    settings = tuple(setting._replace(batch_norm=batch_norm) for setting in settings)
+    asked = {"scaled": scaled, "batch-norm": batch_norm, "quick": quick}
+    flags = [name for name, given in asked.items() if given]
     file = out / f"{'-'.join(['convergence', *flags, jax.default_backend()])}.json"
     command = " --".join(["python -m experiments bench convergence", *flags])
     result = heading("bench convergence", command) | {"seeds": seeds}
@@ -227,6 +237,8 @@ def bench(scaled: bool = False, quick: bool = False, again: bool = False, out: P
             kept[setting.name] = entry
             known = [kept[of.name] for of in settings if of.name in kept]
             save(file, result | {"settings": known})
+            # A process may map only so many pieces of memory, and every program keeps some.
+            jax.clear_caches()
     print(f"{summary_table(done)}\n\n{settings_table(done)}\n\n{rarest_table(done)}\n")
     print(f"{file} written")
 
@@ -246,8 +258,8 @@ def measure(
         params, shares = trained(
             setting, split.classes, policy.margin, rule, split.train, given(setting.steps), keys
         )
-        inputs, labels = split.test
-        answers = features_and_answers(setting, split.classes, policy.margin, params, inputs)[1]
+        labels = split.test[1]
+        answers = features_and_answers(setting, policy.margin, params, split)[1]
         wrong = 100.0 * np.asarray(answers != labels)
         numbers = {
             "errors": wrong.mean(axis=1),  # on the test rows, %
@@ -284,15 +296,28 @@ class Network(linen.Module):
         self.last = linen.Dense(self.setting.feature)
         self.head = LSoftmaxDense(self.classes, margin=self.margin)
 
-    def features(self, inputs: jax.Array) -> jax.Array:
+    def features(self, inputs: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+        """Features; batch normalisation takes its statistics from `seen`, by default `inputs`."""
+        x = self.unnormalised(inputs)
+        if not self.setting.batch_norm:
+            return x
+        like = x if seen is None else self.unnormalised(seen)
+        mean, variance = like.mean(axis=0, keepdims=True), like.var(axis=0, keepdims=True)
+        return jax.nn.standardize(x, 0, mean, variance)
+
+    def unnormalised(self, inputs: jax.Array) -> jax.Array:
         x = inputs.reshape(-1, 8, 8, 1) if self.setting.convolutional else inputs
         for layer in self.lower:
             x = linen.relu(layer(x))
         x = self.last(x.reshape(len(x), -1))
         return linen.relu(x) if self.setting.relu else x
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        return self.head(self.features(inputs))
+    def __call__(
+        self, inputs: jax.Array, seen: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Features, and logits without a margin."""
+        features = self.features(inputs, seen)
+        return features, self.head(features)
 
     def loss(
         self, inputs: jax.Array, labels: jax.Array, lam: jax.Array | SelfPaced
@@ -361,16 +386,28 @@ def trained(
     return jax.lax.map(run, keys)
 
 
-@partial(jax.jit, static_argnames=("setting", "classes", "margin"), compiler_options=QUICKLY)
 def features_and_answers(
-    setting: Setting, classes: int, margin: int | Margin, params: Any, inputs: jax.Array
+    setting: Setting, margin: int | Margin, params: Any, split: Split
 ) -> tuple[jax.Array, jax.Array]:
-    """Features (seeds, rows, D), and the classes that the heads answer (seeds, rows)."""
+    """Test features (seeds, rows, D), and the classes that the heads answer (seeds, rows)."""
+    return _answers(setting, split.classes, margin, params, split.test[0], split.train[0])
+
+
+@partial(jax.jit, static_argnames=("setting", "classes", "margin"), compiler_options=QUICKLY)
+def _answers(
+    setting: Setting,
+    classes: int,
+    margin: int | Margin,
+    params: Any,
+    inputs: jax.Array,
+    seen: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     network = Network(setting, classes, margin)
 
     def of(params: Any) -> Any:
-        logits: Any = network.apply(params, inputs)
-        return network.apply(params, inputs, method="features"), logits.argmax(axis=-1)
+        found: Any = network.apply(params, inputs, seen)
+        features, logits = found
+        return features, logits.argmax(axis=-1)
 
     return jax.vmap(of)(params)
 

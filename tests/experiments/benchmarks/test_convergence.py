@@ -87,9 +87,7 @@ def test_every_policy_has_its_own_runs():
     def errors_and_shares(margin, rule, lam):
         lams = jnp.full(60, lam)
         params, shares = convergence.trained(setting, 10, margin, rule, split.train, lams, keys)
-        features, answers = convergence.features_and_answers(
-            setting, 10, margin, params, split.test[0]
-        )
+        features, answers = convergence.features_and_answers(setting, margin, params, split)
         assert features.shape == (2, 540, 32)
         return 100 * np.mean(answers != split.test[1], axis=1), shares
 
@@ -105,13 +103,14 @@ def test_every_policy_has_its_own_runs():
 def test_a_margin_with_a_scale_answers_by_the_angle():
     """With columns of very different lengths, the largest product is not the smallest angle."""
     setting, inputs = Setting("no update", feature=3), np.ones((5, 64), np.float32)
+    split = convergence.Split((inputs, np.zeros(5)), (inputs, np.zeros(5)), 4)
     network = convergence.Network(setting, 4, convergence.COSFACE)
     params = jax.vmap(network.init, (0, None))(jax.random.split(jax.random.key(0), 1), inputs)
     kernel = params["params"]["head"]["kernel"] * jnp.array([1.0, 100.0, 0.01, 1.0])
     params["params"]["head"]["kernel"] = kernel
     answers = []
     for margin in (4, convergence.COSFACE):
-        features, found = convergence.features_and_answers(setting, 4, margin, params, inputs)
+        features, found = convergence.features_and_answers(setting, margin, params, split)
         answers.append(found[0].tolist())
     products = np.asarray(features[0] @ kernel[0])
     cosines = products / np.linalg.norm(kernel[0], axis=0)
@@ -119,13 +118,32 @@ def test_a_margin_with_a_scale_answers_by_the_angle():
     assert answers[0] != answers[1]
 
 
+def test_batch_norm_takes_the_statistics_of_the_training_images():
+    setting = Setting("no update", feature=3, batch_norm=True)
+    split, network = convergence.split_of(PLAIN), convergence.Network(setting, 10, 4)
+    params = jax.vmap(network.init, (0, None))(
+        jax.random.split(jax.random.key(0), 1), np.ones((2, 64))
+    )
+
+    def features(test):
+        return convergence.features_and_answers(setting, 4, params, split._replace(test=test))[0][0]
+
+    np.testing.assert_allclose(features(split.train).mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(features(split.train).std(axis=0), 1, atol=1e-2)
+    # One image alone has no statistics of its own.
+    alone = features((split.test[0][:1], split.test[1][:1]))
+    np.testing.assert_allclose(alone[0], features(split.test)[0], rtol=1e-5)
+    plain = convergence.features_and_answers(setting._replace(batch_norm=False), 4, params, split)
+    assert (np.asarray(plain[0]) >= 0).all() and (np.asarray(features(split.test)) < 0).any()
+
+
 def test_the_rarest_classes_are_the_last_three(monkeypatch):
     """A network that always answers 7 is right about a third of the three rarest classes."""
     setting = Setting("always seven", steps=1)
     labels = convergence.split_of(setting.data).test[1]
 
-    def sevens(setting, classes, margin, params, inputs):
-        return None, np.full((2, len(inputs)), 7)
+    def sevens(setting, margin, params, split):
+        return None, np.full((2, len(split.test[0])), 7)
 
     monkeypatch.setattr(convergence, "features_and_answers", sevens)
     monkeypatch.setattr(convergence, "trained", lambda *_: (None, np.zeros(2)))
@@ -145,16 +163,19 @@ def test_a_short_run_writes_its_tables(tmp_path, capsys):
         (policy.name, policy.margin) for policy in POLICIES
     ]
     assert all(len(run["errors"]) == len(run["shares"]) == 2 for run in entry["runs"])
+    assert not convergence.trained._cache_size()
 
 
 def test_a_short_run_of_the_margins_with_a_scale(tmp_path, capsys):
-    assert main(["bench", "convergence", "--scaled", "--quick", "--out", str(tmp_path)]) == 0
+    words = ["bench", "convergence", "--scaled", "--batch-norm", "--quick"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
     assert "| ArcFace, λ = 0 | 0 of 2 |" in capsys.readouterr().out
     (file,) = tmp_path.iterdir()
     result = json.loads(file.read_text())
-    assert file.name == "convergence-scaled-quick-cpu.json"
-    assert result["command"].endswith("bench convergence --scaled --quick")
+    assert file.name == "convergence-scaled-batch-norm-quick-cpu.json"
+    assert result["command"] == f"python -m experiments {' '.join(words)}"
     runs = result["settings"][0]["runs"]
+    assert result["settings"][0]["setting"]["batch_norm"]
     assert [run["policy"] for run in runs] == [policy.name for policy in convergence.SCALED]
     shares = {run["policy"]: np.mean(run["shares"]) for run in runs}
     assert shares["CosFace, λ = 0"] == 1 and 0 < shares["ArcFace, self-paced"] < 0.29
