@@ -372,13 +372,22 @@ def sums_from(sums: jax.Array | None, start: Any, width: int) -> jax.Array | Non
 def scan_rows(
     step: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, block: int, rows: Any
 ) -> tuple[Carry, Any]:
-    """Like `lax.scan(step, carry, rows)` with `block` rows a step."""
+    """Like `lax.scan(step, carry, rows)` with `block` rows a step.
+
+    A block takes every count-th row, so that devices that share the batch share each block. Of a
+    block of neighbours each device would compute all.
+    """
     total = jax.tree.leaves(rows)[0].shape[0]
     count = total // block
     whole = count * block
-    pieces = jax.tree.map(lambda r: r[:whole].reshape(count, block, *r.shape[1:]), rows)
-    carry, outputs = jax.lax.scan(step, carry, pieces)
-    outputs = jax.tree.map(lambda r: r.reshape(whole, *r.shape[2:]), outputs)
+    pieces = jax.tree.map(lambda r: r[:whole].reshape(block, count, *r.shape[1:]), rows)
+
+    def body(carry: Carry, index: jax.Array) -> tuple[Carry, Any]:
+        # Not scanned over: that would take a transposed copy of the features.
+        return step(carry, jax.tree.map(lambda piece: piece[:, index], pieces))
+
+    carry, outputs = jax.lax.scan(body, carry, jnp.arange(count, dtype=jnp.int32))
+    outputs = jax.tree.map(lambda r: r.swapaxes(0, 1).reshape(whole, *r.shape[2:]), outputs)
     if whole < total:
         carry, last = step(carry, jax.tree.map(lambda r: r[whole:], rows))
         outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)

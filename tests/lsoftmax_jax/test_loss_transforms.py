@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import lsoftmax_jax as lsm
-from tests import oracle
+from tests import hlo, oracle
 from tests.answers import (
     LOSS_AND_SUM_PLANS,
     PLANS,
@@ -153,6 +153,26 @@ def test_four_devices_give_the_numbers_of_one(mesh, specs, plan):
     assert_close(loss, oracle.loss(*problem, 4, 1.0), 1e-5)
     wanted = wanted._replace(lam=None, weights=2 * oracle.loss(*problem, 4, 1.0))
     assert_gradients_close(pulled, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("rule", [lsm.lsoftmax_loss, lsm.lsoftmax_loss_sum])
+def test_devices_that_share_a_batch_share_each_row_block(mesh, rule):
+    """Each once multiplied the whole block, so that four devices took as long as one."""
+
+    def total(features, kernel, labels):
+        plan = lsm.Plan(row_block=32)
+        return jnp.sum(rule(features, kernel, labels, margin=4, lam=0.0, plan=plan))
+
+    rows, whole = NamedSharding(mesh, P("devices")), NamedSharding(mesh, P())
+    arguments = (
+        jax.ShapeDtypeStruct((128, 4), jnp.float32, sharding=rows),
+        jax.ShapeDtypeStruct((4, 512), jnp.float32, sharding=whole),
+        jax.ShapeDtypeStruct((128,), jnp.int32, sharding=rows),
+    )
+    program = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*arguments).compile()
+    found = hlo.INSTRUCTION.findall(program.as_text())
+    products = [hlo.largest(shape) for shape, kind, rest in found if hlo.is_product(kind, rest)]
+    assert max(products) == 32 // 4 * 512
 
 
 def test_pmap_gives_the_numbers_of_one_device():
