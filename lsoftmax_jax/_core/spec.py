@@ -112,17 +112,19 @@ def pieces_of(
     wide = max(dtype.itemsize, 4)
     keep: bool | None = plan.keep_exponentials
     block = plan.class_block
+    # A block's logits and exponentials exist at once.
+    affordable = plan.memory_budget // (2 * wide * max(batch, 1)) // 128 * 128
     if block is None and keep is not False:
         rows = plan.memory_budget // (wide * classes)
         if batch <= rows:
             return Pieces()
-        if keep is None and one_pass and rows >= _FEWEST_ROWS:
+        # With so many rows that few classes fit, class blocks would pass the budget.
+        by_rows = one_pass or affordable < min(classes, _FEWEST_CLASSES)
+        if keep is None and by_rows and rows >= _FEWEST_ROWS:
             return Pieces(row_block=rows // 64 * 64, keep_exponentials=False)
     if keep is None:
         keep = dtype.itemsize * batch * classes <= plan.memory_budget
     if block is None:
-        # A block's logits and exponentials exist at once.
-        affordable = plan.memory_budget // (2 * wide * max(batch, 1)) // 128 * 128
         block = max(min(affordable, _MOST_CLASSES), _FEWEST_CLASSES)
     return Pieces(class_block=min(block, classes), keep_exponentials=keep)
 

@@ -99,3 +99,18 @@ def test_the_budget_chooses_the_plan(plan, summed, pieces):
     """For 1024 rows and 100,000 classes in float32, 410 MB of logits."""
     dtype = jnp.dtype(jnp.float32)
     assert pieces_of(plan, 1024, 10**5, dtype, one_pass=summed) == pieces
+
+
+@pytest.mark.parametrize(
+    ("classes", "summed", "pieces"),
+    [
+        (150, False, Pieces(row_block=6976, keep_exponentials=False)),
+        (300, False, Pieces(row_block=3456, keep_exponentials=False)),
+        (300, True, Pieces(row_block=3456, keep_exponentials=False)),
+        (10**4, False, Pieces(None, 512, False)),  # row blocks would be too small
+    ],
+)
+def test_the_budget_holds_where_rows_are_many(classes, summed, pieces):
+    """512 classes are the smallest block, here 268 MB, of a budget of 4 MiB."""
+    found = pieces_of(lsm.Plan(2**22), 65536, classes, jnp.dtype(jnp.float32), one_pass=summed)
+    assert found == pieces
