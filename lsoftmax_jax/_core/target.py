@@ -92,16 +92,18 @@ class LabelTerms(NamedTuple):
     inverse_column_norm: jax.Array
 
 
-def label_terms(rows: Rows, kernel: jax.Array) -> LabelTerms:
+def label_terms(spec: Spec, rows: Rows, kernel: jax.Array) -> LabelTerms:
     """`LabelTerms` of every row, in float32 or better.
 
     They are never read off logits of the default precision. On a TPU or GPU the default may be
     bfloat16 or TF32, which would put a cosine on the wrong side of a knot. With few classes the
-    logits have full precision, and the compiler computes them once.
+    logits have full precision, and the compiler computes them once; in blocks it would not.
     """
     features, labels = rows.features, rows.labels
     wide = features.astype(_checks.at_least_f32(features.dtype))
-    if (classes := kernel.shape[1]) <= FEW_CLASSES:
+    classes, pieces = kernel.shape[1], spec.pieces
+    in_blocks = pieces.row_block is not None or pieces.class_block not in (None, classes)
+    if classes <= FEW_CLASSES and not in_blocks:
         plain = value_at(labels, product(features, 1, kernel, 0, classes))
         column_square = value_at(labels, _squares(kernel, 0))
     else:
@@ -121,11 +123,11 @@ def view(spec: Spec, arrays: Arrays) -> tuple[Rows, Columns, LabelTerms]:
     width = kernel.shape[1]
     if layout is None:
         rows = rows_of(spec, arrays.features, labels)
-        return rows, columns_of(spec, kernel, arrays.offset), label_terms(rows, kernel)
+        return rows, columns_of(spec, kernel, arrays.offset), label_terms(spec, rows, kernel)
     start = mesh.first_class(layout, width)
     here = (labels >= start) & (labels < start + width)
     rows = rows_of(spec, arrays.features, jnp.where(here, labels - start, 0))
-    terms = label_terms(rows, kernel)
+    terms = label_terms(spec, rows, kernel)
     terms = terms._replace(
         product=jnp.where(here, terms.product, 0),
         column_norm=jnp.where(here, terms.column_norm, 0),

@@ -84,6 +84,16 @@ def test_blocks_at_many_classes(plan, share, dots, rule):
     assert ours.dots == dots and ours.large_moves == []
 
 
+@gated
+@pytest.mark.parametrize("plan", [lsm.Plan(2**22), lsm.Plan(row_block=1024)], ids=str)
+@pytest.mark.parametrize("loss", [summed, each])
+@pytest.mark.parametrize("classes", [150, 300])
+def test_blocks_of_few_classes_and_many_rows(loss, classes, plan):
+    """Up to 256 classes, the label's logit was once read from the logits of all rows."""
+    ours = facts(loss, (65536, 16, classes), plan)
+    assert ours.temporary_bytes <= 0.6 * 4 * 65536 * classes
+
+
 def test_sgd_inside_the_head_has_no_gradient_of_the_kernel_and_copies_nothing():
     features, kernel, labels = operands(MANY)
     step = functools.partial(
