@@ -36,8 +36,9 @@ class Plan:
       on one device computes them once; all else computes them twice.
 
     Attributes:
-      memory_budget: bytes that (batch, classes) temporaries may take, 1 GiB by default. Where the
-        classes are sharded, the budget holds for each device.
+      memory_budget: bytes that (batch, classes) temporaries may take, 1 GiB by default. With a
+        layout the budget holds for each device, without one for the arrays as a whole, however they
+        lie on a mesh: n devices that share a batch may take n times as much.
       row_block: rows at a time; forces row blocks.
       class_block: classes at a time; forces class blocks. A TPU multiplies a block of up to 256
         classes at full precision, which is slow.
