@@ -333,6 +333,11 @@ class Spec(NamedTuple):
     layout: Layout | None
 
     @property
+    def length(self) -> float | None:
+        """The margin's scale. NumPy's float64, of a caller's own margin, would widen float32."""
+        return None if self.margin.scale is None else float(self.margin.scale)
+
+    @property
     def unit_columns(self) -> bool:
         return self.margin.scale is not None or self.margin.unit_columns
 

@@ -44,7 +44,7 @@ class Columns(NamedTuple):
 
 
 def rows_of(spec: Spec, features: jax.Array, labels: jax.Array) -> Rows:
-    length = spec.margin.scale
+    length = spec.length
     return Rows(features, labels, None if length is None else length * inverse_norms(features, 1))
 
 
@@ -195,7 +195,7 @@ def target_of(spec: Spec, terms: LabelTerms, lam: jax.Array, rival: jax.Array | 
     cosine = jnp.clip(u * terms.inverse_feature_norm * terms.inverse_column_norm, -1, 1)
     if spec.unit_columns:
         unit = terms.inverse_column_norm
-        if (length := spec.margin.scale) is not None:
+        if (length := spec.length) is not None:
             unit = unit * (length * terms.inverse_feature_norm)
             terms = terms._replace(feature_norm=jnp.full_like(u, length))
         ones = jnp.ones_like(u)

@@ -62,6 +62,7 @@ TWO, HALF = np.float64(2.0), np.float64(0.5)
 OF_NUMPY = {
     "SphereFace": {"margin": SphereFace(np.int64(4), scale=TWO)},
     "NormFace": {"margin": NormFace(scale=TWO)},
+    "a user's own": {"margin": Quadratic(0.2, scale=TWO)},
     "CosFace": {"margin": CosFace(HALF, scale=TWO)},
     "Combined": {"margin": Combined(TWO, HALF, HALF, scale=TWO, easy=np.True_)},
     "ArcFace": {"margin": ArcFace(HALF, scale=TWO, detach=np.True_)},
