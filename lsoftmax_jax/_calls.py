@@ -15,7 +15,7 @@ from lsoftmax_jax._core import run
 from lsoftmax_jax._core.mesh import first_columns, resharded
 from lsoftmax_jax._core.spec import ClassParallel, Layout, prepare
 from lsoftmax_jax.losses import lsoftmax_logits
-from lsoftmax_jax.margins import Margin, check_margin
+from lsoftmax_jax.margins import Margin, SphereFace, check_margin
 from lsoftmax_jax.schedule import SelfPaced, self_paced
 
 _SELF_PACED = self_paced()
@@ -95,8 +95,10 @@ def lam_of(head: Head, lam: ArrayLike | SelfPaced | None) -> ArrayLike | SelfPac
         return lam
     if head.lam is not None:
         return head.lam
-    # A margin with a scale needs no annealing: it is used at λ = 0 in the papers.
-    return 0.0 if check_margin(head.margin).scale is not None else _SELF_PACED
+    # The papers anneal psi, the margin of L-Softmax and SphereFace, and use the others at λ = 0.
+    margin = check_margin(head.margin)
+    whole = margin.scale is not None and not isinstance(margin, SphereFace)
+    return 0.0 if whole else _SELF_PACED
 
 
 def call_of(

@@ -35,7 +35,8 @@ class LSoftmaxDense(linen.Module):
       margin: integer m >= 1, by default the paper's largest, 4; 1 is plain softmax. Or one of
         `lsoftmax_jax.margins`.
       lam: λ of every call that is not given its own: a number >= 0, or a rule that
-        `lsoftmax_jax.self_paced` makes. None is ``self_paced()``, or 0 if the margin has a scale.
+        `lsoftmax_jax.self_paced` makes. None is ``self_paced()``, or 0 if the margin has a scale
+        and is not `SphereFace`.
       dtype: features and kernel are cast to it for the computation; None promotes them. Sums,
         norms and angles are float32 or better whatever the dtype, so there is no
         `preferred_element_type`. For the precision of the products set

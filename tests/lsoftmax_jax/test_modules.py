@@ -304,6 +304,7 @@ def test_lam_without_labels_is_refused_in_words():
         (lsm.margins.ArcFace(0.3, scale=8.0), None, 0.0),
         (lsm.margins.ArcFace(0.3, scale=8.0), 1.0, 1.0),
         (lsm.margins.SphereFace(3), None, lsm.self_paced()),
+        (lsm.margins.SphereFace(3, scale=8.0), None, lsm.self_paced()),
     ],
 )
 def test_lam_comes_from_the_call_or_the_head_or_the_margin(margin, lam, wanted):
