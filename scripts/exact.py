@@ -1,11 +1,12 @@
 """The losses in 80 bits, and the unit of every number: what rounding may take off it.
 
-For a row x with label y, the angle theta_j between x and the column w_j, and s = 1 / (1 + λ),
+For a row x_i with label y, the angle theta_ij between x_i and the column w_j, and s = 1 / (1 + λ),
 
-    z_j = n_j cos(theta_j),    z_y = n_y ((1 - s) cos(theta_y) + s v(theta_y))
+    z_ij = n_ij cos(theta_ij),    z_iy = n_iy ((1 - s) cos(theta_iy) + s v(theta_iy))
 
-where n_j is the product of the lengths of x and w_j, or of what the margin puts in their place.
-Everything is computed row by row from the angles; no formula is shared with the library.
+where n_ij is the product of the lengths of x_i and w_j, or of what the margin puts in their place.
+Everything is computed from the angles; no formula is shared with the library. Arrays have a row for
+each example and a column for each class; those of a label alone have one entry a row.
 """
 
 from typing import Any, NamedTuple
@@ -45,46 +46,13 @@ class Numbers(NamedTuple):
     dx_unit: Any  # a row
     dw: Any
     dw_unit: Any  # a column
-    logits: Any = None
-    logits_unit: Any = None  # a row
-
-
-class Columns(NamedTuple):
-    """The columns of the kernel."""
-
-    length: Any
-    direction: Any
-    in_logits: Any  # as they are, or of length 1
-    unit: bool
-
-    @property
-    def classes(self) -> int:
-        return len(self.length)
-
-    @property
-    def length_in_logits(self) -> Any:
-        return np.ones(self.classes, Wide) if self.unit else self.length
-
-
-class Row(NamedTuple):
-    """A row of the features."""
-
-    length: Any
-    direction: Any
-    size: Any  # its length in the logits
-    cosines: Any  # with all columns
-    norms: Any  # n_j
-    logits: Any  # without a margin
-
-    @property
-    def in_logits(self) -> Any:
-        return self.size * self.direction
+    logits: Any
+    logits_unit: Any  # a row
 
 
 class Target(NamedTuple):
-    """The label of a row, with the margin."""
+    """The labels' cosines with the margin; an entry a row."""
 
-    label: int
     share: Any  # s
     sine: Any
     cosine: Any
@@ -118,125 +86,99 @@ def numbers(
     rounding: Rounding,
 ) -> Numbers:
     """The sum of the losses of the rows that count, its gradients, and the logits of all rows."""
-    columns = columns_of(w, margin)
-    rows = [row_of(row, columns, margin) for row in x]
-    dx, dx_unit = np.zeros_like(x), np.zeros(len(x), Wide)
-    parts = {
-        i: part_of(row, target_of(row, y, margin, lam), columns, margin, smoothing, rounding)
-        for i, (row, y) in enumerate(zip(rows, labels, strict=True))
-        if where[i]
-    }
-    for i, part in parts.items():
-        dx[i], dx_unit[i] = part.dx, part.dx_unit
+    here, classes, fine = (np.arange(len(x)), labels), w.shape[1], rounding.fine
+    rows, lengths = directions(x, 1)
+    columns, heights = directions(w, 0)
+    # In the logits a row has the length `size`, a column the length `height`.
+    scaled = margin.scale is not None
+    unit = margin.unit_columns or scaled
+    size = np.full_like(lengths, margin.scale) if scaled else lengths
+    height = np.ones_like(heights) if unit else heights
+    x_in_logits, w_in_logits = size * rows if scaled else x, columns if unit else w
+    plain, norms = x_in_logits @ w_in_logits, size * height
+
+    t = target_of(np.clip(rows @ columns, -1, 1)[here], margin, lam)
+    logits = plain.copy()
+    logits[here] = norms[here] * t.blend
+    p = np.exp(logits - logsumexp(logits)[:, None])
+    others = np.ones(logits.shape, bool)
+    others[here] = False
+    rest = np.sum(p, axis=1, where=others)  # 1 - p[here] without a difference
+    z = np.stack([logsumexp(np.delete(logits, j, axis=1)) for j in range(classes)], axis=1)
+    # softplus(Z - t): the difference of two large numbers has no digits left.
+    missed = np.logaddexp(Wide(0), z[here] - logits[here])
+    loss = missed + smoothing * np.mean(logits[here][:, None] - logits, axis=1)
+    g = p - smoothing / Wide(classes)
+    g[here] = g[here] - (1 - smoothing) if smoothing else -rest
+
+    g = g * where[:, None]
+    factors = g.copy()
+    factors[here] *= t.alpha
+    pull = np.where(others, 0, (g[here] * t.along)[:, None])
+    dx = factors @ w_in_logits.T + np.sum(pull * height, axis=1, keepdims=True) * rows
+    dw = x_in_logits.T @ factors + np.sum(pull * size, axis=0) * columns
+    # Where a length is fixed, the part of the gradient along it has no effect.
+    if scaled:
+        dx = divided(size * across(dx, rows, 1), lengths)
+    if unit:
+        dw = divided(across(dw, columns, 0), heights)
+
+    largest = norms.max(axis=1, initial=0)
+    shaken = fine * largest * conditioning(t, rounding)
+    far = np.exp(np.minimum(FAR * shaken, Wide(700)))
+    loss_unit = fine * loss + smoothing * shaken
+    loss_unit += shaken * np.minimum(1, rest * far + (smoothing > 0))
+    size_of_g = p + smoothing / classes
+    size_of_g[here] = smoothing * (p[here] + 1 / Wide(classes)) + (1 - smoothing) * rest
+    of_target = sizes_at_target(t, rounding)
+    coarse, sums = (np.where(others, 1, of[:, None]) for of in of_target)
+    terms = size_of_g * (rounding.eps * coarse + fine * sums) + rounding.tiny
+    shifts = np.where(others, 1, (1 + abs(t.alpha) + abs(t.along))[:, None])
+    terms += moved(logits - z, shaken[:, None]) * shifts
+    terms *= where[:, None]
+    by_row = divided(size, lengths) if scaled else height
+    by_column = divided(size, heights) if unit else size
     return Numbers(
-        loss=sum((part.loss for part in parts.values()), Wide(0)),
-        loss_unit=sum((part.loss_unit for part in parts.values()), Wide(0)),
+        loss=np.sum(loss, where=where),
+        loss_unit=np.sum(loss_unit, where=where),
         dx=dx,
-        dx_unit=dx_unit,
-        dw=sum((part.dw for part in parts.values()), np.zeros_like(w)),
-        dw_unit=sum((part.dw_unit for part in parts.values()), np.zeros(columns.classes, Wide)),
-        logits=np.array([row.logits for row in rows]),
-        logits_unit=np.array([rounding.eps * row.norms.max(initial=0) for row in rows], Wide),
+        dx_unit=np.sum(terms * by_row, axis=1),
+        dw=dw,
+        dw_unit=np.sum(terms * by_column, axis=0),
+        logits=plain,
+        logits_unit=rounding.eps * largest,
     )
 
 
-def columns_of(w: Any, margin: Any) -> Columns:
-    unit = margin.unit_columns or margin.scale is not None
-    length = np.sqrt(np.sum(w**2, axis=0))
-    direction = divided(w, length)
-    return Columns(length, direction, direction if unit else w, unit)
-
-
-def row_of(x: Any, columns: Columns, margin: Any) -> Row:
-    length = np.sqrt(np.sum(x**2))
-    direction = divided(x, length)
-    size = length if margin.scale is None else Wide(margin.scale)
-    in_logits = x if margin.scale is None else size * direction
-    cosines = np.clip(direction @ columns.direction, -1, 1)
-    norms = size * columns.length_in_logits
-    return Row(length, direction, size, cosines, norms, in_logits @ columns.in_logits)
-
-
-def target_of(row: Row, label: int, margin: Any, lam: float) -> Target:
+def target_of(cosine: Any, margin: Any, lam: float) -> Target:
     polynomial = isinstance(margin, (lsm.margins.LSoftmax, SphereFace))
-    theta = np.arccos(row.cosines[label])
+    theta = np.arccos(cosine)
     return Target(
-        label,
         1 / (1 + Wide(lam)),
         np.sin(theta),
-        row.cosines[label],
+        cosine,
         *value_and_slope(margin, theta),
         margin.margin if polynomial else 1,
     )
 
 
 def value_and_slope(margin: Any, theta: Any) -> tuple[Any, Any]:
-    """v and dv / d cos(theta) at an angle; an angular margin's slope is bounded near angle 0."""
-    sine = np.sin(theta)
+    """v and dv / d cos(theta) at angles; an angular margin's slope is bounded near angle 0."""
+    cosine, sine = np.cos(theta), np.sin(theta)
     if isinstance(margin, (lsm.margins.LSoftmax, SphereFace)):
         m = margin.margin
-        k = min(int(m * theta / PI), m - 1)
-        sign = -1 if k % 2 else 1
-        slope = sign * m * np.sin(m * theta) / sine if sine > 1e-9 else Wide(m) ** 2
-        return sign * np.cos(m * theta) - 2 * k, slope
+        k = np.minimum(np.floor(m * theta / PI), m - 1)
+        sign = 1 - 2 * (k % 2)
+        slope = np.where(sine > 1e-9, m * np.sin(m * theta) / np.maximum(sine, 1e-9), m**2)
+        return sign * np.cos(m * theta) - 2 * k, np.where(sine > 1e-9, sign, 1) * slope
     if isinstance(margin, (NormFace, CosFace)):
-        return np.cos(theta) - Wide(getattr(margin, "margin", 0)), Wide(1)
+        return cosine - Wide(getattr(margin, "margin", 0)), np.ones_like(theta)
     m1, m2, m3 = (
         (margin.m1, margin.m2, margin.m3) if isinstance(margin, Combined) else (1, margin.margin, 0)
     )
-    angle = m1 * theta + m2
-    if angle > PI:
-        return np.cos(theta) - np.cos((PI - m2) / m1) - 1 - m3, Wide(1)
-    return np.cos(angle) - m3, m1 * np.sin(angle) / max(sine, Wide(1e-12))
-
-
-def part_of(
-    row: Row, t: Target, columns: Columns, margin: Any, smoothing: float, rounding: Rounding
-) -> Numbers:
-    """What a row adds to the loss and the gradients."""
-    y, classes = t.label, columns.classes
-    logits = row.logits.copy()
-    logits[y] = row.norms[y] * t.blend
-    p = np.exp(logits - np.logaddexp.reduce(logits))
-    others = np.arange(classes) != y
-    rest = np.sum(p[others])  # 1 - p[y] without a difference
-    z = np.array([np.logaddexp.reduce(logits[np.arange(classes) != j]) for j in range(classes)])
-    # softplus(Z - t): the difference of two large numbers has no digits left.
-    missed = np.logaddexp(Wide(0), z[y] - logits[y])
-    loss = missed + smoothing * np.mean(logits[y] - logits)
-    g = p - smoothing / Wide(classes)
-    g[y] = g[y] - (1 - smoothing) if smoothing else -rest
-    dx, dw = gradients_of(row, t, columns, margin, g)
-
-    shaken = rounding.fine * row.norms.max(initial=0) * conditioning(t, rounding)
-    far = np.exp(min(FAR * shaken, Wide(700)))
-    loss_unit = rounding.fine * loss + smoothing * shaken
-    loss_unit += shaken * min(1, rest * far + (smoothing > 0))
-    size_of_g = p + smoothing / classes
-    size_of_g[y] = smoothing * (p[y] + 1 / Wide(classes)) + (1 - smoothing) * rest
-    terms = sizes_of_terms(t, size_of_g, rounding)
-    terms += moved(logits - z, shaken) * np.where(others, 1, 1 + abs(t.alpha) + abs(t.along))
-    by_row = columns.length_in_logits
-    if margin.scale is not None:
-        by_row = np.full(classes, divided(row.size, row.length))
-    by_column = divided(row.size, columns.length) if columns.unit else np.full(classes, row.size)
-    return Numbers(loss, loss_unit, dx, np.sum(terms * by_row), dw, terms * by_column)
-
-
-def gradients_of(row: Row, t: Target, columns: Columns, margin: Any, g: Any) -> tuple[Any, Any]:
-    """Of x and w, from the gradient g of the logits."""
-    y, factors = t.label, g.copy()
-    factors[y] *= t.alpha
-    dx = columns.in_logits @ factors + g[y] * t.along * columns.length_in_logits[y] * row.direction
-    dw = np.outer(row.in_logits, factors)
-    dw[:, y] += g[y] * t.along * row.size * columns.direction[:, y]
-    # Where a length is fixed, the part of the gradient along it has no effect.
-    if margin.scale is not None:
-        dx = (dx - row.direction * (row.direction @ dx)) * divided(row.size, row.length)
-    if columns.unit:
-        dw = dw - columns.direction * np.sum(columns.direction * dw, axis=0)
-        dw = divided(dw, columns.length)
-    return dx, dw
+    angle, last = m1 * theta + m2, (PI - m2) / m1
+    value = np.where(angle > PI, cosine - np.cos(last) - 1, np.cos(angle)) - m3
+    return value, np.where(angle > PI, 1, m1 * np.sin(angle) / np.maximum(sine, Wide(1e-12)))
 
 
 def conditioning(t: Target, rounding: Rounding) -> Any:
@@ -245,23 +187,23 @@ def conditioning(t: Target, rounding: Rounding) -> Any:
     The recurrence of T_m gathers at most m roundings of U_j <= min(m, 1 / sin theta).
     """
     m = Wide(t.polynomial)
-    return 1 + t.share * (abs(t.slope) + m * min(m, 1 / max(t.sine, rounding.fine)))
+    curved = np.minimum(m, 1 / np.maximum(t.sine, rounding.fine))
+    return 1 + t.share * (abs(t.slope) + m * curved)
 
 
-def sizes_of_terms(t: Target, size_of_g: Any, rounding: Rounding) -> Any:
-    """The unit of each logit's gradient, times the length of what the gradient is multiplied with.
+def sizes_at_target(t: Target, rounding: Rounding) -> tuple[Any, Any]:
+    """How much larger the units of the label's gradient are than those of another logit's.
 
-    The dtype rounds the operands of the products, float32 the rest.
+    First what the operands' dtype rounds, the factors of the products; then what float32 rounds.
     """
-    y, m, fine = t.label, Wide(t.polynomial), rounding.fine
+    m, fine = Wide(t.polynomial), rounding.fine
     # An unbounded slope, and the derivative of this slope, magnify the rounding of the cosine.
-    steep = 1 / max(t.sine, np.sqrt(fine)) if abs(t.slope) > 1 and m == 1 else Wide(1)
+    steep = 1 / np.maximum(t.sine, np.sqrt(fine)) if m == 1 else np.ones_like(t.sine)
+    steep = np.where(abs(t.slope) > 1, steep, 1)
     # The second derivative of T_m, about m² / sin² and at most m⁴, magnifies it too.
-    curved = min(1 / max(t.sine, fine), m)
-    coarse, sums = size_of_g.copy(), size_of_g.copy()
-    coarse[y] *= (1 - t.share) + t.share * (1 + 2 * abs(t.slope) + abs(t.value))
-    sums[y] *= (1 + t.share * m**2 * curved**2) * steep**2
-    return rounding.eps * coarse + fine * sums + rounding.tiny
+    curved = np.minimum(1 / np.maximum(t.sine, fine), m)
+    coarse = (1 - t.share) + t.share * (1 + 2 * abs(t.slope) + abs(t.value))
+    return coarse, (1 + t.share * m**2 * curved**2) * steep**2
 
 
 def moved(leads: Any, shaken: Any) -> Any:
@@ -272,6 +214,21 @@ def moved(leads: Any, shaken: Any) -> Any:
     """
     odds = np.exp(-np.maximum(np.abs(leads) - FAR * shaken, 0))
     return np.minimum(shaken, 1) * odds / (1 + odds) ** 2
+
+
+def directions(array: Any, axis: int) -> tuple[Any, Any]:
+    """The vectors along an axis at length 1, and their lengths; a vector of length 0 stays."""
+    lengths = np.sqrt(np.sum(array**2, axis=axis, keepdims=True))
+    return divided(array, lengths), lengths
+
+
+def across(array: Any, unit: Any, axis: int) -> Any:
+    """The vectors along an axis without their parts along unit vectors."""
+    return array - unit * np.sum(unit * array, axis=axis, keepdims=True)
+
+
+def logsumexp(logits: Any) -> Any:
+    return np.logaddexp.reduce(logits, axis=1)
 
 
 def divided(array: Any, length: Any) -> Any:
