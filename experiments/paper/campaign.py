@@ -26,33 +26,49 @@ All go on as long as the cores are free, seed by seed, so that at any stop all a
 seeds but for the last round. A seed that not all arms have is not committed.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from experiments.paper.cells import CONFIGS
 from experiments.paper.config import Config
 
-Changes = dict[str, Any]
+# Losses, each with its own changes, that are trained side by side.
+Arms = Sequence[tuple[str, dict[str, Any]]]
 
 
 def _runs(names: str, *seeds: int, **changes: Any) -> list[Config]:
     return [replace(CONFIGS[n], seed=seed, **changes) for seed in seeds for n in names.split()]
 
 
+def _rounds(data: str, arms: Arms, seeds: int, **shared: Any) -> list[Config]:
+    """All arms with seed 0, then all with seed 1, and so on."""
+    return [
+        replace(CONFIGS[f"{data}-{loss}"], seed=seed, **shared | changes)
+        for seed in range(seeds)
+        for loss, changes in arms
+    ]
+
+
 MIRRORED = {"mirror": True}
 PACED = {"pace": "lead"}
 SHORT = {"examples": 10_000, "steps": 6_000, "batch": 128, "width": 0.25}
 NARROW = {"batch": 128, "width": 0.25}
-AUGMENTATIONS: tuple[Changes, ...] = ({}, MIRRORED, {"mirror": True, "crop": 4})
+SHORT_MNIST, SHORT_CIFAR10 = NARROW | {"steps": 1_500}, NARROW | {"steps": 2_000}
+
 # softmax, and m = 4 with the released λ and with the library's own.
-ARMS: tuple[tuple[str, Changes], ...] = (("softmax", {}), ("m4", {}), ("m4", PACED))
+ARMS: Arms = (("softmax", {}), ("m4", {}), ("m4", PACED))
 # Without tuning: softmax, and the library's own λ. With a scale, which is tuned.
-UNTUNED: tuple[tuple[str, Changes], ...] = (ARMS[0], ARMS[2])
-SCALED: tuple[tuple[str, Changes], ...] = (("cosface", {}), ("arcface", {}))
+UNTUNED: Arms = (ARMS[0], ARMS[2])
+SCALED: Arms = (("cosface", {}), ("arcface", {}))
 # With the scale that had the lower validation error: 8, the configuration's, but for one.
-SCALED_CIFAR10: tuple[tuple[str, Changes], ...] = (SCALED[0], ("arcface", {"scale": 16.0}))
-# The updates of short runs by data set.
-SHORTER = {"mnist": 1_500, "cifar10": 2_000}
+SCALED_CIFAR10: Arms = (SCALED[0], ("arcface", {"scale": 16.0}))
+SCALES: Arms = [(loss, {"scale": scale}) for loss, _ in SCALED for scale in (8.0, 16.0)]
+AUGMENTED: Arms = [
+    (loss, augmentation | pace)
+    for augmentation in ({}, MIRRORED, {"mirror": True, "crop": 4})
+    for loss, pace in UNTUNED
+]
 
 
 BATCHES: dict[str, list[Config]] = {
@@ -74,38 +90,18 @@ BATCHES: dict[str, list[Config]] = {
         *_runs("cifar10plus-softmax cifar10plus-m4 cifar100-softmax cifar100-m4", 0),
         *_runs("cifar10plus-m4 cifar100-m4", 0, **PACED),
     ],
-    "recipe": [
-        run
-        for seed in range(3)
-        for augmentation in AUGMENTATIONS
-        for loss, pace in (ARMS[0], ARMS[2])
-        for run in _runs(f"cifar10-{loss}", seed, **SHORT, **augmentation, **pace)
-    ],
+    "recipe": _rounds("cifar10", AUGMENTED, 3, **SHORT),
     "narrow": [
-        run
-        for data, recipe in (("mnist", {}), ("cifar10", MIRRORED))
-        for seed in range(3)
-        for loss, pace in ARMS
-        for run in _runs(f"{data}-{loss}", seed, **NARROW, **recipe, **pace)
+        *_rounds("mnist", ARMS, 3, **NARROW),
+        *_rounds("cifar10", ARMS, 3, **NARROW, **MIRRORED),
     ],
-    "paced": [
-        run
-        for seed in range(3)
-        for loss, pace in UNTUNED
-        for run in _runs(f"cifar10-{loss}", seed, **NARROW, steps=SHORTER["cifar10"], **pace)
-    ],
+    "paced": _rounds("cifar10", UNTUNED, 3, **SHORT_CIFAR10),
     "scales": [
-        run
-        for data, steps in SHORTER.items()
-        for loss, _ in SCALED
-        for scale in (8.0, 16.0)
-        for run in _runs(f"{data}-{loss}", 0, **NARROW, steps=steps, scale=scale, validation=True)
+        *_rounds("mnist", SCALES, 1, **SHORT_MNIST, validation=True),
+        *_rounds("cifar10", SCALES, 1, **SHORT_CIFAR10, validation=True),
     ],
     "scaled": [
-        run
-        for data, arms in (("mnist", UNTUNED + SCALED), ("cifar10", SCALED_CIFAR10))
-        for seed in range(3)
-        for loss, changes in arms
-        for run in _runs(f"{data}-{loss}", seed, **NARROW, steps=SHORTER[data], **changes)
+        *_rounds("mnist", (*UNTUNED, *SCALED), 3, **SHORT_MNIST),
+        *_rounds("cifar10", SCALED_CIFAR10, 3, **SHORT_CIFAR10),
     ],
 }
