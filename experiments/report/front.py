@@ -132,7 +132,7 @@ def paper(groups: Sequence[Group]) -> str:
     for data in ("mnist", "cifar10", "cifar10plus", "cifar100"):
         names = [f"{data}-{loss}" for loss in ("softmax", "m2", "m3", "m4")]
         if any(full[name].runs for name in names):
-            rows.append(
-                [DATA[data], *(f"{marked(CELLS[n])} / {full[n].error}".strip() for n in names)]
-            )
+            papers = [marked(CELLS[name].reported, CELLS[name].standing) for name in names]
+            both = zip(papers, (full[name].error for name in names), strict=True)
+            rows.append([DATA[data], *(f"{paper} / {ours}".strip() for paper, ours in both)])
     return markdown(["", "softmax", "m = 2", "m = 3", "m = 4"], rows)

@@ -181,16 +181,21 @@ def over_folds(verifications: Sequence[Outcome]) -> list[Outcome]:
     Numbers and curve are means over the folds, since scores of different networks do not compare;
     ``networks`` says of how many.
     """
+    alike = _alike(verifications, {"left_out_fold"})
+    return [same[0] if len(same) == 1 else _mean_of_folds(same) for same in alike]
+
+
+def _alike(
+    verifications: Sequence[Outcome], differing: set[str], shared: Sequence[str] = ()
+) -> list[list[Outcome]]:
+    """Verifications whose recipes differ in some fields alone, with what else they must share."""
     alike = defaultdict(list)
     for outcome in verifications:
-        config = {n: v for n, v in outcome["config"].items() if n != "left_out_fold"}
-        alike[_key(*_tested(outcome), config, went_on(outcome))].append(outcome)
-    return [same[0] if len(same) == 1 else _mean_of_folds(same) for same in alike.values()]
-
-
-def _tested(verification: Outcome) -> tuple[str, list[str] | None]:
-    """The protocol and the files of pairs; results up to 2026-11-30 do not name the files."""
-    return verification["protocol"], verification.get("verified")
+        config = {n: v for n, v in outcome["config"].items() if n not in differing}
+        # Results up to 2026-11-30 do not name the files of pairs.
+        tested = outcome["protocol"], outcome.get("verified"), *(outcome[n] for n in shared)
+        alike[_key(*tested, config, went_on(outcome))].append(outcome)
+    return list(alike.values())
 
 
 def _mean_of_folds(same: Sequence[Outcome]) -> Outcome:
@@ -216,15 +221,11 @@ def over_seeds(verifications: Sequence[Outcome]) -> list[Outcome]:
 
     ``seeds`` says which, ``of_seeds`` has each. A seed that has other folds stays alone.
     """
-    alike = defaultdict(list)
-    for outcome in sorted(verifications, key=lambda outcome: outcome["config"].get("seed", 0)):
-        config = {n: v for n, v in outcome["config"].items() if n not in ("seed", "left_out_fold")}
-        folds = outcome["tested_folds"]
-        alike[_key(*_tested(outcome), config, folds, went_on(outcome))].append(outcome)
+    ordered = sorted(verifications, key=lambda outcome: outcome["config"].get("seed", 0))
     return [
         (same[0] if len(same) == 1 else _mean_of_seeds(same))
         | {"seeds": [outcome["config"].get("seed", 0) for outcome in same], "of_seeds": same}
-        for same in alike.values()
+        for same in _alike(ordered, {"seed", "left_out_fold"}, ["tested_folds"])
     ]
 
 
@@ -241,16 +242,15 @@ def _standard_error(of_folds: Sequence[float]) -> float | None:
     return statistics.stdev(of_folds) / math.sqrt(len(of_folds)) if of_folds[1:] else None
 
 
-def _mean_of_all_pairs(of_folds: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+def _mean_of_all_pairs(of_folds: Sequence[Any]) -> dict[str, Any] | None:
     """Means over folds, counts as sums; None where a fold has no such pairs."""
-    known = [of for of in of_folds if of is not None]
-    if len(known) < len(of_folds):
+    if None in of_folds:
         return None
-    counts = {name: sum(of[name] for of in known) for name in ("genuine", "impostors")}
-    eer = [of["metrics"]["equal_error_rate"] for of in known]
-    far = max(known[0]["metrics"]["tar_at_far"], key=float)
-    tar = [of["metrics"]["tar_at_far"][far] for of in known]
-    return dict(_means(known)) | counts | {"fold_eer": eer, "fold_tar": tar}
+    counts = {name: sum(of[name] for of in of_folds) for name in ("genuine", "impostors")}
+    eer = [of["metrics"]["equal_error_rate"] for of in of_folds]
+    far = max(of_folds[0]["metrics"]["tar_at_far"], key=float)
+    tar = [of["metrics"]["tar_at_far"][far] for of in of_folds]
+    return dict(_means(of_folds)) | counts | {"fold_eer": eer, "fold_tar": tar}
 
 
 def _means(trees: Sequence[Any]) -> Any:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from experiments.paper.cells import CELLS
 from experiments.report.outcomes import Group, full_runs, grouped, load_outcomes
-from experiments.report.tables import LFW, TRAIN_FACES
+from experiments.report.tables import LFW, TRAIN_FACES, marked
 
 LEGEND = (
     "r: recalled, no public source has the paper's number. The others stand in the authors' code "
@@ -52,12 +52,10 @@ def rows(groups: Sequence[Group]) -> list[list[str]]:
             for group in changed
             if group.of("steps") == longest
         ]
-        paper = "" if cell.reported is None else f"{cell.reported:.2f}"
-        recalled = " r" if cell.standing == "recalled" else ""
         first, *others = beside or [""]
-        found.append([name, paper + recalled, full[name].error, first])
+        paper = marked(cell.reported, cell.standing, " r")
+        found.append([name, paper, full[name].error, first])
         found += [[name, "", "", other] for other in others]
     for loss, _, accuracy, standing in LFW:
-        recalled = " r" if standing == "recalled" else ""
-        found.append([f"LFW, {loss}", f"{accuracy:.2f}{recalled}", "", ""])
+        found.append([f"LFW, {loss}", marked(accuracy, standing, " r"), "", ""])
     return found

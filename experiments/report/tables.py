@@ -2,15 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.benchmarks.tables import markdown
 from experiments.paper import campaign
-from experiments.paper.cell import Cell
 from experiments.paper.cells import CELLS, CONFIGS, changes_of, command_of, flags_of, run_name
 from experiments.paper.config import Config
 from experiments.paper.style import LOSSES
@@ -93,13 +91,13 @@ def full_matrix(groups: Sequence[Group], faces: Sequence[Outcome]) -> str:
         group = full[name]
         if group.data in DATA:
             ours = group.entry if group.runs else f"`train {name}`"
-            paper = "" if cell.reported is None else f"{marked(cell)} / "
-            entries.append((DATA[group.data], group.loss, paper + ours))
+            paper = marked(cell.reported, cell.standing)
+            entries.append((DATA[group.data], group.loss, f"{paper} / {ours}" if paper else ours))
     trained = _face_entries(faces, PEOPLE_OF_A_FULL_RUN)
     for loss, margin, number, standing in LFW:
         found = "<br>".join(ours for _, _, name, ours in trained if name == loss)
         ours = found or f"`{TRAIN_FACES.format(margin)}`"
-        entries.append((FACES, loss, f"{_marked(number, standing)} / {ours}"))
+        entries.append((FACES, loss, f"{marked(number, standing)} / {ours}"))
     return _matrix(entries, ["data"])
 
 
@@ -125,13 +123,9 @@ def _matrix(entries: Sequence[Sequence[str]], rows: list[str]) -> str:
     return _table([*rows, *(LOSSES[loss].title for loss in losses)], shown.to_numpy().tolist(), 0)
 
 
-def marked(cell: Cell) -> str:
-    """The paper's number, with a mark if it is recalled."""
-    return "" if cell.reported is None else _marked(cell.reported, cell.standing)
-
-
-def _marked(number: float, standing: str | None) -> str:
-    return f"{number:.2f}{' _r_' if standing == 'recalled' else ''}"
+def marked(number: float | None, standing: str | None, recalled: str = " _r_") -> str:
+    """The paper's number, with a mark if it is recalled; empty if there is none."""
+    return "" if number is None else f"{number:.2f}{recalled if standing == 'recalled' else ''}"
 
 
 def _flags(group: Group) -> str:
@@ -260,10 +254,6 @@ def _diverged(runs: Sequence[Outcome]) -> str:
 
 def _verifications(faces: Sequence[Outcome]) -> str:
     rows = []
-    some = any(outcome.get("all_pairs") for outcome in faces)
-    of_all = ["all pairs", "EER % of all", "TAR % of all at FAR"]
-    of_all += ["EER of all, less going on", "TAR of all at FAR 0.01, less going on"]
-    of_all = of_all if some else []
     for outcome in faces:
         seen = outcome["metrics"]
         # Half of the pairs are different. No rate below one false accept among them was measured.
@@ -273,11 +263,14 @@ def _verifications(faces: Sequence[Outcome]) -> str:
         counts = (outcome["people_trained_on"], f"{outcome['pairs']:,}", _accuracy(outcome))
         numbers = (f"{100 * seen['equal_error_rate']:.2f}", f"{seen['auc']:.4f}", at_far)
         less, *less_of_all = _less_going_on(outcome, faces)
-        everybody = (*_of_all_pairs(outcome), *less_of_all)
-        rows.append([*named, *counts, less, *numbers, *everybody[: len(of_all)]])
-    headers = ("ours", "protocol", "people trained on", "pairs")
-    accuracy = ("accuracy % ± standard error over folds", "less going on")
-    return _table((*headers, *accuracy, "EER %", "AUC", "TAR % at FAR", *of_all), rows, 8)
+        rows.append([*named, *counts, less, *numbers, *_of_all_pairs(outcome), *less_of_all])
+    headers = ["ours", "protocol", "people trained on", "pairs"]
+    headers += ["accuracy % ± standard error over folds", "less going on"]
+    headers += ["EER %", "AUC", "TAR % at FAR"]
+    if any(outcome.get("all_pairs") for outcome in faces):
+        headers += ["all pairs", "EER % of all", "TAR % of all at FAR"]
+        headers += ["EER of all, less going on", "TAR of all at FAR 0.01, less going on"]
+    return _table(headers, [row[: len(headers)] for row in rows], 8)
 
 
 def _of_all_pairs(outcome: Outcome) -> tuple[str, str, str]:
@@ -303,30 +296,25 @@ def _less_going_on(outcome: Outcome, faces: Sequence[Outcome]) -> tuple[str, str
     ]
     if len(same) != 1 or len(outcome["tested_folds"]) < 2:
         return "", "", ""
-    measures = _accuracies, partial(_of_folds, "eer"), partial(_of_folds, "tar")
-    accuracy, eer, tar = (_less(outcome, same[0], measure) for measure in measures)
+    accuracy, eer, tar = (_less(outcome, same[0], of) for of in ("accuracy", "eer", "tar"))
     return accuracy, eer, tar
 
 
-def _less(ours: Outcome, theirs: Outcome, of: Callable[[Outcome], list[float]]) -> str:
+def _less(ours: Outcome, theirs: Outcome, measure: str) -> str:
     """The difference over the folds, then that of each seed if there are several."""
-    found = of(ours), of(theirs)
-    if not all(found):
+    first, second = (100 * np.array(_of_folds(outcome)[measure]) for outcome in (ours, theirs))
+    if not len(first) or not len(second):
         return ""
-    text = str(paired(100 * np.array(found[0]), 100 * np.array(found[1]), "folds"))
+    text = str(paired(first, second, "folds"))
     if ours["seeds"][1:]:
         pairs = zip(ours["of_seeds"], theirs["of_seeds"], strict=True)
-        means = (100 * (np.mean(of(one)) - np.mean(of(two))) for one, two in pairs)
-        text += f"; by seed {', '.join(f'{mean:.2f}' for mean in means)}"
+        means = [[np.mean(_of_folds(one)[measure]) for one in pair] for pair in pairs]
+        text += f"; by seed {', '.join(f'{100 * (mean - other):.2f}' for mean, other in means)}"
     return text
 
 
-def _accuracies(outcome: Outcome) -> list[float]:
-    found: list[float] = outcome["metrics"]["fold_accuracy"]
-    return found
-
-
-def _of_folds(measure: str, outcome: Outcome) -> list[float]:
-    """EER, or TAR at a FAR of 1 %, of all pairs of each fold."""
-    found: list[float] = (outcome.get("all_pairs") or {}).get(f"fold_{measure}", [])
-    return found
+def _of_folds(outcome: Outcome) -> dict[str, list[float]]:
+    """A number a fold: accuracy of the listed pairs; EER, and TAR at a FAR of 1 %, of all pairs."""
+    of_all = outcome.get("all_pairs") or {}
+    accuracy = outcome["metrics"]["fold_accuracy"]
+    return {"accuracy": accuracy} | {n: of_all.get(f"fold_{n}", []) for n in ("eer", "tar")}
