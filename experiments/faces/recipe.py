@@ -41,10 +41,8 @@ class FaceRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("patience", "minimum_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if min(self.size) < 32:
-            raise ValueError(f"size must be at least 32 x 32, got {self.size}")
+            self.must(name, ">= 1", lambda value: value >= 1)
+        self.must("size", "at least 32 x 32", lambda size: min(size) >= 32)
 
     @property
     def built_network(self) -> Network:

@@ -27,17 +27,17 @@ class Cell(NamedTuple):
 
     Attributes:
       where: the table or figure, and the column.
-      reported: the paper's error in %; None where it is only drawn.
-      standing: how sure we are of it: confirmed in a public source, or recalled.
       time: what the run takes, on which hardware; an aim is a target that nobody has measured.
       config: trains it.
+      reported: the paper's error in %; None where it is only drawn, or not in the paper.
+      standing: how sure we are of it: confirmed in a public source, or recalled.
     """
 
     where: str
-    reported: float | None
-    standing: Standing | None
     time: str
     config: Config
+    reported: float | None = None
+    standing: Standing | None = None
 
     @property
     def summary(self) -> str:
@@ -64,24 +64,18 @@ class Column(NamedTuple):
         found = []
         for (loss, changes), error in zip(LOSSES.items(), self.errors, strict=True):
             standing: Standing = "confirmed" if loss in self.confirmed else "recalled"
-            config = replace(base, name=f"{_data(base)}-{loss}", **changes)
-            found.append(Cell(f"{self.where}, {loss}", error, standing, time, config))
+            config = _of_loss(base, loss, changes)
+            found.append(Cell(f"{self.where}, {loss}", time, config, error, standing))
         return found
 
 
 def beyond(where: str, time: str, base: Config) -> list[Cell]:
     """Cells that are not in the paper: other margins on its data."""
     return [
-        Cell(
-            f"beyond the paper: {where}, {loss}",
-            None,
-            None,
-            time,
-            replace(base, name=f"{_data(base)}-{loss}", **changes),
-        )
+        Cell(f"beyond the paper: {where}, {loss}", time, _of_loss(base, loss, changes))
         for loss, changes in BEYOND.items()
     ]
 
 
-def _data(base: Config) -> str:
-    return base.name.removesuffix("-softmax")
+def _of_loss(base: Config, loss: str, changes: dict[str, Any]) -> Config:
+    return replace(base, name=f"{base.name.removesuffix('-softmax')}-{loss}", **changes)

@@ -60,8 +60,6 @@ CELLS = (
     *(
         Cell(
             f"Fig. 7, {filters} filters",
-            None,
-            None,
             UNKNOWN,
             replace(_P, name=f"fig7-{filters}", network=f"fig7-{filters}", margin=4),
         )

@@ -27,6 +27,6 @@ _S = Config(
 )
 
 CELLS = (
-    Cell("quickstart", None, None, TIME, _S),
-    Cell("quickstart", None, None, TIME, replace(_S, name="digits-m4", margin=4)),
+    Cell("quickstart", TIME, _S),
+    Cell("quickstart", TIME, replace(_S, name="digits-m4", margin=4)),
 )

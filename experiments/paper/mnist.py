@@ -49,10 +49,10 @@ CELLS = (
     *(
         Cell(
             f"Fig. 2, m = {m}",
-            error,
-            "confirmed",
             UNKNOWN,
             replace(_2D, name=f"fig2-m{m}", margin=m),
+            error,
+            "confirmed",
         )
         for m, error in enumerate((1.55, 1.04, 0.78, 0.66), 1)
     ),

@@ -43,8 +43,8 @@ def test_baselines_differ_in_one_field(data):
 
 
 def test_papers_numbers():
-    assert CELLS["mnist-m4"][1:3] == (0.31, "confirmed")
-    assert CELLS["cifar10plus-m3"][1:3] == (5.94, "recalled")
+    assert CELLS["mnist-m4"][-2:] == (0.31, "confirmed")
+    assert CELLS["cifar10plus-m3"][-2:] == (5.94, "recalled")
     assert CELLS["released-cifar10-hinge"].reported == 9.91
     assert CELLS["cifar100-softmax"].reported == 32.74
 
