@@ -25,7 +25,6 @@ import os
 import random
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import cycle, islice
@@ -80,7 +79,7 @@ class Program(NamedTuple):
     shape: tuple[int, int, int]  # batch, D, classes
     margin: Any
     dtype: str
-    devices: int | None = None  # of a step
+    devices: int = 0  # of a step; 0: a loss
     smoothing: float = 0.0
     plan: lsm.Plan | None = None
     total: bool = False  # a sum, or one loss an example
@@ -88,7 +87,7 @@ class Program(NamedTuple):
 
     @property
     def is_step(self) -> bool:
-        return self.devices is not None
+        return self.devices > 0
 
     @property
     def least(self) -> float:
@@ -119,7 +118,7 @@ def program_of(choose: random.Random, dtype: str) -> Program:
         devices = choose.choice([n for n in (1, 2, 4) if shape[0] % n == 0])
         return Program(shape, margin, dtype, devices)
     plan, total = choose.choice(PLANS), choose.random() < 0.5
-    return Program(shape, margin, dtype, None, smoothing, plan, total, mesh_of(choose))
+    return Program(shape, margin, dtype, 0, smoothing, plan, total, mesh_of(choose))
 
 
 def mesh_of(choose: random.Random) -> Any:
@@ -152,20 +151,19 @@ def case_of(program: Program, rng: np.random.Generator, choose: random.Random) -
     return Case(x, w, labels, rng.random(batch) < 0.9, lam, norm)
 
 
-STATIC = ("margin", "smoothing", "plan", "total", "mesh")
-
-
-@functools.partial(jax.jit, static_argnames=STATIC)
-def computed(x: Any, w: Any, labels: Any, where: Any, lam: Any, scale: Any, **static: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def computed(
+    program: Program, x: Any, w: Any, labels: Any, where: Any, lam: Any, scale: Any
+) -> tuple[Any, Any, Any, Any]:
     """The loss times `scale`, the gradients of this product, and the inference logits."""
-    classes, mesh, margin = w.shape[1], static["mesh"], static["margin"]
-    keywords = {"margin": margin, "lam": lam, "where": where, "plan": static["plan"]}
-    keywords["label_smoothing"] = static["smoothing"]
+    classes, mesh, margin = w.shape[1], program.mesh, program.margin
+    keywords = {"margin": margin, "lam": lam, "where": where, "plan": program.plan}
+    keywords["label_smoothing"] = program.smoothing
     filled = w
     if mesh is not None:
         keywords["layout"] = lsm.ClassParallel("model", mesh=mesh, classes=classes)
         filled = jnp.pad(w, ((0, 0), (0, -classes % mesh.size)))
-    rule: Any = lsm.lsoftmax_loss_sum if static["total"] else lsm.lsoftmax_loss
+    rule: Any = lsm.lsoftmax_loss_sum if program.total else lsm.lsoftmax_loss
     loss, (dx, dw) = jax.value_and_grad(
         lambda x, w: scale * jnp.sum(rule(x, w, labels, **keywords)), (0, 1)
     )(x, filled)
@@ -189,11 +187,12 @@ class Rows(nnx.Module):
         return self.x[...][rows] * kept
 
 
-@functools.partial(jax.jit, static_argnames=("margin", "devices"))
+@functools.partial(jax.jit, static_argnums=0)
 def stepped(
-    x: Any, w: Any, labels: Any, where: Any, lam: Any, *, margin: Any, devices: int
+    program: Program, x: Any, w: Any, labels: Any, where: Any, lam: Any
 ) -> tuple[Any, Any, Any]:
     """Loss, gradients and logits of a training step; dropout factors; whether it was skipped."""
+    margin, devices = program.margin, program.devices
     # This optimizer keeps the gradient in its state.
     optimizer = optax.trace(decay=0.0)
     graphdef, state = training.create(Rows(x, w, margin), optimizer)
@@ -255,52 +254,30 @@ FAULTS: dict[str, Callable[[Any, Any, Any, Any], tuple[Any, Any, Any, Any]]] = {
 }
 
 
-class Tally:
-    """What the cases came to, by dtype, and which planted faults were noticed."""
-
-    def __init__(self) -> None:
-        self.count: Counter[tuple[str, str]] = Counter()
-        self.worst = dict.fromkeys(EPS, 0.0)
-        self.planted: Counter[tuple[str, bool]] = Counter()
-
-    @property
-    def power(self) -> float:
-        noticed = sum(self.planted[name, True] for name in FAULTS)
-        return noticed / max(1, sum(self.planted.values()))
-
-    @property
-    def failed(self) -> int:
-        return sum(self.count[dtype, "failed"] for dtype in EPS)
-
-    def facts(self) -> dict[str, Any]:
-        kinds = ("cases", "failed", "cases_beyond", "not_right_beyond", "sharded", "steps")
-        return {
-            "power": self.power,
-            "planted": {
-                name: {"noticed": self.planted[name, True], "not": self.planted[name, False]}
-                for name in FAULTS
-            },
-            "dtypes": {
-                dtype: {kind: self.count[dtype, kind] for kind in kinds}
-                | {"worst": self.worst[dtype]}
-                for dtype in EPS
-            },
-        }
+KINDS = ("cases", "failed", "cases_beyond", "not_right_beyond", "sharded", "steps")
 
 
-def try_step(program: Program, case: Case, rng: np.random.Generator, tally: Tally) -> Any:
-    """The case after dropout, what a step finds, and what is right; None for an unknown label."""
+class Tried(NamedTuple):
+    """A case as it was computed, what was found, what is right, and the loss scale."""
+
+    case: Case
+    found: tuple[Any, Any, Any, Any]
+    expected: Numbers
+    scale: float = 1.0
+
+
+def try_step(
+    program: Program, case: Case, rng: np.random.Generator, seen: dict[str, Any]
+) -> Tried | None:
+    """A training step, beside the features after dropout; nothing to judge for an unknown label."""
     x, w, labels, where, lam, _ = case
     if unknown := rng.random() < 0.1:
         labels[0], where[0] = -1, True
-    with jax.enable_x64(program.dtype == "float64"):
-        found, kept, skipped = jax.device_get(
-            stepped(x, w, labels, where, lam, margin=program.margin, devices=program.devices)
-        )
-    tally.count[program.dtype, "steps"] += 1
+    found, kept, skipped = jax.device_get(stepped(program, x, w, labels, where, lam))
+    seen["steps"] += 1
     if unknown:
         if not skipped or np.any(found[1]) or np.any(found[2]):
-            tally.count[program.dtype, "failed"] += 1
+            seen["failed"] += 1
             print(f"an unknown label is trained on: {program}")
         return None
     # Half of the features are dropped, the others doubled.
@@ -308,33 +285,29 @@ def try_step(program: Program, case: Case, rng: np.random.Generator, tally: Tall
     norm = max(case.norm, longest) if case.norm > 1 else case.norm
     case = case._replace(x=x * kept, norm=norm)
     expected = expected_of(program, case)
-    # A step's sums are float32.
-    return (
+    return Tried(
         case,
         found,
         expected._replace(
-            loss_unit=expected.loss_unit + EPS["float32"] * expected.loss,
+            loss_unit=expected.loss_unit + EPS["float32"] * expected.loss,  # its sums are float32
             dx=expected.dx * kept,
             dx_unit=expected.dx_unit * 2,
         ),
     )
 
 
-def try_loss(program: Program, case: Case, choose: random.Random) -> tuple[Any, Numbers, float]:
-    """What a loss finds, what is right, and the loss scale."""
+def try_loss(program: Program, case: Case, choose: random.Random) -> Tried:
     x, w, labels, where, lam, _ = case
     expected, scale = expected_of(program, case), 1.0
     if program.dtype == "float16":  # the scaled gradients must stay below 65504
         peak = max(np.abs(of).max(initial=0) for of in (expected.dx, expected.dw))
         room = 2.0 ** np.floor(np.log2(3e4 / max(float(peak), 1e-9)))
         scale = min(choose.choice([1.0, 2.0**8, 2.0**15]), room)
-    static = {name: getattr(program, name) for name in STATIC}
-    set_mesh = nullcontext() if program.mesh is None else jax.set_mesh(program.mesh)
-    with jax.enable_x64(program.dtype == "float64"), set_mesh:
-        loss, dx, dw, logits = jax.device_get(computed(x, w, labels, where, lam, scale, **static))
+    with nullcontext() if program.mesh is None else jax.set_mesh(program.mesh):
+        loss, dx, dw, logits = jax.device_get(computed(program, x, w, labels, where, lam, scale))
     # On a mesh the kernel was filled up.
-    wide = (np.asarray(of, np.float64) / scale for of in (loss, dx, dw[:, : w.shape[1]]))
-    return (*wide, logits), expected, scale
+    loss, dx, dw = (np.asarray(of, np.float64) / scale for of in (loss, dx, dw[:, : w.shape[1]]))
+    return Tried(case, (loss, dx, dw, logits), expected, scale)
 
 
 def expected_of(program: Program, case: Case) -> Numbers:
@@ -343,60 +316,59 @@ def expected_of(program: Program, case: Case) -> Numbers:
     return exact.numbers(x, w, *named)
 
 
-def judge(
-    program: Program,
-    case: Case,
-    found: Any,
-    expected: Numbers,
-    scale: float,
-    choose: random.Random,
-    tally: Tally,
-) -> None:
+def judge(program: Program, tried: Tried, choose: random.Random, facts: dict[str, Any]) -> None:
     """Counts a case, and whether a fault planted in it is noticed."""
-    dtype, count = program.dtype, tally.count
-    found = tuple(np.asarray(array, np.float64) for array in found)
-    lost = TINY_IN_FLOAT16 / scale if dtype == "float16" else program.least
+    case, found, expected, scale = tried
+    seen = facts["dtypes"][program.dtype]
+    lost = TINY_IN_FLOAT16 / scale if program.dtype == "float16" else program.least
     error, inside = units(found, expected, lost), CLAIMED[0] <= case.norm <= CLAIMED[1]
-    count[dtype, "cases" if inside else "cases_beyond"] += 1
-    count[dtype, "sharded"] += program.mesh is not None
+    seen["cases" if inside else "cases_beyond"] += 1
+    seen["sharded"] += program.mesh is not None
     if not inside:
-        count[dtype, "not_right_beyond"] += not error <= ALLOWED
+        seen["not_right_beyond"] += not error <= ALLOWED
         return
-    worst = tally.worst[dtype]
-    tally.worst[dtype] = max(worst, error) if error == error else error
+    seen["worst"] = max(seen["worst"], error) if error == error else error
     if not error <= ALLOWED:
-        count[dtype, "failed"] += 1
+        seen["failed"] += 1
         print(f"{error:.3g} units: norm {case.norm:.3g} λ {case.lam} {program}")
     sizes = (np.abs(of).max(initial=0) for of in (expected.loss, expected.dx, expected.dw))
     if min(sizes) > 1e3 * lost:
         name = choose.choice(list(FAULTS))
-        tally.planted[name, not units(FAULTS[name](*found), expected, lost) <= ALLOWED] += 1
+        wrong = FAULTS[name](*(np.asarray(array, np.float64) for array in found))
+        noticed = not units(wrong, expected, lost) <= ALLOWED
+        facts["planted"][name]["noticed" if noticed else "not"] += 1
 
 
 def fuzz(
     seconds: float = 60.0, seed: int = 0, result: Path | None = None, rounds: int = 2**31
 ) -> int:
     """Tries a program a round until the seconds or rounds are over; returns 1 for a failure."""
-    rng, choose, tally = np.random.default_rng(seed), random.Random(seed), Tally()
+    rng, choose = np.random.default_rng(seed), random.Random(seed)
     end = time.monotonic() + seconds
+    planted = {name: {"noticed": 0, "not": 0} for name in FAULTS}
+    dtypes = {dtype: dict.fromkeys(KINDS, 0) | {"worst": 0.0} for dtype in EPS}
+    facts: dict[str, Any] = {"power": 0.0, "planted": planted, "dtypes": dtypes}
     for dtype in islice(cycle(EPS), rounds):
         if time.monotonic() > end:
             break
         program = program_of(choose, dtype)
         for _ in range(CASES):
-            case, scale = case_of(program, rng, choose), 1.0
-            if not program.is_step:
-                found, expected, scale = try_loss(program, case, choose)
-            elif answer := try_step(program, case, rng, tally):
-                case, found, expected = answer
-            else:
-                continue
-            judge(program, case, found, expected, scale, choose, tally)
-    print(json.dumps(tally.facts(), indent=1))
+            case = case_of(program, rng, choose)
+            with jax.enable_x64(dtype == "float64"):
+                if program.is_step:
+                    tried = try_step(program, case, rng, dtypes[dtype])
+                else:
+                    tried = try_loss(program, case, choose)
+            if tried is not None:
+                judge(program, tried, choose, facts)
+    noticed = sum(of_one["noticed"] for of_one in planted.values())
+    facts["power"] = noticed / max(1, sum(sum(of_one.values()) for of_one in planted.values()))
+    print(json.dumps(facts, indent=1))
     if result is not None:
-        facts = {"kind": "fuzz", "seed": seed, "seconds": seconds, "allowed": ALLOWED}
-        save(result, facts | tally.facts() | {"load": os.getloadavg()[0]})
-    return int(tally.failed > 0 or tally.power < POWER)
+        heading = {"kind": "fuzz", "seed": seed, "seconds": seconds, "allowed": ALLOWED}
+        save(result, heading | facts | {"load": os.getloadavg()[0]})
+    failed = any(seen["failed"] for seen in dtypes.values())
+    return int(failed or facts["power"] < POWER)
 
 
 if __name__ == "__main__":
