@@ -229,17 +229,10 @@ def units(found: Any, expected: Numbers, lost: float) -> float:
     return float(max(np.max(error / (unit + lost), initial=0) for error, unit in pairs))
 
 
-def row_reversed(dx: Any) -> Any:
-    """The gradient with the sign of its largest row changed."""
-    changed = dx.copy()
-    changed[np.abs(dx).max(axis=1).argmax()] *= -1
-    return changed
-
-
-def column_halved(dw: Any) -> Any:
-    changed = dw.copy()
-    changed[:, np.abs(dw).max(axis=0).argmax()] /= 2
-    return changed
+def spoiled(gradient: Any, axis: int, factor: float) -> Any:
+    """The gradient with its largest row (axis 1) or column (axis 0) times a factor."""
+    sizes = np.abs(gradient).max(axis=axis, keepdims=True)
+    return np.where(sizes == sizes.max(), factor * gradient, gradient)
 
 
 # The planted faults.
@@ -248,8 +241,8 @@ FAULTS: dict[str, Callable[[Any, Any, Any, Any], tuple[Any, Any, Any, Any]]] = {
     "no gradient of the features": lambda loss, dx, dw, z: (loss, dx * 0, dw, z),
     "no gradient of the kernel": lambda loss, dx, dw, z: (loss, dx, dw * 0, z),
     "gradients of two devices": lambda loss, dx, dw, z: (loss, dx * 2, dw * 2, z),
-    "a row with the wrong sign": lambda loss, dx, dw, z: (loss, row_reversed(dx), dw, z),
-    "a column of half the size": lambda loss, dx, dw, z: (loss, dx, column_halved(dw), z),
+    "a row with the wrong sign": lambda loss, dx, dw, z: (loss, spoiled(dx, 1, -1), dw, z),
+    "a column of half the size": lambda loss, dx, dw, z: (loss, dx, spoiled(dw, 0, 0.5), z),
     "logits of half the size": lambda loss, dx, dw, z: (loss, dx, dw, z / 2),
 }
 
