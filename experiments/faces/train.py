@@ -194,7 +194,7 @@ def prepare(
         like=jax.eval_shape(create, recipe.seed),
         create=first_state,
         test=lambda state: {},
-        measure=lambda state, log: {"broken_images": len(images.broken)},
+        measure=lambda state: {"broken_images": len(images.broken)},
         watch=source.watch,
     )
 

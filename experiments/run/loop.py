@@ -68,15 +68,11 @@ class Pace(NamedTuple):
       dispatch: updates in a dispatch.
       evaluations: points of the test curve; 0 for none.
       checkpoint_seconds: between two checkpoints.
-      starts_tested: the test curve has a point before the first update too.
-      keeps_last: the last state is a checkpoint.
     """
 
     dispatch: int
     evaluations: int
     checkpoint_seconds: float = 60.0
-    starts_tested: bool = False
-    keeps_last: bool = True
 
 
 def train(tasks: Sequence[Task], shared: Shared, pace: Pace, stop: Stop) -> list[Outcome] | None:
@@ -125,9 +121,6 @@ class Group:
         every = pace.dispatch * -(-steps // (pace.dispatch * max(pace.evaluations, 1)))
         title, others = self.sessions[0].task.name, len(self.sessions) - 1
         title += f" and {others} more" if others else ""
-        if pace.starts_tested and self.step == 0:
-            # A session that was killed before its first checkpoint may have written this point.
-            self._each(lambda session: None if session.log.lines else session.test())
         if others and self.step == 0:
             # After a kill between the first saves, all runs must still share a step.
             self._each(Session.save)
@@ -145,7 +138,7 @@ class Group:
                     self._each(Session.test)
                 # The others are saved without the runs that ended: after a kill they go on alone.
                 due = bool(ended) or time.monotonic() - saved > pace.checkpoint_seconds
-                if (last and pace.keeps_last) or (not last and processes.agreed(due)):
+                if last or processes.agreed(due):
                     self._each(Session.save)
                     saved = time.monotonic()
                 for session, diverged in ended:

@@ -101,7 +101,7 @@ class Task(NamedTuple):
       like: its state, abstract, with where its arrays lie.
       create: () -> its first state.
       test: state -> a point of its test curve.
-      measure: (state, log) -> what its result says of the last iterate.
+      measure: state -> what its result says of the last iterate.
       watch: is told every `Values`, for a source that goes by them.
       margin_from: the update from which on the margin is expected to take part; None: nobody
         expects it, or its schedule was judged before.
@@ -115,7 +115,7 @@ class Task(NamedTuple):
     like: State
     create: Callable[[], State]
     test: Callable[[State], dict[str, float]]
-    measure: Callable[[State, logs.Log], dict[str, Any]]
+    measure: Callable[[State], dict[str, Any]]
     watch: Callable[[int, Values], None] = lambda step, values: None
     margin_from: int | None = None
 
@@ -222,7 +222,7 @@ class Session:
             with self._shared.clock.spent("evaluation"), np.errstate(all="ignore"):
                 finite = bool(are_finite((self.state.params, self.state.other)))
                 if finite:
-                    measured = self.task.measure(self.state, self.log)
+                    measured = self.task.measure(self.state)
                 if not finite or not is_json(measured):
                     diverged, measured = {"step": self.step, **self._last_line()}, {}
         seconds, images = self._shared.clock.read(), trained(self.log.lines) * self._shared.batch

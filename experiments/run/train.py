@@ -139,7 +139,7 @@ def prepare(
             like=like,
             create=partial(first_state, config, program, out),
             test=lambda state: averages(program.evaluate(state, dataset.test)[0]),
-            measure=lambda state, log: measures(program, state),
+            measure=partial(measures, program),
             margin_from=config.steps // 10 if margin_is_paced(config) else None,
         )
 

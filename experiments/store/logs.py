@@ -148,7 +148,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     if regular(file) is None:
         return []
     *lines, _ = file.read_bytes().split(b"\n")  # after the last newline, at most a torn line
-    found, last = [], {"train": 0, "test": -1}  # step 0 may have a test point, but no update
+    found, last = [], {"train": 0, "test": 0}
     for number, line in enumerate(lines, 1):
         decoded = _decode(line)
         if decoded is None or not max(last.values()) <= decoded["step"] > last[decoded["kind"]]:
