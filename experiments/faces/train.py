@@ -23,7 +23,7 @@ from experiments.faces.recipe import FaceRecipe, Plateau
 from experiments.paper import networks as models
 from experiments.run import loop
 from experiments.run.program import check_batch, network_state, per_update
-from experiments.run.session import Clock, Shared, Task, Values, result_file
+from experiments.run.session import Clock, Task, Values, result_file
 from experiments.store import processes, results
 from experiments.store.checkpoints import last_state
 from experiments.store.claims import claim, claimed, differing
@@ -124,17 +124,15 @@ def train_faces(
         listed, mesh = training_faces(faces, recipe, pairs), data_mesh(devices)
         check_batch(recipe.batch, mesh, len(listed.names))
         images = FaceImages(listed, recipe.size)
-        task, shared = prepare(recipe, images, out, init_from, mesh)
-        alone = [recipe.seed]
+        task = prepare(recipe, images, out, init_from, mesh)
         if not out.exists():
             check_result(task, result_file(out))
-        claim(out, task.settings, mesh.size, writes=processes.is_first(), together=alone)
+        claim(out, task.settings, mesh.size, writes=processes.is_first())
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         pace = loop.Pace(1 if on_cpu else DISPATCH, 0, checkpoint_seconds)
-        done = loop.finished(out, str(out))
-        trained = [done] if done else loop.train([task], shared, pace, stop)
+        outcome = loop.finished(out, str(out)) or loop.train(task, pace, stop)
         print(f"{len(listed.people)} people, {len(images.broken)} broken images skipped: {out}")
-        return loop.exit_code(trained[0] if trained else None)
+        return loop.exit_code(outcome)
 
 
 def check_result(task: Task, file: Path) -> None:
@@ -148,8 +146,8 @@ def check_result(task: Task, file: Path) -> None:
 
 def prepare(
     recipe: FaceRecipe, images: FaceImages, out: Path, init_from: Path | None, mesh: Mesh
-) -> tuple[Task, Shared]:
-    """Makes the task of a run on faces, and the functions that train it."""
+) -> Task:
+    """Makes the task of a run on faces."""
     faces, clock = images.faces, Clock()
     people, init = list(faces.people), init_from and init_from.name
     with clock.spent("setup"):
@@ -163,13 +161,12 @@ def prepare(
         fresh = create(recipe.seed)
         return fresh if init_from is None else warm_start(graphdef, fresh, init_from, mesh)
 
-    def updates(states: Any, feeds: Any, length: int) -> Any:
-        (batches,) = feeds
-        state, metrics = batches.at_rate(states[0]), []
+    def updates(state: training.State, batches: FaceBatches, length: int) -> Any:
+        state, metrics = batches.at_rate(state), []
         for _ in range(length):
             state, of_one = update(state, *next(batches))
             metrics.append(of_one)
-        return [state], [metrics]
+        return state, metrics
 
     def values(metrics: list[training.StepMetrics]) -> Values:
         return per_update(jax.tree.map(lambda *entries: np.stack(entries), *metrics))
@@ -185,23 +182,24 @@ def prepare(
         "parameters": models.parameter_count(recipe.built_network, len(people)),
         "init_from": init,
     }
-    task = Task(
+    return Task(
         name=out.name,
         folder=out,
         settings={"recipe": saved, "images": seen, "people": people, "init_from": init},
         facts=facts,
+        steps=recipe.steps,
+        batch=recipe.batch,
+        mesh=mesh,
+        clock=clock,
         source=source,
         like=jax.eval_shape(create, recipe.seed),
         create=first_state,
+        compile=lambda state, feed, length: partial(updates, length=length),
+        values=values,
         test=lambda state: {},
         measure=lambda state: {"broken_images": len(images.broken)},
         watch=source.watch,
     )
-
-    def compile(states: Any, feeds: Any, length: int) -> Any:
-        return partial(updates, length=length)
-
-    return task, Shared(recipe.steps, recipe.batch, mesh, clock, compile, values)
 
 
 def fingerprint(faces: Faces) -> str:

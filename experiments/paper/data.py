@@ -241,7 +241,7 @@ def import_tfds() -> Any:
 
 
 class OnDevice(NamedTuple):
-    """The arrays that batches are made from: first the seed's own, then those that all seeds share.
+    """The arrays that batches are made from.
 
     Attributes:
       key: draws the augmentation.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +68,8 @@ class Program:
       dataset: the training split, and what it is tested on.
       mean: subtracted from the images.
       create: seed -> a fresh `training.State`, whole on every device; jitted.
-      updates: (states, `data.OnDevice`s, length) -> (states, metrics), lists with one entry a seed,
-        all at the same step; jitted, the length static and the states donated.
+      updates: (state, `data.OnDevice`, length) -> (state, metrics); compiled for each length, the
+        state donated.
     """
 
     def __init__(self, config: Config, folder: Path | None, mesh: Mesh) -> None:
@@ -95,7 +94,7 @@ class Program:
             images = data.centred(images, jnp.asarray(self.mean))
             return evaluate(state, images, labels, where), embed(state, images)
 
-        self.updates = _of_seeds(repeat(step, batch, mesh), mesh)
+        self.updates = repeat(step, batch, mesh)
         self._examine = compile_step(examine, mesh, donate=False)
 
     @property
@@ -118,36 +117,6 @@ class Program:
         sums, outputs = zip(*seen, strict=True)
         features, logits = (np.concatenate(parts)[:count] for parts in zip(*outputs, strict=True))
         return jax.tree.map(lambda *parts: np.sum(parts), *sums), features, logits
-
-
-def _of_seeds(updates: Any, mesh: Mesh) -> Any:
-    """Makes the updates of one seed those of several: lists in, lists out."""
-
-    def several(
-        states: list[training.State], sources: list[data.OnDevice], length: int
-    ) -> tuple[list[training.State], list[training.StepMetrics]]:
-        if len(states) == 1:
-            state, metrics = updates(states[0], sources[0], length)
-            return [state], [metrics]
-
-        def of_one(state: training.State, key: jax.Array, order: jax.Array) -> Any:
-            return updates(state, sources[0]._replace(key=key, order=order), length)
-
-        several_of = [(state, s.key, s.order) for state, s in zip(states, sources, strict=True)]
-        try:
-            done = jax.vmap(of_one)(*jax.tree.map(lambda *rows: jnp.stack(rows), *several_of))
-        except NotImplementedError as error:  # of JAX 0.7: a convolution placed over a mesh
-            raise ValueError(
-                "several seeds in one program need a newer JAX, whose vmap knows convolutions over "
-                f"a mesh, got {jax.__version__}: run one seed at a time"
-            ) from error
-        each = [jax.tree.map(itemgetter(i), done) for i in range(len(states))]
-        return [state for state, _ in each], [metrics for _, metrics in each]
-
-    whole = jax.NamedSharding(mesh, jax.P())
-    return jax.jit(
-        several, in_shardings=whole, out_shardings=whole, static_argnums=2, donate_argnums=0
-    )
 
 
 def load(config: Config, folder: Path | None) -> data.Dataset:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import jax
 
@@ -17,13 +17,13 @@ from experiments.paper.cells import CONFIGS, run_name
 from experiments.paper.config import Config
 from experiments.run import loop, train
 from experiments.store import results as result
+from experiments.store.files import InUse
 from experiments.store.progress import hours
 
 
 def reproduce(
     only: tuple[str, ...] = ("*",),
     seeds: int = 5,
-    together: int = 1,
     budget_minutes: float = math.inf,
     toy: bool = False,
     data: Path | None = None,
@@ -34,12 +34,12 @@ def reproduce(
     """Runs every missing configuration and seed, cheapest first; a run begun earlier goes on.
 
     A run that diverges is a result. The runs that fail are named at the end, and the exit code is
-    then 1.
+    then 1. A run that another process trains is left to it, so that the same command may be started
+    several times.
 
     Args:
       only: names of configurations, such as 'cifar10-*'.
       seeds: how many seeds to train each configuration with, from 0 on.
-      together: how many seeds of a configuration to train in one program.
       budget_minutes: stop before this many minutes are over; the same command continues.
       toy: shrink every run to seconds and write into the subfolder toy of --out.
       data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
@@ -48,13 +48,12 @@ def reproduce(
       checkpoint_seconds: seconds between two checkpoints.
     """
     wanted, out = runs(only, seeds, toy), out / "toy" if toy else out
-    return train_missing(wanted, out, together, budget_minutes, data, devices, checkpoint_seconds)
+    return train_missing(wanted, out, budget_minutes, data, devices, checkpoint_seconds)
 
 
 def train_missing(
     wanted: Sequence[Config],
     out: Path,
-    together: int,
     budget_minutes: float,
     data: Path | None,
     devices: int | None,
@@ -64,13 +63,11 @@ def train_missing(
 
     The arguments are those of `reproduce`.
     """
-    if together < 1:
-        raise ValueError(f"together must be >= 1, got {together}")
     keep_compiled()
     with loop.interruptible() as asked:
         queue = Queue(wanted, out, Budget(60 * budget_minutes, asked))
-        while group := queue.next_group(together):
-            queue.train(group, folder=data, devices=devices, checkpoint_seconds=checkpoint_seconds)
+        while config := queue.next_run():
+            queue.train(config, data, devices, checkpoint_seconds)
         queue.print_summary()
         return loop.INTERRUPTED if asked() else 1 if queue.failed else 0
 
@@ -160,58 +157,61 @@ class Queue:
         self._missing = [config for config in wanted if not train.is_done(config, out)]
         self._measured = finished_here(out)
         self.failed: dict[str, str] = {}
+        self.in_use = 0
         self.diverged: list[str] = []
 
-    def next_group(self, together: int) -> list[Config]:
-        """The next runs, seeds of one configuration; none if all are done or the time is up."""
+    def next_run(self) -> Config | None:
+        """The next run; None if all are done or the time is up."""
         longest = max(map(startup, self._measured), default=0.0)
-        if not self._missing or not self._budget.allows(longest):
-            return []
-        group = [self._missing[0]]
-        for config in self._missing[1:]:
-            if len(group) == together or replace(config, seed=group[0].seed) != group[0]:
-                break
-            if loop.common_steps([self._out / run_name(c) for c in (*group, config)]):
-                group.append(config)
-        return group
+        return self._missing[0] if self._missing and self._budget.allows(longest) else None
 
-    def train(self, group: list[Config], **options: Unpack[train.Options]) -> None:
-        """Trains a group and takes it off the queue, unless it was stopped."""
-        self._print_progress(group)
+    def train(
+        self, config: Config, data: Path | None, devices: int | None, checkpoint_seconds: float
+    ) -> None:
+        """Trains a run and takes it off the queue, unless it was stopped."""
+        self._print_progress(config)
         try:
-            outcomes = train.run_seeds(group, out=self._out, stop=self._budget.over, **options)
+            outcome = train.run(
+                config,
+                folder=data,
+                out=self._out,
+                devices=devices,
+                checkpoint_seconds=checkpoint_seconds,
+                stop=self._budget.over,
+            )
+        except InUse as error:
+            print(f"left to another process: {error}")
+            self.in_use += 1
         except Exception as error:  # whatever it is, the other runs go on
             message = str(error) or type(error).__name__
             if message not in self.failed.values():
                 print(f"failed: {message}")
-            self.failed |= dict.fromkeys((run_name(config) for config in group), message)
+            self.failed[run_name(config)] = message
         else:
-            if outcomes is None:
+            if outcome is None:
                 return
-            for config, outcome in zip(group, outcomes, strict=True):
-                if outcome["status"] == "diverged":
-                    self.diverged.append(run_name(config))
-                else:
-                    self._measured.append(outcome)
-        self._missing = [config for config in self._missing if config not in group]
+            if outcome["status"] == "diverged":
+                self.diverged.append(run_name(config))
+            else:
+                self._measured.append(outcome)
+        self._missing.remove(config)
 
     def print_summary(self) -> None:
         for name in self.diverged:
             print(f"diverged: {name}")
         for name, message in self.failed.items():
             print(f"failed: {name}: {message.splitlines()[0]}")
-        count = len(self._wanted)
-        if self._missing:
-            print(f"{len(self._missing)} of {count} runs left; the same command continues")
+        count, left = len(self._wanted), len(self._missing) + self.in_use
+        if left:
+            print(f"{left} of {count} runs left; the same command continues")
         else:
             print(f"{count - len(self.failed)} of {count} runs are done: {self._out}")
 
-    def _print_progress(self, group: list[Config]) -> None:
+    def _print_progress(self, config: Config) -> None:
         count, left = len(self._wanted), sum(map(work, self._missing))
-        name = run_name(group[0]) + (f" and {len(group) - 1} more" if group[1:] else "")
         print(
-            f"run {count - len(self._missing) + 1} of {count}: {name}, "
-            f"about {_shown(expected(group, self._measured))}; "
+            f"run {count - len(self._missing) + 1} of {count}: {run_name(config)}, "
+            f"about {_shown(expected([config], self._measured))}; "
             f"{100 * (1 - left / sum(map(work, self._wanted))):.0f} % of all done, "
             f"about {_shown(expected(self._missing, self._measured))} to go",
             flush=True,
@@ -244,7 +244,7 @@ def expected(missing: Sequence[Config], measured: Sequence[dict[str, Any]]) -> f
     for outcome in measured:
         config = Config.from_json(outcome["config"])
         seconds = outcome["seconds"]["wall"] - startup(outcome)
-        speeds[config.network] = work(config) * len(outcome.get("together", [0])) / seconds
+        speeds[config.network] = work(config) / seconds
     slowest = min(speeds.values())
     updating = sum(work(config) / speeds.get(config.network, slowest) for config in missing)
     return updating + len(missing) * sum(map(startup, measured)) / len(measured)

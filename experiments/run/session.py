@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +44,7 @@ class Source(Protocol):
 
 
 class Clock:
-    """Where the time of runs goes, over all their sessions."""
+    """Where the time of a run goes, over all its sessions."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -68,38 +68,23 @@ class Clock:
         return logs.Seconds(**self._seconds)
 
 
-class Shared(NamedTuple):
-    """What the runs that advance in one program have in common.
-
-    Attributes:
-      steps: updates of a run.
-      batch: examples of an update.
-      mesh: its devices train.
-      clock: of all runs.
-      compile: (states, feeds, length) -> compiled (states, feeds) -> (states, metrics), lists with
-        one entry a run, which are all at the same step.
-      values: a run's metrics, fetched -> `Values`, with "loss" among them.
-    """
-
-    steps: int
-    batch: int
-    mesh: Mesh
-    clock: Clock
-    compile: Callable[[Sequence[State], Sequence[Any], int], Any]
-    values: Callable[[Any], Values]
-
-
 class Task(NamedTuple):
-    """One run, besides what it shares.
+    """What a run is made of.
 
     Attributes:
       name: for people.
       folder: of its files; FOLDER.json beside it is its result.
       settings: all that decides its numbers, and nothing else; as JSON.
       facts: what its result says of it.
+      steps: its updates.
+      batch: examples of an update.
+      mesh: its devices train.
+      clock: of its time.
       source: of its batches.
       like: its state, abstract, with where its arrays lie.
       create: () -> its first state.
+      compile: (state, feed, length) -> compiled (state, feed) -> (state, metrics).
+      values: metrics, fetched -> `Values`, with "loss" among them.
       test: state -> a point of its test curve.
       measure: state -> what its result says of the last iterate.
       watch: is told every `Values`, for a source that goes by them.
@@ -111,9 +96,15 @@ class Task(NamedTuple):
     folder: Path
     settings: dict[str, Any]
     facts: dict[str, Any]
+    steps: int
+    batch: int
+    mesh: Mesh
+    clock: Clock
     source: Source
     like: State
     create: Callable[[], State]
+    compile: Callable[[State, Any, int], Any]
+    values: Callable[[Any], Values]
     test: Callable[[State], dict[str, float]]
     measure: Callable[[State], dict[str, Any]]
     watch: Callable[[int, Values], None] = lambda step, values: None
@@ -125,42 +116,20 @@ class Session:
 
     Args:
       task: what to train.
-      shared: what it has in common with others.
       running: closes, at its end, what the session opens.
-      kept: how many checkpoints to keep.
-      step: that of the checkpoint to continue at, by default the newest; later ones are deleted.
-      together: the seeds that train in one program.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        shared: Shared,
-        running: ExitStack,
-        kept: int,
-        step: int | None,
-        together: Sequence[int],
-    ) -> None:
-        self.task, self._shared, first = task, shared, processes.is_first()
-        self.outcome: dict[str, Any] = {}
+    def __init__(self, task: Task, running: ExitStack) -> None:
+        self.task, first = task, processes.is_first()
         if first:
             running.callback(files.locked(task.folder).release)
         # Not at the end: somebody may commit while the run trains.
-        self._provenance = results.provenance(shared.mesh.size)
-        with shared.clock.spent("setup"):
-            settings, devices = task.settings, shared.mesh.size
-            begun = claims.claim(task.folder, settings, devices, writes=first, together=together)
-            # A kill between the results of a group may leave one run. Its result still names the
-            # seeds with which the run began.
-            self._together = begun["together"]
-            saved = checkpoints.Checkpoints(task.folder / "checkpoints", kept)
+        self._provenance = results.provenance(task.mesh.size)
+        with task.clock.spent("setup"):
+            claims.claim(task.folder, task.settings, task.mesh.size, writes=first)
+            saved = checkpoints.Checkpoints(task.folder / "checkpoints")
             self._checkpoints = running.enter_context(saved)
-            lines = logs.read(task.folder)
-            ledger.check(task.folder, saved.latest_step(), lines)
-            if step is not None:
-                if first:
-                    ledger.rewound(task.folder, step, lines)
-                saved.rewind(step)
+            ledger.check(task.folder, saved.latest_step(), logs.read(task.folder))
             restored = saved.latest(task.like)
             self.state = task.create() if restored is None else restored
             self.step = int(self.state.step)
@@ -168,27 +137,34 @@ class Session:
                 self._restore_position()
             self.log = logs.Log(task.folder, self.step, writes=first)
             running.callback(self.log.close)
+        task.clock.add(self.log.seconds)
         self.skipped = int(sum(line.get("skipped") or 0 for line in self.log.lines))
         self.collapsed = any(line.get("collapsing") for line in self.log.lines)
         self.idle = False
+        self._compiled: dict[int, Any] = {}
 
-    def advanced(self, state: State, values: Values, together: int) -> None:
-        """Takes in the updates of one dispatch: a line of their means.
+    def advance(self, length: int) -> Values:
+        """Makes updates in one dispatch, writes a line of their means, and returns what they saw.
 
         Of updates that were skipped the line has the number, of a collapse whether it was seen.
-
-        Args:
-          together: how many runs made them in one program.
         """
-        self.state, self.step = state, self.step + len(values["loss"])
-        self.task.watch(self.step, values)
+        task, feed = self.task, self.task.source.feed(self.step)
+        if length not in self._compiled:
+            with task.clock.spent("compilation"):
+                self._compiled[length] = task.compile(self.state, feed, length)
+        with task.clock.spent("training"):
+            done = jax.block_until_ready(self._compiled[length](self.state, feed))
+        self.state, self.step = done[0], self.step + length
+        values = task.values(jax.device_get(done[1]))
+        task.watch(self.step, values)
         line = {name: float(OF_A_LINE.get(name, np.mean)(seen)) for name, seen in values.items()}
-        self._write("train", **line, together=together)
+        self._write("train", **line)
         self.skipped += int(line.get("skipped", 0))
+        return values
 
     def test(self) -> None:
         """Adds a point to the test curve."""
-        with self._shared.clock.spent("evaluation"):
+        with self.task.clock.spent("evaluation"):
             point = self.task.test(self.state)
         self._write("test", **point)
 
@@ -209,8 +185,8 @@ class Session:
             for old in set(self._position(0).parent.glob(self._position("*").name)) - kept:
                 old.unlink()
 
-    def finish(self, diverged: dict[str, Any] | None = None) -> None:
-        """Measures the last iterate; writes the result, the session's ``outcome`` from now on.
+    def finish(self, diverged: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Measures the last iterate; writes the result and returns it.
 
         Without finite parameters, or without finite measures, the run has diverged too.
 
@@ -219,29 +195,29 @@ class Session:
         """
         measured: dict[str, Any] = {}
         if diverged is None:
-            with self._shared.clock.spent("evaluation"), np.errstate(all="ignore"):
+            with self.task.clock.spent("evaluation"), np.errstate(all="ignore"):
                 finite = bool(are_finite((self.state.params, self.state.other)))
                 if finite:
                     measured = self.task.measure(self.state)
                 if not finite or not is_json(measured):
                     diverged, measured = {"step": self.step, **self._last_line()}, {}
-        seconds, images = self._shared.clock.read(), trained(self.log.lines) * self._shared.batch
-        self.outcome = {
+        seconds = self.task.clock.read()
+        outcome = {
             **self.task.facts,
             "status": "diverged" if diverged else "finished",
             "diverged": diverged and logs.finite(diverged),
             "skipped": self.skipped,
             **self._provenance,
-            "together": self._together,
             "seconds": asdict(seconds),
-            "images_per_second": images / seconds.training,
+            "images_per_second": self.step * self.task.batch / seconds.training,
             "outside_step": seconds.outside,
             **measured,
             "curves": {kind: self.log.curve(kind) for kind in ("train", "test")},
         }
         if processes.is_first():
-            results.save(result_file(self.task.folder), self.outcome)
+            results.save(result_file(self.task.folder), outcome)
         processes.wait("result")
+        return outcome
 
     def _last_line(self) -> dict[str, float]:
         """What the last line of training says, without its kind, step and time."""
@@ -250,7 +226,7 @@ class Session:
         return {name: math.nan if value is None else value for name, value in kept.items()}
 
     def _write(self, kind: str, **values: float) -> None:
-        self.log.write(kind, self.step, self._shared.clock.read(), **values)
+        self.log.write(kind, self.step, self.task.clock.read(), **values)
 
     def _position(self, step: int | str) -> Path:
         return self.task.folder / "position" / f"{step}.{jax.process_index()}.json"
@@ -264,13 +240,6 @@ class Session:
                 raise ValueError(f"{file} must say where the batches stood: {error}") from error
         elif self.task.source.position() is not None:
             raise ValueError(f"{file} is missing: continue on as many processes as before")
-
-
-def trained(lines: Sequence[dict[str, Any]]) -> int:
-    """The updates of a log, each as often as runs made it in one program; older logs say one."""
-    steps = [0] + [line["step"] for line in lines if line["kind"] == "train"]
-    runs = [line.get("together", 1) for line in lines if line["kind"] == "train"]
-    return int(np.diff(steps) @ np.array(runs, int))
 
 
 @jax.jit

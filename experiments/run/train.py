@@ -1,10 +1,9 @@
-"""Trains one configuration on small images, several seeds at once if wanted."""
+"""Trains one configuration on small images."""
 
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from experiments.paper.config import Config
 from experiments.paper.measures import TITLES
 from experiments.run import loop
 from experiments.run.program import Program, averages, per_update
-from experiments.run.session import Clock, Shared, Task
+from experiments.run.session import Clock, Task
 from experiments.store import processes, results
 from experiments.store.checkpoints import last_state
 from experiments.store.claims import claimed, differing
@@ -28,38 +27,8 @@ from lsoftmax_jax import SelfPaced, training
 from lsoftmax_jax.devices import data_mesh, put
 
 
-class Options(TypedDict, total=False):
-    """What `run_seeds` may be told besides, as it says."""
-
-    folder: Path | None
-    devices: int | None
-    dispatch: int | None
-    evaluations: int | None
-    checkpoint_seconds: float
-
-
 def run(
     config: Config,
-    *,
-    out: Path = loop.RUNS,
-    stop: loop.Stop = lambda: False,
-    **options: Unpack[Options],
-) -> loop.Outcome | None:
-    """Trains a configuration, or continues it, and writes its result.
-
-    Args:
-      config: what to train.
-      out, stop, options: as in `run_seeds`.
-
-    Returns:
-      What the result's file holds; None if the run was stopped.
-    """
-    outcomes = run_seeds([config], out=out, stop=stop, **options)
-    return None if outcomes is None else outcomes[0]
-
-
-def run_seeds(
-    configs: Sequence[Config],
     *,
     folder: Path | None = None,
     out: Path = loop.RUNS,
@@ -68,88 +37,80 @@ def run_seeds(
     evaluations: int | None = None,
     checkpoint_seconds: float = 60.0,
     stop: loop.Stop = lambda: False,
-) -> list[loop.Outcome] | None:
-    """Trains several seeds of one configuration in one program, or continues them.
+) -> loop.Outcome | None:
+    """Trains a configuration, or continues it, and writes its result.
 
     Args:
-      configs: differ in the seed alone; finished ones are left alone, and the others have a
-        checkpoint of the same step or none at all.
+      config: what to train.
       folder: where the data is, see `data.load`.
       out: folder of the results.
       devices: how many to train on, the first ones; by default all.
       dispatch: updates in one dispatch; by default 100 on an accelerator, 1 on a CPU.
       evaluations: points of the test curve; by default 36 on an accelerator, 6 on a CPU.
       checkpoint_seconds: seconds between two checkpoints.
-      stop: asked before every dispatch; when true, each run saves a checkpoint and ends.
+      stop: asked before every dispatch; when true, the run saves a checkpoint and ends.
 
     Returns:
-      What the results' files hold, in the order of configs; None if the runs were stopped.
+      What the result's file holds; None if the run was stopped.
     """
-    outcomes = {config: finished(config, out) for config in configs}
-    missing = [config for config, outcome in outcomes.items() if outcome is None]
-    if missing:
-        if processes.is_first():
-            warn_if_lam_stays(missing[0])
-        mesh = data_mesh(devices)
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        updates, points = (1, 6) if on_cpu else (100, 36)
-        points = points if evaluations is None else evaluations
-        pace = loop.Pace(dispatch or updates, points, checkpoint_seconds)
-        tasks, shared = prepare(missing, folder, out, mesh, pace.dispatch)
-        trained = loop.train(tasks, shared, pace, stop)
-        if trained is None:
-            return None
-        outcomes |= zip(missing, trained, strict=True)
-    return [outcome for outcome in outcomes.values() if outcome is not None]
+    if outcome := finished(config, out):
+        return outcome
+    if processes.is_first():
+        warn_if_lam_stays(config)
+    mesh = data_mesh(devices)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    updates, points = (1, 6) if on_cpu else (100, 36)
+    points = points if evaluations is None else evaluations
+    pace = loop.Pace(dispatch or updates, points, checkpoint_seconds)
+    return loop.train(prepare(config, folder, out, mesh, pace.dispatch), pace, stop)
 
 
-def prepare(
-    configs: Sequence[Config], folder: Path | None, out: Path, mesh: Mesh, dispatch: int
-) -> tuple[list[Task], Shared]:
-    """The seeds' runs and what they share, the data on the devices and the evaluation compiled."""
-    config, clock = configs[0], Clock()
+def prepare(config: Config, folder: Path | None, out: Path, mesh: Mesh, dispatch: int) -> Task:
+    """What a run is made of: its data on the devices, its functions, its facts."""
+    clock = Clock()
     with clock.spent("setup"):
         program = Program(config, folder, mesh)
         dataset = program.dataset
         processes.check_same(dataset.fingerprint, "data")
         train = data.Split(*put(tuple(dataset.train), mesh, jax.P()))
-        like = program.like
+    name, saved, changes = run_name(config), config.to_json(), changes_of(config)
+    facts = {
+        "name": config.name,
+        "seed": config.seed,
+        "reduced": bool(changes),
+        "changes": {field: saved[field] for field in changes},
+        "command": command_of(config),
+        "config": saved,
+        "ran": config.ran,
+        "data": {"name": config.dataset, "fingerprint": dataset.fingerprint},
+        "parameters": models.parameter_count(config.built_network, config.classes),
+    }
 
-    def task(config: Config) -> Task:
-        name, saved, changes = run_name(config), config.to_json(), changes_of(config)
-        facts = {
-            "name": config.name,
-            "seed": config.seed,
-            "reduced": bool(changes),
-            "changes": {field: saved[field] for field in changes},
-            "command": command_of(config),
-            "config": saved,
-            "ran": config.ran,
-            "data": {"name": config.dataset, "fingerprint": dataset.fingerprint},
-            "parameters": models.parameter_count(config.built_network, config.classes),
-        }
-        return Task(
-            name=name,
-            folder=out / name,
-            settings={"config": saved, "data": dataset.fingerprint},
-            facts=facts,
-            source=data.ArrayBatches(
-                config.seed, train, program.mean, mesh, size=config.batch, steps=dispatch
-            ),
-            like=like,
-            create=partial(first_state, config, program, out),
-            test=lambda state: averages(program.evaluate(state, dataset.test)[0]),
-            measure=partial(measures, program),
-            margin_from=config.steps // 10 if margin_is_paced(config) else None,
-        )
-
-    def compile(states: Any, feeds: Any, length: int) -> Any:
+    def compile(state: training.State, feed: data.OnDevice, length: int) -> Any:
         # Compile the evaluation too: its first call would count as time of evaluation.
-        program.evaluate(states[0], dataset.test.rows(slice(1)))
-        return program.updates.lower(states, feeds, length).compile()
+        program.evaluate(state, dataset.test.rows(slice(1)))
+        return program.updates.lower(state, feed, length).compile()
 
-    shared = Shared(config.steps, config.batch, mesh, clock, compile, per_update)
-    return [task(config) for config in configs], shared
+    return Task(
+        name=name,
+        folder=out / name,
+        settings={"config": saved, "data": dataset.fingerprint},
+        facts=facts,
+        steps=config.steps,
+        batch=config.batch,
+        mesh=mesh,
+        clock=clock,
+        source=data.ArrayBatches(
+            config.seed, train, program.mean, mesh, size=config.batch, steps=dispatch
+        ),
+        like=program.like,
+        create=partial(first_state, config, program, out),
+        compile=compile,
+        values=per_update,
+        test=lambda state: averages(program.evaluate(state, dataset.test)[0]),
+        measure=partial(measures, program),
+        margin_from=config.steps // 10 if margin_is_paced(config) else None,
+    )
 
 
 def finished(config: Config, out: Path) -> loop.Outcome | None:

@@ -57,7 +57,6 @@ def tune(
     powers: tuple[float, ...] = (1.0,),
     minimums: tuple[float, ...] = (0.0, 5.0),
     seeds: int = 1,
-    together: int = 1,
     budget_minutes: float = math.inf,
     data: Path | None = None,
     out: Path = loop.RUNS,
@@ -73,7 +72,6 @@ def tune(
       powers: factors of the configured power.
       minimums: values that λ does not fall below.
       seeds: how many seeds to train each candidate with, from 0 on.
-      together: how many seeds of a candidate to train in one program.
       budget_minutes: stop before this many minutes are over; the same command continues.
       data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
       out: folder of the results; tune writes into its subfolder tune.
@@ -98,7 +96,7 @@ def tune(
         for lam in grid(config.lam, bases, gammas, powers, minimums)
     ]
     wanted = [run for runs in candidates for run in runs]
-    code = train_missing(wanted, out, together, budget_minutes, data, devices, checkpoint_seconds)
+    code = train_missing(wanted, out, budget_minutes, data, devices, checkpoint_seconds)
     found = summary(config, [judged(runs, out) for runs in candidates])
     found |= result.provenance(data_mesh(devices).size)
     file = out / f"{run_name(replace(config, seed=0)).removesuffix('seed0')}tuned.json"

@@ -1,4 +1,4 @@
-"""A run's latest states on disk, by Orbax: whole or not there, restorable on other devices."""
+"""A run's latest state on disk, by Orbax: whole or not there, restorable on other devices."""
 
 import shutil
 import signal
@@ -19,14 +19,13 @@ class Checkpoints(ocp.CheckpointManager):
 
     Args:
       folder: made if this process writes.
-      kept: how many of the latest to keep.
       writes: whether the folder is this process's own; if not, the folder is left as it is.
     """
 
-    def __init__(self, folder: Path, kept: int = 1, writes: bool = True) -> None:
+    def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder = folder
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=kept if writes else None,
+            max_to_keep=1 if writes else None,
             # The next dispatch donates the state, so the state must be written before.
             enable_async_checkpointing=False,
             # Orbax's read_only says the same, and logs three warnings.
@@ -44,12 +43,6 @@ class Checkpoints(ocp.CheckpointManager):
         if step != self.latest_step():
             with uninterrupted(), _named(self.folder, "no checkpoint could be written"):
                 self.save(step, args=ocp.args.StandardSave(state._asdict()))
-
-    def rewind(self, step: int) -> None:
-        """Deletes the checkpoints of later steps."""
-        for later in self.all_steps():
-            if later > step:
-                self.delete(later)
 
     def latest(self, like: State) -> State | None:
         """The newest state; None if there is none.

@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,7 @@ from experiments.store.checkpoints import steps_in
 NAME = "claim"  # without .json, because it is no result
 
 
-def claim(
-    folder: Path,
-    settings: dict[str, Any],
-    devices: int,
-    writes: bool,
-    together: Sequence[int] = (),
-) -> dict[str, Any]:
+def claim(folder: Path, settings: dict[str, Any], devices: int, writes: bool) -> None:
     """Notes the settings in a folder, or compares them with those that are there.
 
     Args:
@@ -27,10 +20,6 @@ def claim(
       settings: all that decides the run's numbers, and nothing else; as JSON.
       devices: how many train it, for the record of how it began.
       writes: whether this process may write.
-      together: the seeds that begin in one program with it.
-
-    Returns:
-      how the run was begun, now or earlier.
 
     Raises:
       ValueError: naming the folder and what differs, if something else is trained there; or if
@@ -43,21 +32,14 @@ def claim(
                 f"{folder} holds checkpoints, and its {NAME}, which says of what, is lost; put it "
                 "back, or remove the folder"
             )
-        begun = {
-            "command": command_line(),
-            **results.provenance(devices),
-            "together": list(together),
-        }
         if writes:
+            begun = {"command": command_line(), **results.provenance(devices)}
             results.save(folder / NAME, {"settings": wanted, "begun": begun})
-        return begun
-    there = claimed(folder)
-    if differences := differing(there["settings"], wanted):
+    elif differences := differing(claimed(folder)["settings"], wanted):
         raise ValueError(
             f"{folder} holds another run ({', '.join(differences)}); choose another folder, or "
             "remove this one"
         )
-    return dict(there["begun"])
 
 
 def claimed(folder: Path) -> dict[str, Any]:

@@ -111,18 +111,22 @@ def _lives(process: int) -> bool:
     return True
 
 
+class InUse(ValueError):
+    """Another process holds the lock of a folder."""
+
+
 def locked(folder: Path) -> FileLock:
     """Locks a folder for this process until `release`, or the process's end, even by SIGKILL.
 
     Raises:
-      ValueError: naming the folder, if another process holds its lock.
+      InUse: naming the folder, if another process holds its lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(
+        raise InUse(
             f"{folder} is in use by another process; wait for its end, or stop it"
         ) from None
     return lock

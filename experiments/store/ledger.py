@@ -43,14 +43,6 @@ def check(folder: Path, latest: int | None, lines: Sequence[dict[str, Any]]) -> 
         raise ValueError(f"{log} is not as the run wrote it up to step {step}; {cure}")
 
 
-def rewound(folder: Path, step: int, lines: Sequence[dict[str, Any]]) -> None:
-    """Notes that the run goes back to a step, before later checkpoints are deleted."""
-    noted = _noted(folder)
-    if noted is not None and noted["step"] > step:
-        kept = [line for line in lines if line["step"] <= step]
-        note(folder, step, len(kept), logs.digest(kept))
-
-
 def _noted(folder: Path) -> dict[str, Any] | None:
     """The note of a run's folder; None if nothing was saved yet."""
     if not (file := folder / NAME).exists():

@@ -87,6 +87,7 @@ class Log:
             return {}
         every = math.ceil(len(lines) / points)
         kept = [*lines[:-1:every], lines[-1]]
+        # Older logs say how many seeds advanced in one program.
         names = [name for name in lines[0] if name not in ("kind", "seconds", "together")]
         return {name: [line[name] for line in kept] for name in names}
 

@@ -209,7 +209,6 @@ MISTAKES = [
     # queues
     (["reproduce", "--only", "zzz*", "--out", "{out}"], "'zzz.*' names no configuration"),
     (["reproduce", "--seeds", "0", "--out", "{out}"], "seeds must be >= 1, got 0"),
-    (["reproduce", "--together", "-1", "--out", "{out}"], "together must be >= 1"),
     (["reproduce", "--budget-minutes", "nan", "--out", "{out}"], "budget-minutes must be >= 0"),
     (["reproduce", "--budget-minutes", "-1", "--out", "{out}"], "budget-minutes must be >= 0"),
     (["tune", "digits-softmax", "--out", "{out}"], "has no margin"),

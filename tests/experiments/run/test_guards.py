@@ -159,8 +159,8 @@ def spoil(monkeypatch, steps, kind=Spoiled):
     prepare = train.prepare
 
     def spoiled(*arguments):
-        (task,), shared = prepare(*arguments)
-        return [task._replace(source=kind(task.source, steps))], shared
+        task = prepare(*arguments)
+        return task._replace(source=kind(task.source, steps))
 
     monkeypatch.setattr(train, "prepare", spoiled)
 
@@ -249,13 +249,12 @@ def test_a_margin_that_takes_no_part_is_reported_once(tmp_path, monkeypatch, cap
     prepare = train.prepare
 
     def idle(*arguments):
-        (task,), shared = prepare(*arguments)
-        task = task._replace(margin_from=3)
+        task = prepare(*arguments)
 
         def values(metrics):
-            return shared.values(metrics) | {"share": np.float32([1 / 201])}
+            return task.values(metrics) | {"share": np.float32([1 / 201])}
 
-        return [task], shared._replace(values=values)
+        return task._replace(margin_from=3, values=values)
 
     monkeypatch.setattr(train, "prepare", idle)
     outcome = run(tmp_path)
@@ -274,7 +273,7 @@ def test_the_margin_is_expected_after_a_tenth_of_a_paced_run():
         ("digits-softmax", "lead", None),
     ):
         config = replace(CONFIGS[name], pace=pace, steps=steps, batch=16, width=1 / 8)
-        (task,), _ = train.prepare([config], folder, Path("runs"), mesh, 1)
+        task = train.prepare(config, folder, Path("runs"), mesh, 1)
         assert task.margin_from == wanted
 
 
@@ -305,15 +304,14 @@ def test_a_collapse_is_reported_once(scale, cure, tmp_path, monkeypatch, capsys)
     prepare = train.prepare
 
     def collapsing(*arguments):
-        tasks, shared = prepare(*arguments)
-        tasks[0].facts["config"]["scale"] = scale
+        task = prepare(*arguments)
+        task.facts["config"]["scale"] = scale
         steps = itertools.count()
 
         def values(metrics):
-            seen = shared.values(metrics)
-            return seen | {"collapsing": np.float32([next(steps) >= 3])}
+            return task.values(metrics) | {"collapsing": np.float32([next(steps) >= 3])}
 
-        return tasks, shared._replace(values=values)
+        return task._replace(values=values)
 
     monkeypatch.setattr(train, "prepare", collapsing)
     outcome = run(tmp_path)

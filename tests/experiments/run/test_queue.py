@@ -1,6 +1,5 @@
 """The queue makes the missing runs in order; its results do not depend on interruptions."""
 
-import itertools
 import json
 import math
 import os
@@ -10,22 +9,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from experiments.__main__ import main
 from experiments.paper.cells import CONFIGS, run_name, toy
-from experiments.run import loop, queue, train
+from experiments.run import queue, train
 from experiments.run.queue import Budget, Queue
-from experiments.store import ledger, logs
 from experiments.store import results as result
-from experiments.store.checkpoints import Checkpoints, steps_in
+from experiments.store.checkpoints import steps_in
+from experiments.store.files import locked
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
 SEEDS = [replace(toy(CONFIGS["digits-m4"]), seed=seed) for seed in range(3)]
-OPTIONS = {"devices": 1, "evaluations": 2}
 ROOT = Path(__file__).parents[3]
 
 
@@ -34,171 +31,16 @@ def numbers(outcome):
     return {key: outcome[key] for key in ("train", "test", "curves", "config", "data")}
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """Two seeds trained together."""
-    out = tmp_path_factory.mktemp("pair")
-    try:
-        return out, train.run_seeds(SEEDS[:2], out=out, **OPTIONS)
-    except ValueError as error:
-        if jax.__version_info__ < (0, 8) and "several seeds in one program" in str(error):
-            pytest.skip(str(error))
-        raise
-
-
-def test_seeds_together_equal_seeds_alone_up_to_rounding(pair, tmp_path):
-    alone = train.run(SEEDS[1], out=tmp_path, **OPTIONS)
-    together = pair[1][1]
-    assert together["together"] == [0, 1] and alone["together"] == [1]
-    assert together["curves"]["train"]["step"] == alone["curves"]["train"]["step"]
-    for curve in ("loss", "feature_norm"):
-        np.testing.assert_allclose(
-            together["curves"]["train"][curve], alone["curves"]["train"][curve], rtol=1e-4
-        )
-    np.testing.assert_allclose(together["test"]["kernel"], alone["test"]["kernel"], atol=2e-3)
-    assert pair[1][0]["test"] != together["test"]
-
-
-def test_together_continues_to_the_same_bits(pair, tmp_path):
-    asked = itertools.count()
-    keywords = {"out": tmp_path, "checkpoint_seconds": 0.0, **OPTIONS}
-    assert train.run_seeds(SEEDS[:2], stop=lambda: next(asked) == 5, **keywords) is None
-    # A kill between the saves leaves the runs with different newest checkpoints.
-    folders = [tmp_path / run_name(config) / "checkpoints" for config in SEEDS[:2]]
-    assert [steps_in(folder) for folder in folders] == [{4, 5}] * 2
-    ledger.rewound(folders[1].parent, 4, logs.read(folders[1].parent))
-    with Checkpoints(folders[1], kept=2) as checkpoints:
-        checkpoints.rewind(4)
-    assert loop.common_step([folder.parent for folder in folders]) == 4
-    outcomes = train.run_seeds(SEEDS[:2], out=tmp_path, **OPTIONS)
-    assert list(map(numbers, outcomes)) == list(map(numbers, pair[1]))
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: no code handles this exception."""
-
-
-def killed_at(monkeypatch, owner, name, call):
-    """Raises Killed at the numbered call of a method."""
-    method, calls = getattr(owner, name), itertools.count()
-
-    def killed(*arguments):
-        if next(calls) == call:
-            raise Killed
-        return method(*arguments)
-
-    monkeypatch.setattr(owner, name, killed)
-
-
-def train_two(out):
-    """Trains the first two of three seeds; the third must not join them."""
-    waiting = Queue(SEEDS, out, Budget(math.inf))
-    while group := waiting.next_group(2):
-        if SEEDS[2] in group:
-            assert group == [SEEDS[2]]
-            return
-        waiting.train(group, checkpoint_seconds=0.0, **OPTIONS)
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "call"),
-    [(loop.Session, "save", call) for call in range(4)]
-    + [(loop.Session, "finish", call) for call in range(2)],
-)
-def test_a_kill_amid_saves_or_results_keeps_the_group(
-    pair, tmp_path, monkeypatch, owner, name, call
-):
-    """Two of three seeds train together; a kill must not change which two."""
-    with monkeypatch.context() as patch:
-        killed_at(patch, owner, name, call)
-        with pytest.raises(Killed):
-            train_two(tmp_path)
-    train_two(tmp_path)
-    for config, whole in zip(SEEDS, pair[1], strict=False):
-        outcome = result.load(tmp_path / f"{run_name(config)}.json")
-        assert numbers(outcome) == numbers(whole)
-        assert outcome["together"] == [0, 1]
-
-
-@pytest.mark.usefixtures("pair")  # which skips where JAX cannot train seeds together
-def test_a_kill_after_a_seed_diverged_keeps_the_group(tmp_path, monkeypatch):
-    """Seed 1 diverges in the third update; the kill comes right before or after its result."""
-    whole = tmp_path / "whole"
-
-    def diverging(patch):
-        look, seeds = loop.Group._look, []
-
-        def remembering(group, session, *rest):
-            seeds.append(session.task.facts["seed"])
-            return look(group, session, *rest)
-
-        def divergence(values, first, skipped=0):
-            return {"step": 2, "loss": math.nan} if (seeds[-1], first) == (1, 2) else None
-
-        patch.setattr(loop.Group, "_look", remembering)
-        patch.setattr(loop, "divergence", divergence)
-
-    with monkeypatch.context() as patch:
-        diverging(patch)
-        train_two(whole)
-    for call in range(2):
-        out = tmp_path / str(call)
-        with monkeypatch.context() as patch:
-            diverging(patch)
-            killed_at(patch, loop.Session, "finish", call)
-            with pytest.raises(Killed):
-                train_two(out)
-        with monkeypatch.context() as patch:
-            diverging(patch)
-            train_two(out)
-        for config in SEEDS[:2]:
-            one, other = (result.load(o / f"{run_name(config)}.json") for o in (whole, out))
-            assert one["status"] == other["status"] and one["curves"] == other["curves"]
-            assert one["together"] == other["together"] and one.get("test") == other.get("test")
-
-
-def test_diverged_seed_leaves_the_others_alone(pair, tmp_path, monkeypatch):
-    diverged = {"step": 2, "loss": math.nan, "share": 0.5}
-    asked = itertools.count()
-    monkeypatch.setattr(loop, "divergence", lambda *_: diverged if next(asked) == 5 else None)
-    first, second = train.run_seeds(SEEDS[:2], out=tmp_path, **OPTIONS)
-    assert first["status"] == "finished" and second["status"] == "diverged"
-    assert len(second["curves"]["train"]["step"]) == 3
-    np.testing.assert_allclose(
-        first["curves"]["train"]["loss"], pair[1][0]["curves"]["train"]["loss"], rtol=1e-4
-    )
-
-
-def test_groups_are_seeds_of_one_configuration_that_can_go_on_together(tmp_path, monkeypatch):
-    other = replace(SEEDS[0], name="digits-softmax", margin=1)
-    steps = {run_name(SEEDS[0]): {4, 6}, run_name(SEEDS[1]): {8}, run_name(SEEDS[2]): {2, 4}}
-    monkeypatch.setattr(
-        loop,
-        "steps_in",
-        lambda folder: steps.get(str(folder.parent.relative_to(tmp_path)), set()),
-    )
-    waiting = Queue([*SEEDS, other], tmp_path, Budget(math.inf))
-    assert waiting.next_group(1) == SEEDS[:1]
-    assert waiting.next_group(2) == waiting.next_group(5) == [SEEDS[0], SEEDS[2]]
-    with pytest.raises(ValueError, match="stopped at different steps"):
-        loop.common_step([tmp_path / run_name(config) for config in SEEDS[:2]])
-    # A run that has begun does not wait for one that has not, except at step 0.
-    for begun, together in (({0}, 3), ({0, 4}, 1), ({4}, 1), (set(), 3)):
-        steps.clear()
-        steps[run_name(SEEDS[0])] = begun
-        assert waiting.next_group(3) == SEEDS[:together]
-
-
-def test_reproduce_runs_what_is_missing(pair, tmp_path, capsys, monkeypatch):
+def test_reproduce_runs_what_is_missing(tmp_path, capsys, monkeypatch):
     words = ["reproduce", "--only", "digits-m*", "--seeds", "2", "--toy", "--devices", "1"]
-    words += ["--together", "2", "--out", str(tmp_path)]
+    words += ["--out", str(tmp_path)]
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "run 1 of 2: digits-m4/steps8" in said and "2 of 2 runs are done" in said
     for config in SEEDS[:2]:
         outcome = result.load(tmp_path / "toy" / f"{run_name(config)}.json")
         assert outcome["reduced"] and outcome["seed"] == config.seed
-    monkeypatch.setattr(train, "run_seeds", None)
+    monkeypatch.setattr(train, "run", None)
     assert main(words) == 0
     assert "2 of 2 runs are done" in capsys.readouterr().out
 
@@ -215,14 +57,14 @@ def test_the_result_of_another_recipe_is_not_taken_for_the_run(tmp_path, capsys)
 
 
 def test_failed_and_diverged_runs_are_named(tmp_path, capsys, monkeypatch):
-    def run_seeds(group, out, **_):
-        if group[0].seed == 0:
+    def run(config, **_):
+        if config.seed == 0:
             raise RuntimeError("out of memory\nand more")
-        outcome = {"status": "diverged" if group[0].seed == 1 else "finished"}
+        outcome = {"status": "diverged" if config.seed == 1 else "finished"}
         outcome |= {"seconds": {"wall": 9.0, "setup": 1.0, "compilation": 2.0}}
-        return [outcome | {"config": group[0].to_json(), "together": [2]}]
+        return outcome | {"config": config.to_json()}
 
-    monkeypatch.setattr(train, "run_seeds", run_seeds)
+    monkeypatch.setattr(train, "run", run)
     words = ["reproduce", "--only", "digits-m4", "fig2-m1", "--seeds", "3", "--out", str(tmp_path)]
     assert main(words) == 1
     said = capsys.readouterr().out
@@ -233,6 +75,17 @@ def test_failed_and_diverged_runs_are_named(tmp_path, capsys, monkeypatch):
     assert "run 3 of 6: digits-m4/seed2, about an unknown time" in said
     cost = queue.work(CONFIGS["fig2-m1"]) / queue.work(CONFIGS["digits-m4"])
     assert f"about {queue._shown(3 * (6 * cost + 3))} to go" in said
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(tmp_path, capsys):
+    words = ["reproduce", "--only", "digits-m4", "--seeds", "1", "--toy", "--devices", "1"]
+    folder = tmp_path / "toy" / run_name(SEEDS[0])
+    lock = locked(folder)
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    lock.release()
+    said = capsys.readouterr().out
+    assert f"left to another process: {folder} is in use" in said and "failed" not in said
+    assert "1 of 1 runs left" in said
 
 
 def test_missing_data_fails_every_run_with_one_message(tmp_path, capsys):
@@ -256,7 +109,6 @@ def test_cheapest_runs_come_first():
     [
         (["--only", "cifar11-*"], "--only 'cifar11-*' names no configuration"),
         (["--seeds", "0"], "seeds must be >= 1, got 0"),
-        (["--together", "0"], "together must be >= 1, got 0"),
     ],
 )
 def test_mistakes_end_with_2(words, message, capsys):
@@ -288,18 +140,17 @@ def test_request_to_stop_ends_the_queue(tmp_path):
     asked = []
     budget = Budget(math.inf, lambda: bool(asked))
     waiting = Queue(SEEDS[:1], tmp_path, budget)
-    group = waiting.next_group(1)
     asked.append("stop")
-    waiting.train(group, **OPTIONS)
-    assert waiting.next_group(1) == [] and not list(tmp_path.rglob("*seed*.json"))
+    waiting.train(waiting.next_run(), None, 1, 60.0)
+    assert waiting.next_run() is None and not list(tmp_path.rglob("*seed*.json"))
     assert steps_in(tmp_path / run_name(SEEDS[0]) / "checkpoints") == {0}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("together", [1, pytest.param(2, marks=pytest.mark.ci)])
-def test_killed_queue_continues_to_the_same_bits(together, kept_programs, tmp_path):
+@pytest.mark.ci
+def test_killed_queue_continues_to_the_same_bits(kept_programs, tmp_path):
     words = ["reproduce", "--only", "digits-m4", "--seeds", "2", "--toy", "--devices", "1"]
-    words += ["--together", str(together), "--checkpoint-seconds", "0"]
+    words += ["--checkpoint-seconds", "0"]
 
     def command(out):
         environment = os.environ | kept_programs

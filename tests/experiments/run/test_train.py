@@ -98,16 +98,16 @@ def test_stopped_run_continues_to_the_same_bits(unbroken, tmp_path):
 
 def test_broken_run_continues_from_its_checkpoint_to_the_same_bits(unbroken, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        steps, advance = itertools.count(), loop.Group._advance
+        steps, advance = itertools.count(), session.Session.advance
 
-        def broken(group, progress):
+        def broken(broken_session, length):
             if next(steps) == 7:
                 raise KeyboardInterrupt
-            return advance(group, progress)
+            return advance(broken_session, length)
 
         # The run saves after step 1 only, so that the log is ahead of the checkpoint.
         clock = itertools.chain([0.0], itertools.repeat(100.0))
-        patch.setattr(loop.Group, "_advance", broken)
+        patch.setattr(session.Session, "advance", broken)
         patch.setattr(loop, "time", FakeTime(clock))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
@@ -274,14 +274,6 @@ def test_the_commit_is_that_of_the_start(tmp_path, monkeypatch):
     assert run(tmp_path)["commit"] == "commit 0"
     claims = result.load(tmp_path / run_name(CONFIG) / "claim")
     assert claims["begun"]["commit"] == "commit 1" and next(commits) == "commit 2"
-
-
-def test_images_are_counted_as_often_as_runs_made_them():
-    """Two seeds made three updates together, then one went on alone. Older logs have no number."""
-    together = {"kind": "train", "step": 3, "together": 2}
-    alone = {"kind": "train", "step": 5, "together": 1}
-    assert session.trained([together, {"kind": "test", "step": 3}, alone]) == 8
-    assert session.trained([{"kind": "train", "step": 4}]) == 4 and session.trained([]) == 0
 
 
 def test_first_interrupt_asks_and_the_second_ends():

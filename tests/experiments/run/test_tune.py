@@ -55,7 +55,7 @@ def test_tune_reads_no_test_image(tmp_path, capsys, monkeypatch):
     assert outcome["reduced"] and "--validation" in outcome["command"]
     said = capsys.readouterr().out
     assert "best: python -m experiments train digits-m4 --pace annealed --lam.base 1000.0" in said
-    monkeypatch.setattr(train, "run_seeds", None)
+    monkeypatch.setattr(train, "run", None)
     assert main(once) == 0
     assert result.load(tmp_path / "tune" / FILE)["candidates"] == found["candidates"]
 
@@ -63,24 +63,16 @@ def test_tune_reads_no_test_image(tmp_path, capsys, monkeypatch):
 def outcomes(monkeypatch, error_of):
     """Replaces training by error_of, a run's validation error, or None if the run diverges."""
 
-    def run_seeds(group, out, **_):
-        made = []
-        for config in group:
-            error = error_of(config)
-            status = "diverged" if error is None else "finished"
-            outcome = {
-                "status": status,
-                "seed": config.seed,
-                "config": config.to_json(),
-                "together": [0],
-            }
-            outcome |= {"seconds": {"wall": 3.0, "setup": 1.0, "compilation": 1.0}}
-            outcome |= {"device": "none"} | ({} if error is None else {"test": {"error": error}})
-            result.save(out / f"{run_name(config)}.json", outcome)
-            made.append(outcome)
-        return made
+    def run(config, out, **_):
+        error = error_of(config)
+        status = "diverged" if error is None else "finished"
+        outcome = {"status": status, "seed": config.seed, "config": config.to_json()}
+        outcome |= {"seconds": {"wall": 3.0, "setup": 1.0, "compilation": 1.0}}
+        outcome |= {"device": "none"} | ({} if error is None else {"test": {"error": error}})
+        result.save(out / f"{run_name(config)}.json", outcome)
+        return outcome
 
-    monkeypatch.setattr(train, "run_seeds", run_seeds)
+    monkeypatch.setattr(train, "run", run)
 
 
 def test_lowest_mean_wins_and_no_diverged_candidate(tmp_path, monkeypatch):

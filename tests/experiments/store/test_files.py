@@ -282,11 +282,6 @@ def test_a_cut_log_is_refused(run, kept):
         ledger.check(run, 4, logs.read(run))
 
 
-def test_going_back_is_noted(run):
-    ledger.rewound(run, 2, logs.read(run))
-    ledger.check(run, 2, logs.read(run)[:2])
-
-
 def test_checkpoints_without_a_claim_are_refused(run):
     with pytest.raises(ValueError, match="holds checkpoints, and its claim"):
         claim(run, {"a": 1}, 1, writes=True)
