@@ -1,7 +1,7 @@
 """Trains a face network on any folder of `person/image.jpg`, streamed from the disk.
 
-A run's folder also holds the position of the image stream, so a stopped run continues in the middle
-of an epoch.
+A checkpoint holds the position of the image stream, so a stopped run continues in the middle of an
+epoch.
 """
 
 import hashlib

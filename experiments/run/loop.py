@@ -1,11 +1,11 @@
 """The one training loop: every run, whatever its batches come from, advances through `train`.
 
-Files of a run: ``RUN.json`` is its result, ``RUN/`` holds its checkpoints, ``metrics.jsonl``,
-TensorBoard events and, where the step does not say it, the position of its source. A run stopped
-at any point, even by SIGKILL, continues from its checkpoint. On the same devices it ends in the
-bits of an unbroken run: batches, λ and learning rate go by the step, and a checkpoint falls
-between the same dispatches. (Seen on CPUs; a GPU's sums may come in another order unless XLA_FLAGS
-has --xla_gpu_deterministic_ops=true.)
+Files of a run: ``RUN.json`` is its result, ``RUN/`` holds its last checkpoint, ``metrics.jsonl``,
+TensorBoard events and its claim, which says what it trains. A run stopped at any point, even by
+SIGKILL, continues from its checkpoint. On the same devices it ends in the bits of an unbroken run:
+batches, λ and learning rate go by the step, and a checkpoint falls between the same dispatches.
+(Seen on CPUs; a GPU's sums may come in another order unless XLA_FLAGS has
+--xla_gpu_deterministic_ops=true.)
 """
 
 import math

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from experiments.store import checkpoints, claims, files, ledger, logs, processes, results
+from experiments.store import checkpoints, claims, files, logs, processes, results
 from lsoftmax_jax.training import State
 
 Values = dict[str, NDArray[np.float32]]
@@ -129,14 +129,12 @@ class Session:
             claims.claim(task.folder, task.settings, task.mesh.size, writes=first)
             saved = checkpoints.Checkpoints(task.folder / "checkpoints")
             self._checkpoints = running.enter_context(saved)
-            ledger.check(task.folder, saved.latest_step(), logs.read(task.folder))
-            restored = saved.latest(task.like)
-            self.state = task.create() if restored is None else restored
+            self.state, mark = self._restored()
             self.step = int(self.state.step)
-            if restored is not None:
-                self._restore_position()
-            self.log = logs.Log(task.folder, self.step, writes=first)
+            self.log = logs.Log(task.folder, self.step, mark, writes=first)
             running.callback(self.log.close)
+            # From now on, a log without a checkpoint shows that the checkpoint was lost.
+            self.save()
         task.clock.add(self.log.seconds)
         self.skipped = int(sum(line.get("skipped") or 0 for line in self.log.lines))
         self.collapsed = any(line.get("collapsing") for line in self.log.lines)
@@ -169,21 +167,9 @@ class Session:
         self._write("test", **point)
 
     def save(self) -> None:
-        """A checkpoint; the source's position first, so that none is without one."""
-        position = self.task.source.position()
-        if position is not None:
-            with files.replacing(self._position(self.step)) as file:
-                file.write(json.dumps(position).encode())
-        self._checkpoints.add(self.state)
-        if processes.is_first():
-            ledger.note(self.task.folder, self.step, len(self.log.lines), self.log.digest)
-        if position is not None:
-            kept = {
-                self._position(step)
-                for step in checkpoints.steps_in(self.task.folder / "checkpoints")
-            }
-            for old in set(self._position(0).parent.glob(self._position("*").name)) - kept:
-                old.unlink()
+        """A checkpoint, with where the source stands and which log belongs to it."""
+        positions = processes.gathered(self.task.source.position())
+        self._checkpoints.add(self.state, {"log": self.log.mark(), "positions": positions})
 
     def finish(self, diverged: dict[str, Any] | None = None) -> dict[str, Any]:
         """Measures the last iterate; writes the result and returns it.
@@ -228,18 +214,28 @@ class Session:
     def _write(self, kind: str, **values: float) -> None:
         self.log.write(kind, self.step, self.task.clock.read(), **values)
 
-    def _position(self, step: int | str) -> Path:
-        return self.task.folder / "position" / f"{step}.{jax.process_index()}.json"
-
-    def _restore_position(self) -> None:
-        file = self._position(self.step)
-        if file.exists():
-            try:
-                self.task.source.restore(json.loads(files.read_text(file)))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"{file} must say where the batches stood: {error}") from error
-        elif self.task.source.position() is not None:
-            raise ValueError(f"{file} is missing: continue on as many processes as before")
+    def _restored(self) -> tuple[State, logs.Mark]:
+        """The state to go on from and the mark of its log; the source goes where it stood."""
+        task, found = self.task, self._checkpoints.latest(self.task.like)
+        again = f"remove {task.folder} to train from the start"
+        if found is None:
+            log = files.regular(task.folder / "metrics.jsonl")
+            if log and log.st_size:
+                raise ValueError(f"{task.folder} has lost its checkpoint; put it back, or {again}")
+            return task.create(), logs.START
+        state, note = found
+        if not note:
+            raise ValueError(
+                f"{task.folder} is a run of an earlier version; end it there, or {again}"
+            )
+        if task.source.position() is not None:
+            positions = note["positions"]
+            if len(positions) != jax.process_count():
+                raise ValueError(
+                    f"{task.folder} must continue on as many processes as before, {len(positions)}"
+                )
+            task.source.restore(positions[jax.process_index()])
+        return state, note["log"]
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""A run's latest state on disk, by Orbax: whole or not there, restorable on other devices."""
+"""A run's latest state and a note on disk, by Orbax: whole or not there, for any devices."""
 
 import shutil
 import signal
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -37,19 +38,28 @@ class Checkpoints(ocp.CheckpointManager):
                 shutil.rmtree(left)
         super().__init__(folder.absolute(), options=options)
 
-    def add(self, state: State) -> None:
-        """Saves a state, unless it is there. Ctrl-C and SIGTERM wait until it is saved."""
+    def add(self, state: State, note: dict[str, Any]) -> None:
+        """Saves a state, unless it is there. Ctrl-C and SIGTERM wait until it is saved.
+
+        Args:
+          state: of the run.
+          note: what else the run needs to continue there, as JSON.
+        """
         step = int(state.step)
         if step != self.latest_step():
+            saved = ocp.args.StandardSave(state._asdict())
             with uninterrupted(), _named(self.folder, "no checkpoint could be written"):
-                self.save(step, args=ocp.args.StandardSave(state._asdict()))
+                self.save(step, args=saved, custom_metadata=note)
 
-    def latest(self, like: State) -> State | None:
-        """The newest state; None if there is none.
+    def latest(self, like: State) -> tuple[State, dict[str, Any]] | None:
+        """The newest state and its note; None if there is none.
 
         Args:
           like: a state, abstract or not, of the same model and optimizer: its shapes, dtypes and
             where its arrays lie.
+
+        Raises:
+          ValueError: naming the folder, if the checkpoint cannot be read.
         """
         step = self.latest_step()
         if step is None:
@@ -58,7 +68,8 @@ class Checkpoints(ocp.CheckpointManager):
             for file in (self.folder / str(step)).rglob("*"):
                 if not file.is_dir():
                     regular(file)
-            return State(**self.restore(step, args=ocp.args.StandardRestore(like._asdict())))
+            state = State(**self.restore(step, args=ocp.args.StandardRestore(like._asdict())))
+            return state, self.metadata(step).custom_metadata
 
 
 @contextmanager
@@ -96,10 +107,10 @@ def last_state(run: Path, like: State, flag: str = "") -> State:
       FileNotFoundError: there is no checkpoint; the message begins with the flag that named it.
     """
     with Checkpoints(run / "checkpoints", writes=False) as checkpoints:
-        state = checkpoints.latest(like)
-    if state is None:
+        found = checkpoints.latest(like)
+    if found is None:
         raise FileNotFoundError(f"{flag}{run} has no checkpoint yet; train that run first")
-    return state
+    return found[0]
 
 
 def steps_in(folder: Path) -> set[int]:

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
+import os
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,11 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from experiments.store.files import naming, regular, replacing
+from experiments.store.files import naming, regular
+
+Mark = tuple[int, str]
+"""The size of a log in bytes, and their SHA-256."""
+START: Mark = 0, hashlib.sha256().hexdigest()
 
 
 @dataclass
@@ -38,18 +42,29 @@ class Log:
 
     Args:
       folder: of the run.
-      step: the step the run continues at; lines of later steps are dropped.
+      step: the step the run continues at.
+      mark: `mark` of the log at that step; what was written later is dropped.
       writes: whether files are written at all; of several processes only one may write.
+
+    Raises:
+      ValueError: naming the log, if it is shorter than at the mark, or another one.
     """
 
-    def __init__(self, folder: Path, step: int, writes: bool = True) -> None:
-        self.lines = [line for line in read(folder) if line["step"] <= step]
-        self._digest = hashlib.sha256(b"".join(map(_encode, self.lines)))
+    def __init__(self, folder: Path, step: int, mark: Mark = START, writes: bool = True) -> None:
         self._writes, self._path = writes, folder / "metrics.jsonl"
+        there = self._path.read_bytes() if regular(self._path) else b""
+        self._size, digest = mark
+        kept = there[: self._size]
+        self._digest = hashlib.sha256(kept)
+        cure = f"up to step {step}; put it back, or remove {folder} to train from the start"
+        if len(kept) < self._size:
+            raise ValueError(f"{self._path} has lost some of its lines {cure}")
+        if self._digest.hexdigest() != digest:
+            raise ValueError(f"{self._path} is not as the run wrote it {cure}")
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in kept.splitlines()]
         if writes:
-            with replacing(self._path) as file:
-                file.writelines(map(_encode, self.lines))
             self._file = self._path.open("ab")
+            self._file.truncate(self._size)
             self._events = Events(folder / "events", step + 1)
 
     def close(self) -> None:
@@ -63,20 +78,24 @@ class Log:
         """The time spent until the last line."""
         return Seconds(**self.lines[-1]["seconds"]) if self.lines else Seconds()
 
-    @property
-    def digest(self) -> str:
-        """`digest` of all lines."""
-        return self._digest.hexdigest()
+    def mark(self) -> Mark:
+        """The size and the digest of what is written so far, and is on the disk from now on."""
+        if self._writes:
+            with naming(self._path):
+                os.fsync(self._file.fileno())
+        return self._size, self._digest.hexdigest()
 
     def write(self, kind: str, step: int, seconds: Seconds, **values: float) -> None:
         """One line of a kind, "train" or "test"; a value that is not finite becomes null."""
         rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
         line = {"kind": kind, "step": step, **finite(rounded), "seconds": asdict(seconds)}
+        written = json.dumps(line).encode() + b"\n"
         self.lines.append(line)
-        self._digest.update(_encode(line))
+        self._digest.update(written)
+        self._size += len(written)
         if self._writes:
             with naming(self._path):
-                self._file.write(_encode(line))
+                self._file.write(written)
                 self._file.flush()
             self._events.add({f"{kind}/{name}": value for name, value in values.items()}, step)
 
@@ -128,54 +147,3 @@ class Events:
 def finite(values: dict[str, float]) -> dict[str, float | None]:
     """JSON knows no infinity and no NaN: they become null."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def digest(lines: Iterable[dict[str, Any]]) -> str:
-    """A fingerprint of lines and their order."""
-    return hashlib.sha256(b"".join(map(_encode, lines))).hexdigest()
-
-
-def _encode(line: dict[str, Any]) -> bytes:
-    return json.dumps(line).encode() + b"\n"
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's log; none if there is no log.
-
-    Raises:
-      ValueError: naming the first line that no run writes there.
-    """
-    file = folder / "metrics.jsonl"
-    if regular(file) is None:
-        return []
-    *lines, _ = file.read_bytes().split(b"\n")  # after the last newline, at most a torn line
-    found, last = [], {"train": 0, "test": 0}
-    for number, line in enumerate(lines, 1):
-        decoded = _decode(line)
-        if decoded is None or not max(last.values()) <= decoded["step"] > last[decoded["kind"]]:
-            raise ValueError(
-                f"{file}, line {number}: expected a line of a run's log, of a step after those "
-                f"before it, got {line[:40]!r}"
-            )
-        last[decoded["kind"]] = decoded["step"]
-        found.append(decoded)
-    return found
-
-
-def _decode(line: bytes) -> dict[str, Any] | None:
-    """A line of a log; None if it is something else."""
-    try:
-        decoded = json.loads(line)
-        match decoded:
-            case {"kind": "train" | "test", "step": int(), "seconds": dict(seconds), **values}:
-                numbers = [*seconds.values(), *(v for v in values.values() if v is not None)]
-                if asdict(Seconds()).keys() == seconds.keys() and all(map(is_number, numbers)):
-                    return dict(decoded)
-    except (ValueError, RecursionError):
-        pass
-    return None
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value from JSON is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)

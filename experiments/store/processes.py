@@ -6,6 +6,7 @@ or signals has to be `agreed`. Their files must be in one file system that all o
 first process alone writes logs and results and speaks.
 """
 
+import json
 import os
 import socket
 import sys
@@ -13,7 +14,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -157,6 +158,15 @@ def is_first() -> bool:
 def agreed(wish: bool) -> bool:
     """Whether the wish of any process is true. Every process must call this."""
     return bool(np.any(multihost_utils.process_allgather(np.bool_(wish))))
+
+
+def gathered(value: Any) -> list[Any]:
+    """A value of each process, as JSON, in their order. Every process must call this."""
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(mine)))
+    padded = np.pad(mine, (0, sizes.max() - len(mine)))
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def wait(point: str) -> None:

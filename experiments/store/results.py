@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import platform
 import re
@@ -18,7 +19,6 @@ from numpy.typing import ArrayLike, NDArray
 
 import lsoftmax_jax
 from experiments.store.files import read_text, replacing
-from experiments.store.logs import is_number
 
 
 def save(file: Path, result: dict[str, Any]) -> None:
@@ -81,6 +81,11 @@ def _checked(file: Path, run: dict[str, Any]) -> dict[str, Any]:
     for name in (name for name, is_wrong in wrong.items() if is_wrong):
         raise ValueError(f"{file} must hold a result of a run, its {name} is {run.get(name)!r:.60}")
     return run
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _are_numbers(found: Any) -> bool:

@@ -23,6 +23,7 @@ from experiments.faces.train import load_run
 from experiments.paper import networks as models
 from experiments.paper.networks import Network, Stage
 from experiments.run import loop
+from experiments.store.checkpoints import Checkpoints
 from lsoftmax_jax import training
 from lsoftmax_jax.devices import data_mesh
 from lsoftmax_jax.schedule import LambdaPreset
@@ -79,6 +80,11 @@ def run_for(folder, out, updates=6, recipe=RECIPE, without="CD", **keywords):
     return loop.train(task, loop.Pace(1, 0), lambda: next(asked) == updates)
 
 
+def positions(out):
+    with Checkpoints(out / "checkpoints", writes=False) as saved:
+        return saved.metadata(saved.latest_step()).custom_metadata["positions"]
+
+
 def weights(out):
     return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(load_run(out).model)))
 
@@ -89,9 +95,12 @@ def test_a_run_resumes_to_the_same_bits(folder, tmp_path):
     parts = run_for(folder, tmp_path / "parts")
     chex.assert_trees_all_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
     assert parts["curves"] == whole["curves"]
-    assert len(list((tmp_path / "parts" / "position").iterdir())) == 1
-    (tmp_path / "parts" / "position" / "6.0.json").unlink()
-    with pytest.raises(ValueError, match=r"position/6.0.json is missing: continue on as many"):
+    assert len(positions(tmp_path / "parts")) == 1
+    (file,) = (tmp_path / "parts").glob("checkpoints/*/_CHECKPOINT_METADATA")
+    of_two = json.loads(file.read_text())
+    of_two["custom_metadata"]["positions"] *= 2
+    file.write_text(json.dumps(of_two))
+    with pytest.raises(ValueError, match="must continue on as many processes as before, 2"):
         run_for(folder, tmp_path / "parts")
 
 
@@ -194,14 +203,13 @@ def test_a_plateau_lowers_the_rate_also_after_a_resume(folder, tmp_path, monkeyp
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_for(folder, whole, 9, recipe)
     assert run_for(folder, parts, 5, recipe) is None
-    (file,) = (parts / "position").iterdir()
-    position = json.loads(file.read_text())
+    (position,) = positions(parts)
     assert position["plateau"][2] == 1 and len(position["losses"]) == 1
     run_for(folder, parts, 9, recipe)
     chex.assert_trees_all_equal(weights(parts), weights(whole))
     monkeypatch.setattr(train_faces, "NO_LAM", 0.0)
     run_for(folder, tmp_path / "steady", 9, recipe)
-    steady = json.loads(next((tmp_path / "steady" / "position").iterdir()).read_text())
+    (steady,) = positions(tmp_path / "steady")
     assert steady["plateau"][2] == 0  # λ is still high
 
 

@@ -87,6 +87,15 @@ def test_processes_must_have_the_same_data(monkeypatch):
         processes.check_same("mine", "data")
 
 
+def test_values_of_several_lengths_are_gathered(monkeypatch):
+    assert processes.gathered({"next": 3, "losses": [0.5]}) == [{"next": 3, "losses": [0.5]}]
+    texts = np.frombuffer(b"12\0\0" + b"1234", np.uint8).reshape(2, 4)
+    of_two = iter([np.int32([2, 4]), texts])
+    gather = processes.multihost_utils
+    monkeypatch.setattr(gather, "process_allgather", lambda mine: next(of_two))
+    assert processes.gathered(12) == [12, 1234]
+
+
 def test_other_processes_write_no_log(tmp_path):
     log = Log(tmp_path / "run", 0, writes=False)
     log.write("train", 1, Seconds(wall=1.0), loss=2.0)
