@@ -45,10 +45,8 @@ def campaign(
     """
     if not 1 <= processes <= (os.cpu_count() or 1):
         raise ValueError(f"processes must be in 1..{os.cpu_count()}, got {processes}")
-    if not budget_minutes >= 0:
-        raise ValueError(f"budget-minutes must be >= 0, got {budget_minutes}")
     cores = cores_of(processes) if pin else []
-    wanted, end = BATCHES[batch], time.monotonic() + 60 * budget_minutes
+    wanted, over = BATCHES[batch], loop.budget(budget_minutes)
     waiting = [config for config in wanted if not train.is_done(config, out)]
     running: dict[int, tuple[Config, subprocess.Popen[bytes]]] = {}
     failed, stopped, done = [], False, len(wanted) - len(waiting)
@@ -58,7 +56,7 @@ def campaign(
     ):
         try:
             while running or (waiting and not stopped):
-                if not stopped and (asked() or time.monotonic() >= end):
+                if not stopped and (asked() or over()):
                     stopped = True
                     for _, process in running.values():
                         process.terminate()

@@ -197,6 +197,14 @@ def finished(folder: Path, name: str) -> Outcome | None:
     return outcome
 
 
+def budget(minutes: float) -> Stop:
+    """Whether so many minutes from now are over."""
+    if not minutes >= 0:
+        raise ValueError(f"budget-minutes must be >= 0, got {minutes}")
+    end = time.monotonic() + 60 * minutes
+    return lambda: time.monotonic() >= end
+
+
 def exit_code(outcome: Outcome | None) -> int:
     """0 for a finished run, 1 for a diverged one, 130 for one that was stopped."""
     return INTERRUPTED if outcome is None else int(outcome["status"] == "diverged")

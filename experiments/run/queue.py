@@ -3,8 +3,7 @@
 import fnmatch
 import math
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def reproduce(
     Args:
       only: names of configurations, such as 'cifar10-*'.
       seeds: how many seeds to train each configuration with, from 0 on.
-      budget_minutes: stop before this many minutes are over; the same command continues.
+      budget_minutes: stop when so many minutes are over; the same command continues.
       toy: shrink every run to seconds and write into the subfolder toy of --out.
       data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
       out: folder of the results.
@@ -64,12 +63,47 @@ def train_missing(
     The arguments are those of `reproduce`.
     """
     keep_compiled()
+    over = loop.budget(budget_minutes)
+    missing = [config for config in wanted if not train.is_done(config, out)]
+    measured = finished_here([config for config in wanted if config not in missing], out)
+    diverged, failed, in_use = list[str](), dict[str, str](), 0
     with loop.interruptible() as asked:
-        queue = Queue(wanted, out, Budget(60 * budget_minutes, asked))
-        while config := queue.next_run():
-            queue.train(config, data, devices, checkpoint_seconds)
-        queue.print_summary()
-        return loop.INTERRUPTED if asked() else 1 if queue.failed else 0
+        while missing and not asked() and not over():
+            config, name = missing[0], run_name(missing[0])
+            print(turn(wanted, missing, measured), flush=True)
+            try:
+                outcome = train.run(
+                    config,
+                    folder=data,
+                    out=out,
+                    devices=devices,
+                    checkpoint_seconds=checkpoint_seconds,
+                    stop=lambda: asked() or over(),
+                )
+                if outcome is None:
+                    break
+                if outcome["status"] == "diverged":
+                    diverged.append(name)
+                else:
+                    measured.append(outcome)
+            except InUse as error:
+                print(f"left to another process: {error}")
+                in_use += 1
+            except Exception as error:  # whatever it is, the other runs go on
+                message = str(error) or type(error).__name__
+                if message not in failed.values():
+                    print(f"failed: {message}")
+                failed[name] = message
+            missing.pop(0)
+        for name in diverged:
+            print(f"diverged: {name}")
+        for name, message in failed.items():
+            print(f"failed: {name}: {message.splitlines()[0]}")
+        if left := len(missing) + in_use:
+            print(f"{left} of {len(wanted)} runs left; the same command continues")
+        else:
+            print(f"{len(wanted) - len(failed)} of {len(wanted)} runs are done: {out}")
+        return loop.INTERRUPTED if asked() else int(bool(failed))
 
 
 def runs(only: Sequence[str], seeds: int, toy: bool) -> list[Config]:
@@ -112,143 +146,39 @@ def keep_compiled() -> None:
         jax.config.update(option, str(cache / "lsoftmax_jax" / "compiled"))
 
 
-class Budget:
-    """When to stop: on request, or while there is still time for twice the longest dispatch so far.
-
-    Args:
-      seconds: from now to the deadline.
-      asked: whether somebody asked to stop.
-    """
-
-    def __init__(self, seconds: float, asked: Callable[[], bool] = lambda: False) -> None:
-        if not seconds >= 0:
-            raise ValueError(f"budget-minutes must be >= 0, got {seconds / 60}")
-        self._deadline = time.perf_counter() + seconds
-        self._asked = asked
-        self._questions, self._last, self._longest, self._ended = 0, 0.0, 0.0, False
-
-    def allows(self, seconds: float) -> bool:
-        """Whether there is time for a run whose first update comes after so many seconds."""
-        self._questions = 0
-        return not self._ended and self._deadline - time.perf_counter() > seconds
-
-    def over(self) -> bool:
-        """Asked before every dispatch of a run, to learn how long they take."""
-        now = time.perf_counter()
-        self._questions += 1
-        if self._questions > 2:  # the first dispatch of a run compiles
-            self._longest = max(self._longest, now - self._last)
-        self._last = now
-        self._ended = self._asked() or self._deadline - now <= 2 * self._longest
-        return self._ended
-
-
-class Queue:
-    """Runs in order, what became of them, and how long the rest will take.
-
-    Args:
-      wanted: the runs, finished ones among them.
-      out: folder of the results.
-      budget: of time.
-    """
-
-    def __init__(self, wanted: Sequence[Config], out: Path, budget: Budget) -> None:
-        self._wanted, self._out, self._budget = wanted, out, budget
-        self._missing = [config for config in wanted if not train.is_done(config, out)]
-        self._measured = finished_here(out)
-        self.failed: dict[str, str] = {}
-        self.in_use = 0
-        self.diverged: list[str] = []
-
-    def next_run(self) -> Config | None:
-        """The next run; None if all are done or the time is up."""
-        longest = max(map(startup, self._measured), default=0.0)
-        return self._missing[0] if self._missing and self._budget.allows(longest) else None
-
-    def train(
-        self, config: Config, data: Path | None, devices: int | None, checkpoint_seconds: float
-    ) -> None:
-        """Trains a run and takes it off the queue, unless it was stopped."""
-        self._print_progress(config)
-        try:
-            outcome = train.run(
-                config,
-                folder=data,
-                out=self._out,
-                devices=devices,
-                checkpoint_seconds=checkpoint_seconds,
-                stop=self._budget.over,
-            )
-        except InUse as error:
-            print(f"left to another process: {error}")
-            self.in_use += 1
-        except Exception as error:  # whatever it is, the other runs go on
-            message = str(error) or type(error).__name__
-            if message not in self.failed.values():
-                print(f"failed: {message}")
-            self.failed[run_name(config)] = message
-        else:
-            if outcome is None:
-                return
-            if outcome["status"] == "diverged":
-                self.diverged.append(run_name(config))
-            else:
-                self._measured.append(outcome)
-        self._missing.remove(config)
-
-    def print_summary(self) -> None:
-        for name in self.diverged:
-            print(f"diverged: {name}")
-        for name, message in self.failed.items():
-            print(f"failed: {name}: {message.splitlines()[0]}")
-        count, left = len(self._wanted), len(self._missing) + self.in_use
-        if left:
-            print(f"{left} of {count} runs left; the same command continues")
-        else:
-            print(f"{count - len(self.failed)} of {count} runs are done: {self._out}")
-
-    def _print_progress(self, config: Config) -> None:
-        count, left = len(self._wanted), sum(map(work, self._missing))
-        print(
-            f"run {count - len(self._missing) + 1} of {count}: {run_name(config)}, "
-            f"about {_shown(expected([config], self._measured))}; "
-            f"{100 * (1 - left / sum(map(work, self._wanted))):.0f} % of all done, "
-            f"about {_shown(expected(self._missing, self._measured))} to go",
-            flush=True,
-        )
-
-
-def finished_here(out: Path) -> list[dict[str, Any]]:
-    """Results of finished runs on a device as this process has, if they say what they took."""
-    device, needed = result.provenance(1)["device"], {"wall", "setup", "compilation"}
+def finished_here(done: Sequence[Config], out: Path) -> list[dict[str, Any]]:
+    """Results of those runs that finished on a device as this process has."""
+    device = result.provenance(1)["device"]
+    outcomes = [result.load(out / f"{run_name(config)}.json") for config in done]
     return [
         outcome
-        for outcome in result.load_all(out)
-        if outcome.get("status") == "finished"
-        and outcome.get("kind", "run") == "run"
-        and outcome.get("device") == device
-        and needed <= outcome.get("seconds", {}).keys()
+        for outcome in outcomes
+        if outcome["status"] == "finished"
+        and outcome["device"] == device
+        and "wall" in outcome.get("seconds", {})
     ]
 
 
-def startup(outcome: dict[str, Any]) -> float:
-    """Seconds until a run's first update."""
-    return outcome["seconds"]["setup"] + outcome["seconds"]["compilation"]
+def turn(
+    wanted: Sequence[Config], missing: Sequence[Config], measured: Sequence[dict[str, Any]]
+) -> str:
+    """Which run comes next, how much is done, and how long the rest will take."""
+    count, left = len(wanted), sum(map(work, missing))
+    return (
+        f"run {count - len(missing) + 1} of {count}: {run_name(missing[0])}, "
+        f"about {expected(missing[:1], measured)}; "
+        f"{100 * (1 - left / sum(map(work, wanted))):.0f} % of all done, "
+        f"about {expected(missing, measured)} to go"
+    )
 
 
-def expected(missing: Sequence[Config], measured: Sequence[dict[str, Any]]) -> float | None:
-    """Seconds that runs will take, at the speed of their networks; None if nothing was measured."""
-    if not measured:
-        return None
-    speeds = {}
+def expected(missing: Sequence[Config], measured: Sequence[dict[str, Any]]) -> str:
+    """The time that runs will take, if they go as fast as the measured ones of their networks."""
+    paces = {}  # seconds a multiply-add
     for outcome in measured:
         config = Config.from_json(outcome["config"])
-        seconds = outcome["seconds"]["wall"] - startup(outcome)
-        speeds[config.network] = work(config) / seconds
-    slowest = min(speeds.values())
-    updating = sum(work(config) / speeds.get(config.network, slowest) for config in missing)
-    return updating + len(missing) * sum(map(startup, measured)) / len(measured)
-
-
-def _shown(seconds: float | None) -> str:
-    return "an unknown time" if seconds is None else hours(seconds)
+        paces[config.network] = outcome["seconds"]["wall"] / work(config)
+    if not paces:
+        return "an unknown time"
+    slowest = max(paces.values())
+    return hours(sum(work(config) * paces.get(config.network, slowest) for config in missing))

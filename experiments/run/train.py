@@ -53,8 +53,9 @@ def run(
     Returns:
       What the result's file holds; None if the run was stopped.
     """
-    if outcome := finished(config, out):
-        return outcome
+    name = run_name(config)
+    if is_done(config, out):
+        return loop.finished(out / name, name)
     if processes.is_first():
         warn_if_lam_stays(config)
     mesh = data_mesh(devices)
@@ -111,16 +112,6 @@ def prepare(config: Config, folder: Path | None, out: Path, mesh: Mesh, dispatch
         measure=partial(measures, program),
         margin_from=config.steps // 10 if margin_is_paced(config) else None,
     )
-
-
-def finished(config: Config, out: Path) -> loop.Outcome | None:
-    """The result of a configuration that needs no more training; says so.
-
-    Raises:
-      ValueError: as `is_done`.
-    """
-    name = run_name(config)
-    return loop.finished(out / name, name) if is_done(config, out) else None
 
 
 def is_done(config: Config, out: Path) -> bool:

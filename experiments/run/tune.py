@@ -72,7 +72,7 @@ def tune(
       powers: factors of the configured power.
       minimums: values that λ does not fall below.
       seeds: how many seeds to train each candidate with, from 0 on.
-      budget_minutes: stop before this many minutes are over; the same command continues.
+      budget_minutes: stop when so many minutes are over; the same command continues.
       data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
       out: folder of the results; tune writes into its subfolder tune.
       devices: how many to train on, the first ones; by default all.

@@ -1,8 +1,9 @@
 """The queue makes the missing runs in order; its results do not depend on interruptions."""
 
+import itertools
 import json
-import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,11 +15,11 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.paper.cells import CONFIGS, run_name, toy
-from experiments.run import queue, train
-from experiments.run.queue import Budget, Queue
+from experiments.run import loop, queue, train
 from experiments.store import results as result
 from experiments.store.checkpoints import steps_in
 from experiments.store.files import locked
+from experiments.store.progress import hours
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -61,7 +62,7 @@ def test_failed_and_diverged_runs_are_named(tmp_path, capsys, monkeypatch):
         if config.seed == 0:
             raise RuntimeError("out of memory\nand more")
         outcome = {"status": "diverged" if config.seed == 1 else "finished"}
-        outcome |= {"seconds": {"wall": 9.0, "setup": 1.0, "compilation": 2.0}}
+        outcome |= {"seconds": {"wall": 9.0}}
         return outcome | {"config": config.to_json()}
 
     monkeypatch.setattr(train, "run", run)
@@ -74,7 +75,7 @@ def test_failed_and_diverged_runs_are_named(tmp_path, capsys, monkeypatch):
     assert said.index("run 1 of 6: digits-m4/seed0") < said.index("run 4 of 6: fig2-m1/seed0")
     assert "run 3 of 6: digits-m4/seed2, about an unknown time" in said
     cost = queue.work(CONFIGS["fig2-m1"]) / queue.work(CONFIGS["digits-m4"])
-    assert f"about {queue._shown(3 * (6 * cost + 3))} to go" in said
+    assert f"about {hours(3 * 9 * cost)} to go" in said
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(tmp_path, capsys):
@@ -116,34 +117,33 @@ def test_mistakes_end_with_2(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_budget_stops_before_its_end(monkeypatch):
-    times = iter([0, 1, 1, 21, 23, 24, 24])
-    monkeypatch.setattr(queue.time, "perf_counter", lambda: next(times))
-    budget = Budget(27)
-    assert budget.allows(25)
-    # Compiling took 20 and a dispatch 2: at 23 there is no time for two more dispatches.
-    assert [budget.over() for _ in range(3)] == [False, False, True]
-    assert not budget.allows(0)
-    assert not Budget(9).allows(9)
+def test_a_budget_is_over_at_its_end(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    over = loop.budget(0.5)
+    now[0] = 129.0
+    assert not over()
+    now[0] = 130.0
+    assert over() and loop.budget(0)()
 
 
-def test_a_run_of_faces_beside_the_runs_is_left_alone(tmp_path):
-    """`train-faces` writes into runs too, under any name, and has no configuration of ours."""
-    device = result.provenance(1)["device"]
-    seconds = {"wall": 3.0, "setup": 1.0, "compilation": 1.0}
-    faces = {"kind": "faces", "status": "finished", "seed": 0, "device": device}
-    result.save(tmp_path / "arc-seed5.json", faces | {"seconds": seconds, "config": {}})
-    assert queue.finished_here(tmp_path) == []
+@pytest.mark.parametrize(("asked", "code"), [(False, 0), (True, 130)])
+def test_a_queue_that_is_stopped_goes_on_by_the_same_command(
+    asked, code, tmp_path, capsys, monkeypatch
+):
+    """The budget ends, or somebody asks, before the first update."""
 
+    def over():
+        if asked:
+            signal.raise_signal(signal.SIGTERM)
+        return next(questions) > 0 and not asked
 
-def test_request_to_stop_ends_the_queue(tmp_path):
-    asked = []
-    budget = Budget(math.inf, lambda: bool(asked))
-    waiting = Queue(SEEDS[:1], tmp_path, budget)
-    asked.append("stop")
-    waiting.train(waiting.next_run(), None, 1, 60.0)
-    assert waiting.next_run() is None and not list(tmp_path.rglob("*seed*.json"))
-    assert steps_in(tmp_path / run_name(SEEDS[0]) / "checkpoints") == {0}
+    questions = itertools.count()
+    monkeypatch.setattr(loop, "budget", lambda _: over)
+    words = ["reproduce", "--only", "digits-m4", "--seeds", "1", "--toy", "--devices", "1"]
+    assert main([*words, "--out", str(tmp_path)]) == code
+    assert "1 of 1 runs left; the same command continues" in capsys.readouterr().out
+    assert steps_in(tmp_path / "toy" / run_name(SEEDS[0]) / "checkpoints") == {0}
 
 
 @pytest.mark.slow

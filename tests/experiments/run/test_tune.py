@@ -5,7 +5,7 @@ import pytest
 from experiments.__main__ import main
 from experiments.paper import data
 from experiments.paper.cells import run_name
-from experiments.run import queue, train, tune
+from experiments.run import loop, train, tune
 from experiments.store import results as result
 from lsoftmax_jax.schedule import LambdaPreset
 
@@ -94,8 +94,8 @@ def test_a_tuning_whose_runs_all_diverge_has_no_best(tmp_path, monkeypatch):
 
 def test_time_up_leaves_candidates_missing(tmp_path, monkeypatch):
     outcomes(monkeypatch, lambda config: 1.0)
-    allowed = iter([True, False])
-    monkeypatch.setattr(queue.Budget, "allows", lambda *_: next(allowed))
+    over = iter([False, True])
+    monkeypatch.setattr(loop, "budget", lambda _: lambda: next(over))
     assert main(words(tmp_path)) == 0
     found = result.load(tmp_path / "tune" / FILE)
     assert not found["complete"] and [c["missing"] for c in found["candidates"]] == [0, 1]
