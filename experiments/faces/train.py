@@ -129,8 +129,13 @@ def train_faces(
             check_result(task, result_file(out))
         claim(out, task.settings, mesh.size, writes=processes.is_first())
         on_cpu = mesh.devices.flat[0].platform == "cpu"
-        pace = loop.Pace(1 if on_cpu else DISPATCH, 0, checkpoint_seconds)
-        outcome = loop.finished(out, str(out)) or loop.train(task, pace, stop)
+        outcome = loop.finished(out, str(out)) or loop.train(
+            task,
+            stop,
+            dispatch=1 if on_cpu else DISPATCH,
+            evaluations=0,
+            checkpoint_seconds=checkpoint_seconds,
+        )
         print(f"{len(listed.people)} people, {len(images.broken)} broken images skipped: {out}")
         return loop.exit_code(outcome)
 

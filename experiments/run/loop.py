@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -57,33 +57,23 @@ So far this run trains the ordinary softmax: few images lead, so fit them first 
 (--steps); or try --strength 1, --pace schedule, or a smaller --margin."""
 
 
-class Pace(NamedTuple):
-    """How often something happens.
-
-    Attributes:
-      dispatch: updates in a dispatch.
-      evaluations: points of the test curve; 0 for none.
-      checkpoint_seconds: between two checkpoints.
-    """
-
-    dispatch: int
-    evaluations: int
-    checkpoint_seconds: float = 60.0
-
-
-def train(task: Task, pace: Pace, stop: Stop) -> Outcome | None:
+def train(
+    task: Task, stop: Stop, *, dispatch: int, evaluations: int, checkpoint_seconds: float
+) -> Outcome | None:
     """Trains a run to its end and writes its result; None if it was stopped.
 
     Args:
       task: what to train.
-      pace: how often it is tested and saved.
       stop: asked before every dispatch; when true, the run saves a checkpoint and ends.
+      dispatch: updates in a dispatch.
+      evaluations: points of the test curve; 0 for none.
+      checkpoint_seconds: between two checkpoints.
     """
-    if not pace.checkpoint_seconds >= 0:
-        raise ValueError(f"checkpoint-seconds must be >= 0, got {pace.checkpoint_seconds}")
+    if not checkpoint_seconds >= 0:
+        raise ValueError(f"checkpoint-seconds must be >= 0, got {checkpoint_seconds}")
     processes.check_same(str(task.settings), "settings")
-    dispatch, steps = pace.dispatch, task.steps
-    every = dispatch * -(-steps // (dispatch * max(pace.evaluations, 1)))
+    steps = task.steps
+    every = dispatch * -(-steps // (dispatch * max(evaluations, 1)))
     with ExitStack() as running:
         session, saved = Session(task, running), time.monotonic()
         shown_here = processes.is_first()
@@ -105,9 +95,9 @@ def train(task: Task, pace: Pace, stop: Stop) -> Outcome | None:
                     say_diverged(task.name, diverged, progress)
                     return session.finish(diverged)
                 last = session.step == steps
-                if pace.evaluations and (last or session.step % every == 0):
+                if evaluations and (last or session.step % every == 0):
                     session.test()
-                due = last or time.monotonic() - saved > pace.checkpoint_seconds
+                due = last or time.monotonic() - saved > checkpoint_seconds
                 if processes.agreed(due):
                     session.save()
                     saved = time.monotonic()

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -48,24 +47,24 @@ class Clock:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._seconds = asdict(logs.Seconds())
+        self._spent = dict.fromkeys(("setup", "compilation", "training", "evaluation"), 0.0)
 
-    def add(self, earlier: logs.Seconds) -> None:
-        """The time of earlier sessions."""
-        self._started -= earlier.wall
-        for name, value in asdict(earlier).items():
-            self._seconds[name] += value
+    def add(self, earlier: dict[str, float]) -> None:
+        """The time of earlier sessions, as `read`."""
+        self._started -= earlier["wall"]
+        for name in self._spent:
+            self._spent[name] += earlier[name]
 
     @contextmanager
     def spent(self, name: str) -> Iterator[None]:
         """Adds what a block takes to one of the entries."""
         begun = time.perf_counter()
         yield
-        self._seconds[name] += time.perf_counter() - begun
+        self._spent[name] += time.perf_counter() - begun
 
-    def read(self) -> logs.Seconds:
-        self._seconds["wall"] = time.perf_counter() - self._started
-        return logs.Seconds(**self._seconds)
+    def read(self) -> dict[str, float]:
+        """Seconds by entry, and of all as ``wall``."""
+        return {"wall": time.perf_counter() - self._started, **self._spent}
 
 
 class Task(NamedTuple):
@@ -135,7 +134,8 @@ class Session:
             running.callback(self.log.close)
             # From now on, a log without a checkpoint shows that the checkpoint was lost.
             self.save()
-        task.clock.add(self.log.seconds)
+        if self.log.lines:
+            task.clock.add(self.log.lines[-1]["seconds"])
         self.skipped = int(sum(line.get("skipped") or 0 for line in self.log.lines))
         self.collapsed = any(line.get("collapsing") for line in self.log.lines)
         self.idle = False
@@ -188,15 +188,17 @@ class Session:
                 if not finite or not is_json(measured):
                     diverged, measured = {"step": self.step, **self._last_line()}, {}
         seconds = self.task.clock.read()
+        in_loop = seconds["wall"] - seconds["setup"] - seconds["compilation"]
+        outside = in_loop - seconds["training"] - seconds["evaluation"]
         outcome = {
             **self.task.facts,
             "status": "diverged" if diverged else "finished",
             "diverged": diverged and logs.finite(diverged),
             "skipped": self.skipped,
             **self._provenance,
-            "seconds": asdict(seconds),
-            "images_per_second": self.step * self.task.batch / seconds.training,
-            "outside_step": seconds.outside,
+            "seconds": seconds,
+            "images_per_second": self.step * self.task.batch / seconds["training"],
+            "outside_step": outside / in_loop if in_loop > 0 else 0.0,
             **measured,
             "curves": {kind: self.log.curve(kind) for kind in ("train", "test")},
         }

@@ -61,9 +61,14 @@ def run(
     mesh = data_mesh(devices)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     updates, points = (1, 6) if on_cpu else (100, 36)
-    points = points if evaluations is None else evaluations
-    pace = loop.Pace(dispatch or updates, points, checkpoint_seconds)
-    return loop.train(prepare(config, folder, out, mesh, pace.dispatch), pace, stop)
+    dispatch = dispatch or updates
+    return loop.train(
+        prepare(config, folder, out, mesh, dispatch),
+        stop,
+        dispatch=dispatch,
+        evaluations=points if evaluations is None else evaluations,
+        checkpoint_seconds=checkpoint_seconds,
+    )
 
 
 def prepare(config: Config, folder: Path | None, out: Path, mesh: Mesh, dispatch: int) -> Task:

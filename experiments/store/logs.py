@@ -5,7 +5,6 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,6 @@ from experiments.store.files import naming, regular
 Mark = tuple[int, str]
 """The size of a log in bytes, and their SHA-256."""
 START: Mark = 0, hashlib.sha256().hexdigest()
-
-
-@dataclass
-class Seconds:
-    """Where a run's time went, over all its sessions."""
-
-    wall: float = 0.0
-    setup: float = 0.0
-    compilation: float = 0.0
-    training: float = 0.0
-    evaluation: float = 0.0
-
-    @property
-    def outside(self) -> float:
-        """The part of the time in the training loop that neither trained nor evaluated."""
-        loop = self.wall - self.setup - self.compilation
-        return (loop - self.training - self.evaluation) / loop if loop > 0 else 0.0
 
 
 class Log:
@@ -73,11 +55,6 @@ class Log:
                 self._file.close()
             self._events.close()
 
-    @property
-    def seconds(self) -> Seconds:
-        """The time spent until the last line."""
-        return Seconds(**self.lines[-1]["seconds"]) if self.lines else Seconds()
-
     def mark(self) -> Mark:
         """The size and the digest of what is written so far, and is on the disk from now on."""
         if self._writes:
@@ -85,10 +62,10 @@ class Log:
                 os.fsync(self._file.fileno())
         return self._size, self._digest.hexdigest()
 
-    def write(self, kind: str, step: int, seconds: Seconds, **values: float) -> None:
+    def write(self, kind: str, step: int, seconds: dict[str, float], **values: float) -> None:
         """One line of a kind, "train" or "test"; a value that is not finite becomes null."""
         rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
-        line = {"kind": kind, "step": step, **finite(rounded), "seconds": asdict(seconds)}
+        line = {"kind": kind, "step": step, **finite(rounded), "seconds": seconds}
         written = json.dumps(line).encode() + b"\n"
         self.lines.append(line)
         self._digest.update(written)

@@ -77,7 +77,8 @@ def run_for(folder, out, updates=6, recipe=RECIPE, without="CD", **keywords):
     keywords = {"init_from": None, "mesh": data_mesh()} | keywords
     task = train_faces.prepare(recipe, images, out, **keywords)
     asked = itertools.count()
-    return loop.train(task, loop.Pace(1, 0), lambda: next(asked) == updates)
+    pace = {"dispatch": 1, "evaluations": 0, "checkpoint_seconds": 60.0}
+    return loop.train(task, lambda: next(asked) == updates, **pace)
 
 
 def positions(out):

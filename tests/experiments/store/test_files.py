@@ -18,7 +18,7 @@ from experiments.store import claims, files
 from experiments.store.checkpoints import Checkpoints
 from experiments.store.claims import claim
 from experiments.store.files import locked, replacing
-from experiments.store.logs import Log, Seconds
+from experiments.store.logs import Log
 from lsoftmax_jax.training import State
 
 ROOT = Path(__file__).parents[3]
@@ -224,7 +224,7 @@ def run(tmp_path):
     """A folder with the log of six steps and the checkpoint of step 4."""
     log = Log(tmp_path, 0)
     for step in range(1, 7):
-        log.write("train", step, Seconds(), loss=1.0)
+        log.write("train", step, {}, loss=1.0)
         if step == 4:
             with Checkpoints(tmp_path / "checkpoints") as checkpoints:
                 checkpoints.add(state(4), {"log": log.mark()})
