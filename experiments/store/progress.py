@@ -48,7 +48,8 @@ class Progress:
             disable=None if shown else True,  # None: shown in a terminal alone
         )
         self._lines = shown and self._bar.disable
-        self._begun = self._said = done, time.monotonic()
+        self._begun: tuple[int, float] | None = None
+        self._said = time.monotonic()
 
     def __enter__(self) -> "Progress":
         return self
@@ -59,25 +60,27 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second, lately."""
-        if not self._bar.disable:
-            return self._bar.format_dict["rate"] or 0.0
-        base, since = self._said if self._said[0] < self._done else self._begun
-        return (self._done - base) / max(time.monotonic() - since, 1e-9)
+        """Units a second since the first call of `advance`, before which a run compiles."""
+        if self._begun is None:
+            return 0.0
+        done, since = self._begun
+        return (self._done - done) / max(time.monotonic() - since, 1e-9)
 
     def advance(self, count: int, text: str = "") -> None:
         """Advances by `count` and shows `text`. A terminal that is gone does not end the work."""
         self._done += count
+        now = time.monotonic()
+        self._begun = self._begun or (self._done, now)
         with suppress(OSError):
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(count)
-            if self._lines and time.monotonic() - self._said[1] >= LINE_SECONDS:
+            if self._lines and now - self._said >= LINE_SECONDS:
                 counts, left = f"{self._done:,} of {self._total:,} {self._unit}", ""
                 if self.rate > 0:
                     left = f"{hours((self._total - self._done) / self.rate)} to go"
                 said = ", ".join(filter(None, (counts, text, left)))
                 print(f"{self._name}: {said}", file=sys.stderr, flush=True)
-                self._said = self._done, time.monotonic()
+                self._said = now
 
     def say(self, text: str) -> None:
         """A line of its own, on the standard output; as `advance`, it does not end the work."""

@@ -33,14 +33,32 @@ def test_a_pipe_gets_a_line_every_thirty_seconds(clock, capsys):
     ]
 
 
-def test_the_rate_is_that_of_this_session(clock, capsys):
-    with Progress("run", 1000, "updates", done=100) as shown:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_rate_is_that_of_this_session_without_its_compilation(
+    terminal, clock, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with Progress("run", 1000, "updates", done=100, leave=False) as shown:
         clock[0] = 10.0
+        shown.advance(50)
+        assert shown.rate == 0.0
+        clock[0] = 20.0
         shown.advance(50)
         assert shown.rate == 5.0
         shown.say("stopped")
     said = capsys.readouterr()
-    assert said.out == "stopped\n" and said.err == ""
+    assert said.out == "stopped\n" and (terminal or said.err == "")
+
+
+def test_the_time_to_go_of_rare_units_goes_by_the_whole_session(clock, capsys):
+    """A unit that ends between two lines does not stand for the speed of all."""
+    with Progress("campaign A", 9, "runs") as shown:
+        for second in range(0, 631, 10):
+            clock[0] = float(second)
+            shown.advance(int(second == 600), "1 at work")
+    said = capsys.readouterr().err.splitlines()
+    begins = "campaign A: 1 of 9 runs, 1 at work"
+    assert said[-2:] == [f"{begins}, 1:20:00 to go", f"{begins}, 1:24:00 to go"]
 
 
 def test_work_that_does_not_advance_says_no_time_to_go(clock, capsys):
