@@ -37,7 +37,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     if old and not os.access(target, os.W_OK):
         raise PermissionError(f"{path} may not be written")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         # The name is predictable: remove a link of this name, do not follow it.
@@ -91,24 +90,6 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Removes what processes that were killed amid `replacing` have left."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        process = left.name.rpartition(".")[2]
-        if process.isdecimal() and not _lives(int(process)):
-            left.unlink(missing_ok=True)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 class InUse(ValueError):
