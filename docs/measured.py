@@ -90,11 +90,16 @@ def unseen() -> str:
 
 def trained() -> dict[str, str]:
     """Which λ trains: over all settings, by setting, and for rare classes."""
-    found = json.loads((BENCH / "convergence-cpu.json").read_text())["settings"]
+    found, scaled = (
+        json.loads((BENCH / f"convergence{flags}-cpu.json").read_text())["settings"]
+        for flags in ("", "-scaled")
+    )
     return {
         "convergence": convergence.summary_table(found),
         "convergence_settings": convergence.settings_table(found),
         "convergence_rarest": convergence.rarest_table(found),
+        "convergence_scaled": convergence.summary_table(scaled),
+        "convergence_scaled_settings": convergence.settings_table(scaled),
     }
 
 

@@ -14,7 +14,7 @@ from experiments.benchmarks import convergence
 from experiments.benchmarks.convergence import DEFAULT, POLICIES, SOFTMAX, Data, Setting
 from experiments.store.results import load
 
-RESULT = Path(__file__).parents[3] / "experiments/results/bench/convergence-cpu.json"
+BENCH = Path(__file__).parents[3] / "experiments" / "results" / "bench"
 PLAIN = Data()
 
 
@@ -224,7 +224,10 @@ def test_an_interrupt_keeps_the_settings_that_come_later(tmp_path, monkeypatch):
     assert file.read_text() == whole
 
 
-def test_the_committed_result_has_the_settings_of_the_code():
-    entries = load(RESULT)["settings"]
+@pytest.mark.parametrize(("flags", "policies"), [("", POLICIES), ("-scaled", convergence.SCALED)])
+def test_the_committed_results_have_the_settings_of_the_code(flags, policies):
+    entries = load(BENCH / f"convergence{flags}-cpu.json")["settings"]
+    for found in entries:
+        assert [run["policy"] for run in found["runs"]] == [policy.name for policy in policies]
     names = [(setting.name, setting.apart) for setting in convergence.SETTINGS]
     assert [(e["setting"]["name"], e["setting"]["apart"]) for e in entries] == names
