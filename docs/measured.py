@@ -90,9 +90,9 @@ def unseen() -> str:
 
 def trained() -> dict[str, str]:
     """Which λ trains: over all settings, by setting, and for rare classes."""
-    found, scaled = (
+    found, scaled, normed = (
         json.loads((BENCH / f"convergence{flags}-cpu.json").read_text())["settings"]
-        for flags in ("", "-scaled")
+        for flags in ("", "-scaled", "-batch-norm")
     )
     return {
         "convergence": convergence.summary_table(found),
@@ -100,6 +100,8 @@ def trained() -> dict[str, str]:
         "convergence_rarest": convergence.rarest_table(found),
         "convergence_scaled": convergence.summary_table(scaled),
         "convergence_scaled_settings": convergence.settings_table(scaled),
+        "convergence_batch_norm": convergence.summary_table(normed),
+        "convergence_batch_norm_settings": convergence.settings_table(normed),
     }
 
 
