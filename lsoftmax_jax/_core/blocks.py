@@ -379,6 +379,8 @@ def scan_rows(
     """
     total = jax.tree.leaves(rows)[0].shape[0]
     count = total // block
+    if not count:
+        return step(carry, rows)
     whole = count * block
     pieces = jax.tree.map(lambda r: r[:whole].reshape(block, count, *r.shape[1:]), rows)
 

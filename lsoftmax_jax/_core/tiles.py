@@ -55,7 +55,7 @@ def columns_at(kernel: jax.Array, labels: jax.Array) -> jax.Array:
     """
     (rows, classes), batch = kernel.shape, labels.shape[0]
     # A copy reads and writes all columns. A symbolic batch of jax.export is not an int.
-    strips = isinstance(batch, int) and 2 * classes >= _LANES * batch
+    strips = isinstance(batch, int) and classes >= _LANES and 2 * classes >= _LANES * batch
     if is_by_columns((rows, classes)) or not strips:
         return _gathered(kernel, labels)
     return jax.lax.platform_dependent(kernel, labels, tpu=read_in_strips, default=_gathered)

@@ -93,3 +93,9 @@ def test_a_cpu_adds_rows_without_a_reduction(shape):
     traced = jax.jit(lambda kernel: tiles.sum_over_rows(kernel, kernel, jnp.float32)).trace(kernel)
     assert "reduce" not in traced.lower(lowering_platforms=("cpu",)).as_text()
     assert "stablehlo.reduce" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_kernel_narrower_than_a_strip_is_gathered():
+    kernel = jnp.arange(6.0 * 100).reshape(6, 100)
+    columns = jax.jit(tiles.columns_at)(kernel, jnp.array([7]))
+    np.testing.assert_array_equal(columns, kernel[:, 7][None])
