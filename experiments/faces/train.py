@@ -120,6 +120,7 @@ def train_faces(
       devices: train on this many devices, the first ones; by default on all.
       checkpoint_seconds: seconds between two checkpoints.
     """
+    recipe.check_flags(FaceRecipe())
     with processes.joined(meeting), loop.interruptible() as stop:
         listed, mesh = training_faces(faces, recipe, pairs), data_mesh(devices)
         check_batch(recipe.batch, mesh, len(listed.names))

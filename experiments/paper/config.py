@@ -96,6 +96,18 @@ class Recipe:
         if value is not None and not holds(value):
             raise ValueError(f"{name} must be {be}, got {value}")
 
+    def check_flags(self, named: "Recipe") -> None:
+        """Raises ValueError for a flag that this pace would ignore.
+
+        Args:
+          named: the recipe without the flags.
+        """
+        for name, pace in (("lam", "annealed"), ("strength", "lead")):
+            if self.pace != pace and getattr(self, name) != getattr(named, name):
+                raise ValueError(
+                    f"{name} must be left out with pace {self.pace}: only {pace} uses it"
+                )
+
     @property
     def head_margin(self) -> int | margins.Margin:
         """The margin that the head is given."""

@@ -36,14 +36,14 @@ SKIPPED_LIMIT = 3
 BLOWN_UP = 1e4
 
 ADVICE = """\
-What to try, in this order: a larger or slower falling λ (--lam.base, --lam.gamma), or a floor
-under it (--lam.minimum 5); a start from the softmax run of the same data (--init RUN); a smaller
---learning-rate."""
+What to try, in this order: a higher λ (annealed: a larger --lam.base, a smaller --lam.gamma, or
+--lam.minimum 5; with --pace lead: --strength 0.4); a start from the softmax run of the same data
+(--init RUN); a smaller --learning-rate."""
 
 
 CURE = """\
 The margin shrinks the features to nothing, all classes alike. A higher λ is the cure: --pace
-lead, which finds it, or a floor under it (--lam.minimum 5)."""
+lead, which finds it, or, where λ is annealed, a floor under it (--lam.minimum 5)."""
 
 TURNED = """\
 The features turn away from the columns of their labels, where the margin hardly pulls. Let λ find

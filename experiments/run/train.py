@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from experiments.paper import data
 from experiments.paper import measures as measure
 from experiments.paper import networks as models
-from experiments.paper.cells import changes_of, command_of, run_name
+from experiments.paper.cells import CONFIGS, changes_of, command_of, run_name
 from experiments.paper.config import Config
 from experiments.paper.measures import TITLES
 from experiments.run import loop
@@ -54,6 +54,7 @@ def run(
       What the result's file holds; None if the run was stopped.
     """
     name = run_name(config)
+    config.check_flags(CONFIGS[config.name])
     if is_done(config, out):
         return loop.finished(out / name, name)
     if processes.is_first():
