@@ -168,13 +168,15 @@ def _listed(values: Any) -> list[Any]:
 
 
 def provenance(devices: int) -> dict[str, Any]:
-    """Commit, versions and hardware of a run on so many devices of all processes together."""
+    """Commit, versions, XLA_FLAGS and hardware of a run on so many devices of all processes."""
     packages = ("jax", "jaxlib", "flax", "optax")
     kind = jax.devices()[0].device_kind
     return {
         "commit": _commit(),
         "versions": {"python": platform.python_version(), "lsoftmax_jax": lsoftmax_jax.__version__}
         | {package: version(package) for package in packages},
+        # A compiler's flags change the last bits of every number, and the times.
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "device": f"{kind}, {os.cpu_count()} cores" if kind == "cpu" else kind,
         "devices": devices,
         "processes": jax.process_count(),

@@ -48,6 +48,11 @@ def test_a_copy_takes_the_commit_it_is_told(tmp_path, monkeypatch):
     assert results.provenance(1)["commit"] is None
 
 
+def test_a_result_names_the_flags_of_the_compiler(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    assert results.provenance(1)["xla_flags"] == "--xla_cpu_enable_fast_math=false"
+
+
 RUN = {
     "status": "finished",
     "seed": 0,
