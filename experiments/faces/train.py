@@ -7,7 +7,7 @@ epoch.
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -16,13 +16,14 @@ import numpy as np
 import optax
 import tyro
 from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from experiments.faces.images import FaceImages, Faces, list_faces, training_batches
 from experiments.faces.protocol import people_of_fold, read_pairs
 from experiments.faces.recipe import FaceRecipe, Plateau
 from experiments.paper import networks as models
 from experiments.run import loop
-from experiments.run.program import check_batch, network_state, per_update
+from experiments.run.program import check_batch, compiled, network_state, per_update
 from experiments.run.session import Clock, Task, Values, result_file
 from experiments.store import processes, results
 from experiments.store.checkpoints import last_state
@@ -51,6 +52,13 @@ class FaceBatches:
         process, count = jax.process_index(), jax.process_count()
         size = recipe.batch // count
         self._stream = iter(training_batches(images, size, recipe.seed, process, count))
+
+    @property
+    def like(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Images and labels of an update, abstract, with where they lie."""
+        recipe, of_rows = self._recipe, partial(jax.ShapeDtypeStruct, sharding=self._rows)
+        images = of_rows((recipe.batch, *recipe.built_network.image), np.float32)
+        return images, of_rows((recipe.batch,), np.int32)
 
     def feed(self, step: int) -> "FaceBatches":
         return self
@@ -159,18 +167,23 @@ def prepare(
     with clock.spent("setup"):
         graphdef, create = network_state(recipe, recipe.built_network, len(people), mesh)
         step = training.train_step(graphdef, recipe.optimizer, recipe.lam_policy)
-        update = compile_step(step, mesh)
         source = FaceBatches(recipe, images, mesh)
-        seen = fingerprint(faces)
+        seen, like = fingerprint(faces), jax.eval_shape(create, recipe.seed)
 
     def first_state() -> training.State:
         fresh = create(recipe.seed)
         return fresh if init_from is None else warm_start(graphdef, fresh, init_from, mesh)
 
-    def updates(state: training.State, batches: FaceBatches, length: int) -> Any:
+    @cache
+    def program() -> Compiled:
+        return compiled(compile_step(step, mesh).lower(like, *source.like))
+
+    def updates(
+        update: Compiled, length: int, state: training.State, batches: FaceBatches
+    ) -> tuple[training.State, list[training.StepMetrics]]:
         state, metrics = batches.at_rate(state), []
         for _ in range(length):
-            state, of_one = update(state, *next(batches))
+            state, of_one = update(state, *next(batches), None)
             metrics.append(of_one)
         return state, metrics
 
@@ -198,9 +211,9 @@ def prepare(
         mesh=mesh,
         clock=clock,
         source=source,
-        like=jax.eval_shape(create, recipe.seed),
+        like=like,
         create=first_state,
-        compile=lambda state, feed, length: partial(updates, length=length),
+        compile=lambda state, feed, length: partial(updates, program(), length),
         values=values,
         test=lambda state: {},
         measure=lambda state: {"broken_images": len(images.broken)},

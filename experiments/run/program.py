@@ -1,5 +1,6 @@
 """What a configuration computes: its network, optimizer, updates and evaluation as functions."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.stages import Compiled, Lowered
 from numpy.typing import NDArray
 
 from experiments.paper import data
@@ -19,6 +21,19 @@ from experiments.paper.config import Config, Recipe
 from experiments.store.progress import Progress
 from lsoftmax_jax import training
 from lsoftmax_jax.devices import DATA_AXIS, compile_step, put, repeat
+
+# With YNNPACK's kernels XLA takes twice as long for an update of a convolutional network
+# (https://github.com/jax-ml/jax/issues/37465 has another case of theirs).
+_WITHOUT_YNNPACK: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+def compiled(lowered: Lowered) -> Compiled:
+    """The program of some updates; on CPUs without the kernels of YNNPACK."""
+    if jax.default_backend() == "cpu":
+        # Some versions of jaxlib have no such option.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            return lowered.compile(compiler_options=_WITHOUT_YNNPACK)
+    return lowered.compile()
 
 
 def network_state(

@@ -17,7 +17,7 @@ from experiments.paper.cells import CONFIGS, changes_of, command_of, run_name
 from experiments.paper.config import Config
 from experiments.paper.measures import TITLES
 from experiments.run import loop
-from experiments.run.program import Program, averages, per_update
+from experiments.run.program import Program, averages, compiled, per_update
 from experiments.run.session import Clock, Task
 from experiments.store import processes, results
 from experiments.store.checkpoints import last_state
@@ -96,7 +96,7 @@ def prepare(config: Config, folder: Path | None, out: Path, mesh: Mesh, dispatch
     def compile(state: training.State, feed: data.OnDevice, length: int) -> Any:
         # Compile the evaluation too: its first call would count as time of evaluation.
         program.evaluate(state, dataset.test.rows(slice(1)))
-        return program.updates.lower(state, feed, length).compile()
+        return compiled(program.updates.lower(state, feed, length))
 
     return Task(
         name=name,
