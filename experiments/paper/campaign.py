@@ -22,6 +22,9 @@ softmax and m = 4 with the library's own λ, all on CPU cores: MNIST, 1,500 upda
 of a core each, then CIFAR10 beside the runs of ``paced``. Before it, ``scales`` tries two scales
 for each of the two margins on the validation split, as many tries as every other loss had.
 
+``cures`` asks whether the library's λ keeps ArcFace's features from turning away from their columns
+on CIFAR10, as they did in ``scaled``. It was written when two seeds of ``scaled`` were known.
+
 All go on as long as the cores are free, seed by seed, so that at any stop all arms have the same
 seeds but for the last round. A seed that not all arms have is not committed.
 """
@@ -104,4 +107,5 @@ BATCHES: dict[str, list[Config]] = {
         *_rounds("mnist", (*UNTUNED, *SCALED), 3, **SHORT_MNIST),
         *_rounds("cifar10", SCALED_CIFAR10, 3, **SHORT_CIFAR10),
     ],
+    "cures": _rounds("cifar10", [("arcface", {"scale": 16.0, **PACED})], 3, **SHORT_CIFAR10),
 }

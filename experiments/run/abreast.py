@@ -18,7 +18,7 @@ from experiments.paper.config import Config
 from experiments.run import loop, train
 from experiments.store.progress import Progress
 
-Batch = Literal["A", "B", "C", "recipe", "narrow", "paced", "scales", "scaled"]
+Batch = Literal["A", "B", "C", "recipe", "narrow", "paced", "scales", "scaled", "cures"]
 # Processes that share a GPU must not each reserve three quarters of its memory, JAX's default.
 MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
