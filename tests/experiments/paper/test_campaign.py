@@ -97,12 +97,14 @@ def test_the_command_and_environment_of_a_process(tmp_path, monkeypatch):
 
     monkeypatch.setattr(abreast.subprocess, "Popen", Process)
     monkeypatch.setattr(abreast.os, "cpu_count", lambda: 8)
-    monkeypatch.delenv(abreast.MEMORY, raising=False)
+    for name in (abreast.MEMORY, "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
     data = ["--data", str(tmp_path / "data")]
     assert main(["campaign", "A", "--processes", "7", "--out", str(tmp_path), *data]) == 0
     assert len(begun) == len(campaign.BATCHES["A"])
     command, environment = begun[0]
     assert environment[abreast.MEMORY] == "0.12"
+    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
     assert command == [
         sys.executable,
         *["-m", "experiments", "train", "cifar10-softmax", "--mirror", "--seed", "0"],
