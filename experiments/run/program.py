@@ -22,8 +22,8 @@ from experiments.store.progress import Progress
 from lsoftmax_jax import training
 from lsoftmax_jax.devices import DATA_AXIS, compile_step, put, repeat
 
-# With YNNPACK's kernels XLA takes twice as long for an update of a convolutional network
-# (https://github.com/jax-ml/jax/issues/37465 has another case of theirs).
+# YNNPACK's kernels, which XLA takes by default, are slow for the gradient of a convolution.
+# https://github.com/jax-ml/jax/issues/37465 has another slow case.
 _WITHOUT_YNNPACK: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
