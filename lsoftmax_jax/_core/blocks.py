@@ -16,6 +16,7 @@ The pieces in which the (batch, classes) arrays exist never change the numbers. 
 block of its own; nothing is padded.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -63,6 +64,13 @@ class Others(NamedTuple):
         return jnp.where(some, 1 / jnp.where(some, self.mass, 1), 0)
 
 
+class Kept(NamedTuple):
+    """The exponentials that the backward pass takes from the forward pass."""
+
+    exponentials: jax.Array  # (batch, columns): exp(z - peak) of the other logits, 0 at the target
+    peaks: jax.Array  # (blocks, batch): the peak of each block of columns
+
+
 def merge(one: Others, two: Others) -> Others:
     """The summary of two blocks of classes."""
     peak = jnp.maximum(one.peak, two.peak)
@@ -93,30 +101,69 @@ def exchanged(
     return terms, Others(peak[0], mass, total)
 
 
-def summarise(spec: Spec, rows: Rows, columns: Columns) -> tuple[Others, Any]:
+def summarise(spec: Spec, rows: Rows, columns: Columns) -> tuple[Others, Kept | None]:
     """Every row's other logits over all columns, and what the plan keeps for `gradients`."""
     pieces = spec.pieces
-    if pieces.row_block is not None:
+    if pieces.class_block is not None:
+        return _summary_in_class_blocks(spec, pieces.class_block, rows, columns)
+    if pieces.cpu_block is not None:
+        in_blocks = functools.partial(_summary_in_class_blocks, spec, pieces.cpu_block)
+        at_once = functools.partial(_summary_at_once, spec)
+        return jax.lax.platform_dependent(rows, columns, cpu=in_blocks, default=at_once)
+    if pieces.row_block is None:
+        return _summary_at_once(spec, rows, columns)
 
-        def row_step(_: None, block: Rows) -> tuple[None, Others]:
-            return None, _summary(spec, block, columns)[0]
+    def step(_: None, block: Rows) -> tuple[None, Others]:
+        return None, _summary(spec, block, columns)[0]
 
-        return scan_rows(row_step, None, pieces.row_block, rows)[1], None
-    if pieces.class_block is None:
-        others, exponentials = _summary(spec, rows, columns)
-        return others, (exponentials, others.peak)
-    dtype = rows.features.dtype
+    return scan_rows(step, None, pieces.row_block, rows)[1], None
 
-    def step(others: Others, start: Any, block: Columns, _: None) -> tuple[Others, Any]:
+
+def _summary_at_once(spec: Spec, rows: Rows, columns: Columns) -> tuple[Others, Kept]:
+    others, exponentials = _summary(spec, rows, columns)
+    # Of the shape that a CPU's blocks give: both are branches of one conditional.
+    count = _count_of(columns, spec.pieces.cpu_block)
+    return others, Kept(exponentials, jnp.broadcast_to(others.peak, (count, *others.peak.shape)))
+
+
+def _summary_in_class_blocks(
+    spec: Spec, size: int, rows: Rows, columns: Columns
+) -> tuple[Others, Kept | None]:
+    dtype, shape = rows.features.dtype, (rows.labels.shape[0], columns.kernel.shape[1])
+
+    def step(carry: Any, start: Any, block: Columns) -> Any:
+        others, kept = carry
         more, exponentials = _summary(spec, _from(start, rows), block)
-        if not pieces.keep_exponentials:
-            return merge(others, more), None
-        return merge(others, more), (exponentials.astype(dtype), more.peak)
+        if kept is not None:
+            kept = Kept(
+                _with_part(kept.exponentials, exponentials, start, axis=1),
+                _with_part(kept.peaks, more.peak[None], start // size, axis=0),
+            )
+        return merge(others, more), kept
 
     wide = rows.features.astype(_checks.at_least_f32(dtype))
     none = zeros_like_rows(rows.labels.shape, wide)
-    nothing = Others(none + jnp.finfo(none.dtype).min, none, none)
-    return scan_classes(step, nothing, columns, pieces.class_block, (None, None))
+    nothing, kept = Others(none + jnp.finfo(none.dtype).min, none, none), None
+    if spec.pieces.keep_exponentials:
+        peaks = zeros_like_rows((_count_of(columns, size), shape[0]), wide)
+        kept = Kept(zeros_like_rows(shape, wide).astype(dtype), peaks)
+    return scan_classes(step, (nothing, kept), columns, size)
+
+
+def _count_of(columns: Columns, size: int | None) -> int:
+    """The number of blocks of columns."""
+    return 1 if size is None else -(-columns.kernel.shape[1] // size)
+
+
+def _part(kept: Kept, start: Any, width: int, block: Any) -> Kept:
+    """What was kept of a block of columns."""
+    exponentials = jax.lax.dynamic_slice_in_dim(kept.exponentials, start, width, axis=1)
+    return Kept(exponentials, jax.lax.dynamic_slice_in_dim(kept.peaks, block, 1))
+
+
+def _with_part(array: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Array:
+    part = part.astype(array.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
 
 
 def _from(start: Any, rows: Rows) -> Rows:
@@ -207,35 +254,51 @@ def logit_gradient(
 
 
 def gradients(
-    pieces: Pieces, rows: Rows, columns: Columns, gradient: LogitGradient, kept: Any
+    pieces: Pieces, rows: Rows, columns: Columns, gradient: LogitGradient, kept: Kept | None
 ) -> tuple[jax.Array, jax.Array]:
     """dfeatures in the accumulation dtype and dkernel in `stored_dtype`, by the plan."""
-    kernel, dtype = columns.kernel, stored_dtype(columns.kernel.dtype)
-    if pieces.class_block is None:
+    operands = rows, columns, gradient, kept
+    if pieces.class_block is not None:
+        return _gradients_in_class_blocks(pieces.class_block, *operands)
+    if pieces.cpu_block is not None:
+        in_blocks = functools.partial(_gradients_in_class_blocks, pieces.cpu_block)
+        return jax.lax.platform_dependent(*operands, cpu=in_blocks, default=_gradients_at_once)
+    if pieces.row_block is None:
+        return _gradients_at_once(*operands)
 
-        def row_step(dkernel: Any, block: Any) -> tuple[jax.Array, jax.Array]:
-            dfeatures, change = block_gradients(block[0], columns, block[1], kept)
-            return change if dkernel is None else dkernel + change, dfeatures
+    def step(dkernel: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
+        dfeatures, change = block_gradients(block[0], columns, block[1], None)
+        return dkernel + change, dfeatures
 
-        if pieces.row_block is None:
-            dkernel, dfeatures = row_step(None, (rows, gradient))
-        else:
-            zeros = zeros_like_rows(kernel.shape, gradient.softmax)
-            dkernel, dfeatures = scan_rows(row_step, zeros, pieces.row_block, (rows, gradient))
-        return with_norms(rows, columns, gradient, dfeatures, dkernel)
+    zeros = zeros_like_rows(columns.kernel.shape, gradient.softmax)
+    dkernel, dfeatures = scan_rows(step, zeros, pieces.row_block, (rows, gradient))
+    return with_norms(rows, columns, gradient, dfeatures, dkernel)
+
+
+def _gradients_at_once(
+    rows: Rows, columns: Columns, gradient: LogitGradient, kept: Kept | None
+) -> tuple[jax.Array, jax.Array]:
+    products = block_gradients(rows, columns, gradient, kept)
+    return with_norms(rows, columns, gradient, *products)
+
+
+def _gradients_in_class_blocks(
+    size: int, rows: Rows, columns: Columns, gradient: LogitGradient, kept: Kept | None
+) -> tuple[jax.Array, jax.Array]:
+    kernel = columns.kernel
     sums = label_sums(gradient.target.along_column, rows.labels, kernel.shape[1])
 
-    def class_step(carry: Any, start: Any, block: Columns, kept: Any) -> tuple[Any, None]:
+    def step(carry: Any, start: Any, block: Columns) -> Any:
         dfeatures, dkernel = carry
-        change, dcolumns = block_gradients(_from(start, rows), block, gradient, kept)
-        own = sums_from(sums, start, block.kernel.shape[1])
-        dcolumns = columns_with_norms(block, own, dcolumns).astype(dtype)
-        dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, dcolumns, start, axis=1)
-        return (dfeatures + change, dkernel), None
+        width = block.kernel.shape[1]
+        own = None if kept is None else _part(kept, start, width, start // size)
+        change, dcolumns = block_gradients(_from(start, rows), block, gradient, own)
+        dcolumns = columns_with_norms(block, sums_from(sums, start, width), dcolumns)
+        return dfeatures + change, _with_part(dkernel, dcolumns, start, axis=1)
 
     zeros = zeros_like_rows(rows.features.shape, gradient.softmax)
-    carry = zeros, zeros_like_rows(kernel.shape, gradient.softmax).astype(dtype)
-    dfeatures, dkernel = scan_classes(class_step, carry, columns, pieces.class_block, kept)[0]
+    dkernel = zeros_like_rows(kernel.shape, gradient.softmax).astype(stored_dtype(kernel.dtype))
+    dfeatures, dkernel = scan_classes(step, (zeros, dkernel), columns, size)
     return features_with_norms(rows, gradient.target, dfeatures), dkernel
 
 
@@ -252,19 +315,20 @@ def block_gradients(
     rows: Rows,
     columns: Columns,
     gradient: LogitGradient,
-    kept: tuple[jax.Array, jax.Array] | None,
+    kept: Kept | None,
 ) -> tuple[jax.Array, jax.Array]:
     """(dfeatures, dkernel) of a block of columns, without the terms of the norms.
 
-    Labels count from the block's first class. The plan may have kept (exp(z - peak), peak), with a
-    peak for each block; otherwise the logits are computed again.
+    Labels count from the block's first class. Without `kept`, which is the block's own, the logits
+    are computed again.
     """
     at_label = is_label(rows.labels, columns.kernel.shape[1])
     if kept is None:
         logits = _others_of(at_label, plain_logits(rows, columns), columns)
         exponentials, scale = jnp.exp(logits - gradient.peak[:, None]), gradient.softmax
     else:
-        exponentials, scale = kept[0], gradient.softmax * jnp.exp(kept[1] - gradient.peak)
+        exponentials = kept.exponentials
+        scale = gradient.softmax * jnp.exp(kept.peaks[0] - gradient.peak)
     grad = exponentials.astype(scale.dtype) * scale[:, None]
     if gradient.uniform is not None:
         grad = grad - _counted(gradient.uniform[:, None], columns)
@@ -397,29 +461,19 @@ def scan_rows(
 
 
 def scan_classes(
-    step: Callable[[Carry, Any, Columns, Any], tuple[Carry, Any]],
-    carry: Carry,
-    columns: Columns,
-    block: int,
-    kept: tuple[Any, Any],
-) -> tuple[Carry, tuple[Any, Any]]:
-    """step(carry, first class, columns, kept of the block) -> (carry, kept), block by block.
-
-    What is kept is a pair: of the full blocks, stacked, and of the tail.
-    """
+    step: Callable[[Carry, Any, Columns], Carry], carry: Carry, columns: Columns, block: int
+) -> Carry:
+    """step(carry, first class, columns of the block) -> carry, block by block."""
     classes = columns.kernel.shape[1]
     count = classes // block
 
-    def body(carry: Carry, piece: Any) -> tuple[Carry, Any]:
-        index, kept = piece
-        return step(carry, index * block, slice_columns(columns, index * block, block), kept)
+    def body(carry: Carry, index: jax.Array) -> tuple[Carry, None]:
+        return step(carry, index * block, slice_columns(columns, index * block, block)), None
 
-    carry, stacked = jax.lax.scan(body, carry, (jnp.arange(count, dtype=jnp.int32), kept[0]))
-    tail = None
-    if count * block < classes:
-        last = slice_columns(columns, count * block, classes - count * block)
-        carry, tail = step(carry, count * block, last, kept[1])
-    return carry, (stacked, tail)
+    carry, _ = jax.lax.scan(body, carry, jnp.arange(count, dtype=jnp.int32))
+    if tail := classes - count * block:
+        carry = step(carry, count * block, slice_columns(columns, count * block, tail))
+    return carry
 
 
 def slice_columns(columns: Columns, start: Any, width: int) -> Columns:

@@ -78,8 +78,8 @@ def test_statistics_of_the_other_plans(plan):
 @pytest.mark.parametrize(
     ("plan", "summed", "pieces"),
     [
-        (lsm.Plan(2**30, None, None, None), True, Pieces()),
-        (lsm.Plan(2**30, None, None, True), False, Pieces()),
+        (lsm.Plan(2**30, None, None, None), True, Pieces(cpu_block=1024)),
+        (lsm.Plan(2**30, None, None, True), False, Pieces(cpu_block=1024)),
         (
             lsm.Plan(1024 * 10**5 * 3, None, None, None),
             True,
@@ -99,6 +99,21 @@ def test_the_budget_chooses_the_plan(plan, summed, pieces):
     """For 1024 rows and 100,000 classes in float32, 410 MB of logits."""
     dtype = jnp.dtype(jnp.float32)
     assert pieces_of(plan, 1024, 10**5, dtype, one_pass=summed) == pieces
+
+
+@pytest.mark.parametrize(
+    ("batch", "classes", "dtype", "block"),
+    [
+        (512, 2**14, "float32", 1024),
+        (512, 2**14, "float64", 1024),
+        (512, 2**14, "bfloat16", None),
+        (511, 2**14, "float32", None),
+        (1024, 2**14 - 1, "float32", None),
+    ],
+)
+def test_a_cpu_takes_blocks_of_many_classes(batch, classes, dtype, block):
+    found = pieces_of(None, batch, classes, jnp.dtype(dtype), one_pass=True)
+    assert found == Pieces(cpu_block=block)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,25 @@ def test_blocks_at_many_classes(plan, share, dots, rule):
 
 
 @gated
+@pytest.mark.parametrize("loss", [summed, each])
+def test_a_cpu_computes_many_classes_in_blocks_and_keeps_one_array(loss):
+    ours = facts(loss, MANY)
+    assert ours.temporary_bytes <= 0.52 * facts(plain, MANY).temporary_bytes
+    assert ours.dots == 3 and ours.large_moves == []
+
+
+@pytest.mark.parametrize("loss", [summed, each])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_other_platforms_compute_many_classes_at_once(loss, platform):
+    step = jax.value_and_grad(functools.partial(loss, margin=4, lam=5.0), (0, 1))
+    traced = jax.jit(step).trace(*operands(MANY))
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    products = re.findall(r"stablehlo.dot_general .*-> tensor<(\w+)>", program)
+    classes = f"{BLOCK}" if platform == "cpu" else f"{MANY[2]}"
+    assert products == [f"512x{classes}xf32", "512x256xf32", f"256x{classes}xf32"]
+
+
+@gated
 @pytest.mark.parametrize("plan", [lsm.Plan(2**22), lsm.Plan(row_block=1024)], ids=str)
 @pytest.mark.parametrize("loss", [summed, each])
 @pytest.mark.parametrize("classes", [150, 300])

@@ -9,6 +9,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import lsoftmax_jax as lsm
 from lsoftmax_jax import linen, nnx
+from lsoftmax_jax._core import spec
 from lsoftmax_jax._core.mesh import varying_axes
 from tests import oracle
 
@@ -55,6 +57,12 @@ def statistics(features, kernel, labels, weights, layout):
 
 def summed(features, kernel, labels, weights, layout):
     return lsm.lsoftmax_loss_sum(features, kernel, labels, weights, layout=layout, **STATIC)
+
+
+def in_blocks_of_a_cpu(entry, features, kernel, labels, weights, layout):
+    """As with very many classes; a block of 3 leaves a tail."""
+    with mock.patch.multiple(spec, _MANY_CLASSES=1, _MANY_LOGITS=1, _CPU_BLOCK=3):
+        return entry(features, kernel, labels, weights, layout)
 
 
 def of_sample(rule, features, kernel, labels, layout, *weights):
@@ -105,6 +113,8 @@ ENTRIES = {
     "loss": loss,
     "statistics": statistics,
     "sum": summed,
+    "loss, many classes": functools.partial(in_blocks_of_a_cpu, loss),
+    "sum, many classes": functools.partial(in_blocks_of_a_cpu, summed),
     "sampled": sampled,
     "sampled statistics": sampled_statistics,
     "sampled sum": sampled_sum,
