@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.benchmarks import convergence, open_set
 from experiments.benchmarks.tables import markdown
-from experiments.report import tables
+from experiments.report import front, tables
 from experiments.report.outcomes import RESULTS, load_outcomes
 
 CLONE = Path(__file__).parents[1]
@@ -47,14 +47,8 @@ def mean(numbers: list[float], digits: int = 1) -> str:
 
 def head_at(shape: list[int]) -> dict[str, dict[str, Any]]:
     """The arms of the latest `bench head` on a CPU that has a shape, by their names."""
-    results = [json.loads(file.read_text()) for file in BENCH.glob("head-cpu-f32-*.json")]
-    found = [
-        (result["date"], {arm["arm"]: arm for arm in entry["arms"]})
-        for result in results
-        for entry in result["shapes"]
-        if entry["shape"] == shape
-    ]
-    return max(found, key=lambda dated: str(dated[0]))[1]
+    (entry,) = (entry for _, entry in front.heads(BENCH) if entry["shape"] == shape)
+    return {arm["arm"]: arm for arm in entry["arms"]}
 
 
 def many_classes_plans() -> str:

@@ -1,6 +1,7 @@
 """The tables of the clone's README: what a margin gains, what it costs, the paper's numbers."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,31 @@ def tables(bench: Path, groups: Sequence[Group]) -> dict[str, str]:
     return {
         "training": trained(newest(bench, "convergence-cpu.json")),
         "unseen": unseen(newest(bench, "open-set-cpu.json")),
-        "cost": cost(newest(bench, "head-cpu-f32-*.json"), newest(bench, "step-cpu-*.json")),
+        "cost": cost(heads(bench), newest(bench, "step-cpu-*.json")),
         "paper": paper(groups),
     }
 
 
 def newest(bench: Path, pattern: str) -> dict[str, Any]:
     """The latest result of a pattern; empty if there is none."""
+    return next(iter(reversed(dated(bench, pattern))), {})
+
+
+def dated(bench: Path, pattern: str) -> list[dict[str, Any]]:
+    """The results of a pattern, the latest last."""
     found = [json.loads(file.read_text()) | {"file": file.name} for file in bench.glob(pattern)]
-    return max(found, key=lambda result: str(result["date"]), default={})
+    return sorted(found, key=lambda result: str(result["date"]))
+
+
+def heads(bench: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """For each size that `bench head` timed on a CPU, few classes first: the latest result, and
+    what this result has of the size."""
+    latest = {
+        tuple(entry["shape"]): (result, entry)
+        for result in dated(bench, "head-cpu-f32-*.json")
+        for entry in result["shapes"]
+    }
+    return [latest[shape] for shape in sorted(latest, key=lambda shape: (shape[2], shape))]
 
 
 def linked(text: str, result: dict[str, Any]) -> str:
@@ -84,12 +101,12 @@ def unseen(result: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
-def cost(heads: dict[str, Any], steps: dict[str, Any]) -> str:
+def cost(sizes: Sequence[tuple[dict[str, Any], dict[str, Any]]], steps: dict[str, Any]) -> str:
     """Time and memory beside Optax's softmax, a row a size; a sentence on whole steps."""
-    if not heads:
+    if not sizes:
         return ""
     rows = []
-    for entry in heads["shapes"]:
+    for _, entry in sizes:
         found = {row["arm"]: row for row in entry["arms"]}
         shape = ", ".join(map(str, entry["shape"]))
         if arms.HEAD not in found:
@@ -105,7 +122,13 @@ def cost(heads: dict[str, Any], steps: dict[str, Any]) -> str:
     header = ["batch, features, classes"]
     for margin in ("m = 4", "ArcFace"):
         header += [f"{margin}: time", "memory", "theirs"]
-    lines, sources = [markdown(header, rows), ""], said(heads)
+    lines, measured = [markdown(header, rows), ""], defaultdict(list)
+    for result, entry in sizes:
+        measured[said(result)].append(f"{entry['shape'][2]:,} classes")
+    # A result may have only some of the sizes.
+    most = max(measured, key=lambda source: len(measured[source]))
+    others = (f"{', '.join(of)}: {source}" for source, of in measured.items() if source != most)
+    sources = "; ".join([most, *others])
     if steps:
         ratios = []
         for entry in steps["configurations"]:

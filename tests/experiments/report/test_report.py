@@ -294,6 +294,8 @@ def test_the_front_page_has_no_table_of_a_result_that_is_missing(tmp_path):
     peer = {"arm": "pytorch-metric-learning", "ratio": [3.0, 1, 5]}
     for minute, entry in enumerate(([{**arm, "ratio": [9.0]}], [arm, peer], [arm])):
         heads = measured | {"shapes": [{"shape": [2, 3, 4], "arms": entry}]}
+        if minute == 0:  # a size that the latest result lacks
+            heads["shapes"] += [{"shape": [2, 3, 1900], "arms": [arm]}]
         heads["date"] = f"2026-11-{20 + minute % 2}"
         result.save(tmp_path / f"head-cpu-f32-{minute}.json", heads)
     found = front.tables(tmp_path, grouped([run_of("mnist-m4", 0, 0.3)]))
@@ -302,8 +304,13 @@ def test_the_front_page_has_no_table_of_a_result_that_is_missing(tmp_path):
         "| `self_paced()` | 1.5 / 5.0 |  |",
     ]
     lines = found["cost"].splitlines()
-    assert lines[2:4] == ["| 2, 3, 4 | 1.25 x | 0.50 x | 3.0 x |  |  |  |", ""]
-    assert lines[4].startswith("*cpu, 2 cores, 2026-11-21, aaaaaaa, [result](")
+    assert lines[2:5] == [
+        "| 2, 3, 4 | 1.25 x | 0.50 x | 3.0 x |  |  |  |",
+        "| 2, 3, 1900 | 1.25 x | 0.50 x |  |  |  |  |",
+        "",
+    ]
+    assert lines[5].startswith("*cpu, 2 cores, 2026-11-21, aaaaaaa, [result](")
+    assert "; 1,900 classes: cpu, 2 cores, 2026-11-20, aaaaaaa, [result](" in lines[5]
     assert found["paper"].splitlines()[2:] == [
         "| MNIST | 0.40 / | 0.32 / | 0.31 / | 0.31 / 0.30 (1) |"
     ]
