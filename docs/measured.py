@@ -84,9 +84,9 @@ def unseen() -> str:
 
 def trained() -> dict[str, str]:
     """Which λ trains: over all settings, by setting, and for rare classes."""
-    found, scaled, normed = (
+    found, scaled, normed, both = (
         json.loads((BENCH / f"convergence{flags}-cpu.json").read_text())["settings"]
-        for flags in ("", "-scaled", "-batch-norm")
+        for flags in ("", "-scaled", "-batch-norm", "-scaled-batch-norm")
     )
     return {
         "convergence": convergence.summary_table(found),
@@ -96,6 +96,8 @@ def trained() -> dict[str, str]:
         "convergence_scaled_settings": convergence.settings_table(scaled),
         "convergence_batch_norm": convergence.summary_table(normed),
         "convergence_batch_norm_settings": convergence.settings_table(normed),
+        "convergence_scaled_batch_norm": convergence.summary_table(both),
+        "convergence_scaled_batch_norm_settings": convergence.settings_table(both),
     }
 
 

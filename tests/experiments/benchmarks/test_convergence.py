@@ -226,7 +226,12 @@ def test_an_interrupt_keeps_the_settings_that_come_later(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "policies"),
-    [("", POLICIES), ("-batch-norm", POLICIES), ("-scaled", convergence.SCALED)],
+    [
+        ("", POLICIES),
+        ("-batch-norm", POLICIES),
+        ("-scaled", convergence.SCALED),
+        ("-scaled-batch-norm", convergence.SCALED),
+    ],
 )
 def test_the_committed_results_have_the_settings_of_the_code(flags, policies):
     entries = load(BENCH / f"convergence{flags}-cpu.json")["settings"]
