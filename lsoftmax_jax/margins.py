@@ -341,6 +341,9 @@ class Combined:
 class ArcFace:
     """The additive angular margin, cos(θ + m) in place of cos θ: `Combined` with m2 = m.
 
+    Its slope is below 1 at large angles. From new weights this can turn features away from their
+    columns: end the network with batch normalisation, or take a λ, such as `self_paced()`.
+
     Args:
       margin: m in radians, in [0, π); usually 0.5.
       scale: s > 0; 64 for many classes, 8 to 10 for ten.
