@@ -20,6 +20,7 @@ from lsoftmax_jax._core.blocks import (
     label_sums,
     slice_columns,
     sums_from,
+    with_part,
 )
 from lsoftmax_jax._core.mesh import anywhere, resharded, zeros_like_rows
 from lsoftmax_jax._core.run import Statistics
@@ -240,10 +241,10 @@ def _local(
         dkernel = dkernel + omega * own.kernel.astype(omega.dtype)
         velocity = mu * _block(momentum, start, width).astype(mu.dtype) + dkernel
         # Without the barrier XLA of JAX 0.12 copies kernel and momentum for the tail.
-        momentum = jax.lax.optimization_barrier(_with_block(momentum, velocity, start))
+        momentum = jax.lax.optimization_barrier(with_part(momentum, velocity, start, axis=1))
         velocity = _block(momentum, start, width).astype(eta.dtype)
         changed = _block(kernel, start, width).astype(eta.dtype) - eta * velocity
-        return dfeatures + change, _with_block(kernel, changed, start), momentum
+        return dfeatures + change, with_part(kernel, changed, start, axis=1), momentum
 
     carry = zeros_like_rows(rows.features.shape, gradient.softmax), kernel, momentum
     count = kernel.shape[1] // block
@@ -262,7 +263,3 @@ def _local(
 
 def _block(array: jax.Array, start: Any, width: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, start, width, axis=1)
-
-
-def _with_block(array: jax.Array, block: jax.Array, start: Any) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, block.astype(array.dtype), start, axis=1)

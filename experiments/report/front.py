@@ -40,7 +40,8 @@ def tables(bench: Path, groups: Sequence[Group]) -> dict[str, str]:
 
 def newest(bench: Path, pattern: str) -> dict[str, Any]:
     """The latest result of a pattern; empty if there is none."""
-    return next(iter(reversed(dated(bench, pattern))), {})
+    found = dated(bench, pattern)
+    return found[-1] if found else {}
 
 
 def dated(bench: Path, pattern: str) -> list[dict[str, Any]]:
@@ -50,8 +51,7 @@ def dated(bench: Path, pattern: str) -> list[dict[str, Any]]:
 
 
 def heads(bench: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """For each size that `bench head` timed on a CPU, few classes first: the latest result, and
-    what this result has of the size."""
+    """The latest CPU result of `bench head` for each size, and its entry; few classes first."""
     latest = {
         tuple(entry["shape"]): (result, entry)
         for result in dated(bench, "head-cpu-f32-*.json")

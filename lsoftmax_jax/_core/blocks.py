@@ -136,8 +136,8 @@ def _summary_in_class_blocks(
         more, exponentials = _summary(spec, _from(start, rows), block)
         if kept is not None:
             kept = Kept(
-                _with_part(kept.exponentials, exponentials, start, axis=1),
-                _with_part(kept.peaks, more.peak[None], start // size, axis=0),
+                with_part(kept.exponentials, exponentials, start, axis=1),
+                with_part(kept.peaks, more.peak[None], start // size, axis=0),
             )
         return merge(others, more), kept
 
@@ -161,7 +161,7 @@ def _part(kept: Kept, start: Any, width: int, block: Any) -> Kept:
     return Kept(exponentials, jax.lax.dynamic_slice_in_dim(kept.peaks, block, 1))
 
 
-def _with_part(array: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Array:
+def with_part(array: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Array:
     part = part.astype(array.dtype)
     return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
 
@@ -278,8 +278,8 @@ def gradients(
 def _gradients_at_once(
     rows: Rows, columns: Columns, gradient: LogitGradient, kept: Kept | None
 ) -> tuple[jax.Array, jax.Array]:
-    products = block_gradients(rows, columns, gradient, kept)
-    return with_norms(rows, columns, gradient, *products)
+    dfeatures, dkernel = block_gradients(rows, columns, gradient, kept)
+    return with_norms(rows, columns, gradient, dfeatures, dkernel)
 
 
 def _gradients_in_class_blocks(
@@ -294,7 +294,7 @@ def _gradients_in_class_blocks(
         own = None if kept is None else _part(kept, start, width, start // size)
         change, dcolumns = block_gradients(_from(start, rows), block, gradient, own)
         dcolumns = columns_with_norms(block, sums_from(sums, start, width), dcolumns)
-        return dfeatures + change, _with_part(dkernel, dcolumns, start, axis=1)
+        return dfeatures + change, with_part(dkernel, dcolumns, start, axis=1)
 
     zeros = zeros_like_rows(rows.features.shape, gradient.softmax)
     dkernel = zeros_like_rows(kernel.shape, gradient.softmax).astype(stored_dtype(kernel.dtype))

@@ -21,7 +21,7 @@ AnyMesh = Mesh | AbstractMesh
 _FEWEST_ROWS = 704
 # A block of classes this wide keeps the matrix units busy; a wider one only costs memory.
 _FEWEST_CLASSES, _MOST_CLASSES = 512, 8192
-# With so many of both, blocks that stay in a CPU's caches save up to a fifth of the time (head.py).
+# From so many of both on, blocks that stay in a CPU's caches save time (`bench head`).
 _MANY_CLASSES, _MANY_LOGITS, _CPU_BLOCK = 2**14, 2**23, 1024
 
 

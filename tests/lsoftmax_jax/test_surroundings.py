@@ -62,6 +62,7 @@ def summed(features, kernel, labels, weights, layout):
 def in_blocks_of_a_cpu(entry, features, kernel, labels, weights, layout):
     """As with very many classes; a block of 3 leaves a tail."""
     with mock.patch.multiple(spec, _MANY_CLASSES=1, _MANY_LOGITS=1, _CPU_BLOCK=3):
+        assert spec.pieces_of(None, 1, 3, features.dtype, one_pass=True).cpu_block == 3
         return entry(features, kernel, labels, weights, layout)
 
 
