@@ -22,17 +22,20 @@ from experiments.store.progress import Progress
 from lsoftmax_jax import training
 from lsoftmax_jax.devices import DATA_AXIS, compile_step, put, repeat
 
-# YNNPACK's kernels, which XLA takes by default, are slow for the gradient of a convolution.
-# https://github.com/jax-ml/jax/issues/37465 has another slow case.
-_WITHOUT_YNNPACK: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# By default XLA gives YNNPACK convolutions too, whose gradients are many times slower there than in
+# XLA (https://github.com/jax-ml/jax/issues/37465 has another slow case). The sums over a batch that
+# batch normalisation needs are faster in YNNPACK.
+_PRODUCTS_AND_SUMS: dict[str, str | bool] = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+}
 
 
 def compiled(lowered: Lowered) -> Compiled:
-    """The program of some updates; on CPUs without the kernels of YNNPACK."""
+    """The program of some updates; on CPUs YNNPACK computes its products and sums alone."""
     if jax.default_backend() == "cpu":
         # Some versions of jaxlib have no such option.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            return lowered.compile(compiler_options=_WITHOUT_YNNPACK)
+            return lowered.compile(compiler_options=_PRODUCTS_AND_SUMS)
     return lowered.compile()
 
 
