@@ -141,6 +141,7 @@ def less_along(
         rest = matrix.shape[0] - whole * _SUBLANES
         return change(matrix, whole * _SUBLANES, rest) if rest else matrix
 
-    if matrix.size < _FEW:
+    # A slice of the loop's body may not be larger than the matrix, even where the loop has no turn.
+    if matrix.size < _FEW or matrix.shape[0] < _SUBLANES:
         return less(matrix, kernel)
     return jax.lax.platform_dependent(matrix, kernel, cpu=looped, default=less)

@@ -69,7 +69,8 @@ def test_columns_are_read_in_strips_where_that_is_less_than_a_copy(rows, read):
     assert {word for word in ("while", "gather") if f"stablehlo.{word}" in text} == {read}
 
 
-MATRICES = (13, 8192), (64, 4096), (3, 5)  # rows that do not divide, that do, and few numbers
+# Rows that do not divide, that do, fewer rows than a turn of the loop takes, and few numbers.
+MATRICES = (13, 8192), (64, 4096), (5, 20_000), (3, 5)
 
 
 @pytest.mark.parametrize("shape", MATRICES)
@@ -86,7 +87,7 @@ def test_sums_over_rows_and_what_is_taken_off_the_columns(shape, dtype):
     np.testing.assert_allclose(less, matrix - along * inverse * first, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", MATRICES[:2])
+@pytest.mark.parametrize("shape", MATRICES[:3])
 def test_a_cpu_adds_rows_without_a_reduction(shape):
     """XLA's reduction over the rows takes 30 times as long as adding one row after the other."""
     kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
