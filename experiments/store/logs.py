@@ -4,12 +4,13 @@ import hashlib
 import json
 import math
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from experiments.store.files import naming, regular
@@ -103,22 +104,29 @@ class Events:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         with naming(folder):
-            self._writer = EventsWriter(str(folder / "events"))
-            self._writer.write_event(Event(step=step, session_log=SessionLog(status="START")))
+            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+            self._file = RecordWriter(str(folder / name))
+            self._write(file_version="brain.Event:2")
+            self._write(step=step, session_log=SessionLog(status="START"))
 
     def add(self, values: dict[str, float], step: int) -> None:
         """Scalars by name; those that are not finite are left out."""
-        now = time.time()
         with naming(self._folder):
             for name, value in values.items():
                 if math.isfinite(value):
-                    summary = scalar(name, value)
-                    self._writer.write_event(Event(wall_time=now, step=step, summary=summary))
-            self._writer.flush()
+                    self._write(step=step, summary=scalar(name, value))
+            self._file.flush()
+
+    def _write(self, **event: Any) -> None:
+        self._file.write(Event(wall_time=time.time(), **event).SerializeToString())
 
     def close(self) -> None:
+        # Not EventsWriter, which leaves the file open on a full disk: Python 3.13 then says so.
         with naming(self._folder):
-            self._writer.close()
+            try:
+                self._file.flush()
+            finally:
+                self._file.close()
 
 
 def finite(values: dict[str, float]) -> dict[str, float | None]:
