@@ -43,7 +43,7 @@ class SgdStep(NamedTuple):
       kernel: after the update.
       momentum: after the update.
       statistics: of each example before the update; `plain_logit > max_logit` is the margin-free
-        classification. It costs nothing if it is not used.
+        classification. Under `jax.jit` unused statistics cost nothing.
     """
 
     loss: jax.Array
@@ -78,7 +78,7 @@ def lsoftmax_sgd(
 
     This is the update of `optax.chain(optax.add_decayed_weights(ω), optax.sgd(η, momentum=μ))`. The
     kernel's gradient is computed and used some classes at a time. Besides its arguments a step
-    needs about 8 batch x block bytes, and no gradient of D x classes numbers. Donate `kernel` and
+    needs about 8 x batch x block bytes, and no gradient of D x classes numbers. Donate `kernel` and
     `momentum` to the jitted step to update them in place.
 
     It cannot be differentiated: chain `dfeatures` into the rest of the model by `jax.vjp`. Under
@@ -97,7 +97,7 @@ def lsoftmax_sgd(
       decay: μ in [0, 1], the momentum's decay, may be traced.
       weight_decay: ω >= 0, may be traced.
       lam, where, label_smoothing, layout: as in `lsoftmax_jax.lsoftmax_loss`. With a layout the
-        momentum is split as the kernel, and the columns that only fill it up are decayed alone.
+        momentum is split as the kernel, and only weight decay changes the columns that fill it up.
       plan: its `class_block` says how many classes at a time, by default 4096 or what its
         `memory_budget` allows.
 
@@ -154,10 +154,10 @@ def _pieces(plan: Plan | None, spec: Spec, arrays: Arrays) -> Pieces:
     if isinstance(plan, Plan) and (plan.row_block is not None or plan.keep_exponentials):
         raise ValueError(f"plan must be one of class blocks without kept exponentials, got {plan}")
     columns, rows = arrays.kernel.shape[1], math.prod(arrays.labels.shape)
-    if spec.layout is not None:
-        columns //= spec.layout.shards
-    if not isinstance(rows, int):
+    if not isinstance(rows, int):  # a symbol of jax.export
         rows = 1
+    if spec.layout is not None:
+        columns, rows = columns // spec.layout.shards, rows // spec.layout.data_shards
     if plan is None or isinstance(plan, Plan):
         plan = dataclasses.replace(plan or Plan(), keep_exponentials=False)
     pieces = pieces_of(plan, rows, columns, spec.dtype, one_pass=False)

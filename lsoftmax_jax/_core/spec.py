@@ -19,9 +19,9 @@ AnyMesh = Mesh | AbstractMesh
 
 # Row blocks below this many rows starve the matrix units; class blocks win there.
 _FEWEST_ROWS = 704
-# A block of classes this wide keeps the matrix units busy; a wider one only costs memory.
+# Narrower blocks of classes starve the matrix units; wider ones only cost memory.
 _FEWEST_CLASSES, _MOST_CLASSES = 512, 8192
-# From so many of both on, blocks that stay in a CPU's caches save time (`bench head`).
+# From this many classes and logits on, blocks that fit a CPU's caches save time (`bench head`).
 _MANY_CLASSES, _MANY_LOGITS, _CPU_BLOCK = 2**14, 2**23, 1024
 
 
@@ -31,12 +31,12 @@ class Plan:
 
     The loss chooses one of three plans by `memory_budget`; `row_block` or `class_block` forces one:
 
-    - one-shot: the backward pass keeps one (batch, classes) array of exponentials. A CPU makes the
-      same array in blocks of classes where there are many, because these stay in its caches;
+    - one-shot: the forward pass keeps one (batch, classes) array of exponentials. With many classes
+      a CPU makes this array in blocks of classes, which stay in its caches;
     - class blocks: the kept exponentials are the only large array. Without `keep_exponentials` no
       array is large, and the backward pass computes the logits again;
     - row blocks: `row_block` rows of logits exist at a time and none are kept. `lsoftmax_loss_sum`
-      on one device computes them once; all else computes them twice.
+      without a layout computes them once; all else computes them twice.
 
     Attributes:
       memory_budget: bytes that (batch, classes) temporaries may take, 1 GiB by default. With a
@@ -90,7 +90,7 @@ class Pieces(NamedTuple):
     row_block: int | None = None
     class_block: int | None = None
     keep_exponentials: bool = True
-    # Of a plan that takes one shot elsewhere: classes at a time on a CPU.
+    # Classes at a time on a CPU, for a plan that is one-shot elsewhere.
     cpu_block: int | None = None
 
 
@@ -125,7 +125,7 @@ def pieces_of(
         if batch <= rows:
             many = classes >= _MANY_CLASSES and batch * classes >= _MANY_LOGITS
             return Pieces(cpu_block=_CPU_BLOCK if many and dtype.itemsize >= 4 else None)
-        # With so many rows that few classes fit, class blocks would pass the budget.
+        # With so many rows even the smallest class block would exceed the budget.
         by_rows = one_pass or affordable < min(classes, _FEWEST_CLASSES)
         if keep is None and by_rows and rows >= _FEWEST_ROWS:
             return Pieces(row_block=rows // 64 * 64, keep_exponentials=False)
@@ -152,7 +152,7 @@ class ClassParallel:
       classes: number of real classes, by default all columns of the kernel. The size of
         `class_axis` must divide the columns. Add columns of any finite value until it does, see
         `columns`, and give the number of real ones here. The added columns take no part and get
-        zero gradient. A Flax head does both by itself.
+        zero gradient. A Flax head adds and counts them by itself.
 
     Raises:
       TypeError: an axis is not a name, or `classes` not an int.
@@ -267,6 +267,10 @@ class Layout(NamedTuple):
     @property
     def data_axes(self) -> tuple[str, ...]:
         return tuple(axis for axis in self.batch_axes if axis != self.class_axis)
+
+    @property
+    def data_shards(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in self.data_axes)
 
     @property
     def splits_rows(self) -> bool:
@@ -397,7 +401,7 @@ def prepare(
         on_mesh.check(features, kernel, layout.classes, name)
         classes = columns if layout.classes is None else layout.classes
         columns, one_pass = columns // on_mesh.shards, False
-        rows //= math.prod(on_mesh.mesh.shape[axis] for axis in on_mesh.data_axes)
+        rows //= on_mesh.data_shards
     labels = _checks.check_labels(labels, batch_shape, classes)
     dtype = _checks.promoted(features, kernel)
     pieces = pieces_of(plan, rows, columns, dtype, one_pass=one_pass)

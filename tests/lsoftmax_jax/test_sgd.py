@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 import lsoftmax_jax as lsm
 from tests import oracle
@@ -114,3 +115,18 @@ def test_mistakes_are_named(name):
     call = {"momentum": momentum, "weights": weights, "learning_rate": ETA} | change
     with pytest.raises(error, match=name):
         lsm.lsoftmax_sgd(features, kernel, labels=labels, margin=MARGIN, lam=0.0, **call)
+
+
+def test_devices_that_share_a_batch_take_the_block_of_their_part():
+    """A budget is one device's, so four times the batch on four devices needs no smaller block."""
+    kernel = jnp.zeros((4, 8192))
+    for devices in (1, 4):
+        mesh = jax.make_mesh((devices, 1), ("data", "model"), (AxisType.Auto,) * 2)
+        run = functools.partial(
+            lsm.lsoftmax_sgd, margin=2, lam=1.0, learning_rate=0.1, plan=lsm.Plan(2**20),
+            layout=lsm.ClassParallel("model", "data", mesh),
+        )  # fmt: skip
+        rows = devices * 128
+        batch = jnp.zeros((rows, 4)), kernel, kernel, jnp.zeros(rows, int), jnp.ones(rows)
+        # 2**20 bytes hold two arrays of 128 rows and 1,024 classes.
+        assert "f32[128,1024]" in str(jax.make_jaxpr(run)(*batch)), devices
