@@ -45,7 +45,7 @@ def check_settings(head: Head) -> None:
 
 
 def known_lam(lam: Any) -> float | SelfPaced | None:
-    """λ of a head, a number: an array in a module of NNX is a part of its state, and trained."""
+    """λ of a head as a number: NNX counts an array as state, which an optimizer may train."""
     if lam is None or isinstance(lam, SelfPaced):
         return lam
     lam = _checks.check_scalar("lam", lam)
@@ -71,11 +71,11 @@ def sharded_kernel(
 ) -> Callable[[jax.Array], jax.Array]:
     """key -> a kernel in shards: the real classes drawn, zeros in the columns that fill it up.
 
-    A number of shards changes no real column, and no optimizer that looks at a kernel's length.
-    Under jit no device ever holds more than its shard.
+    The number of shards changes no real column, nor the kernel's length, which some optimizers
+    read. Under jit no device ever holds more than its shard.
     """
     filling = layout.columns(classes) - classes
-    # The mesh of the context, if that has the same axes: they may be of another type there.
+    # `Layout.of` prefers the context's mesh, whose axes may be of another type.
     on_mesh = Layout.of(layout)
     mesh, spec = on_mesh.mesh, on_mesh.columns
 

@@ -81,7 +81,7 @@ def put(arrays: Any, mesh: Mesh, spec: P) -> Any:
 class CompiledStep:
     """A step that is compiled when it is first called; `lower` takes abstract arguments too.
 
-    Both take the step's arguments, `where` last and optional.
+    A call and `lower` take the step's arguments, `where` last and optional.
     """
 
     def __init__(self, step: Any, mesh: Mesh, donate: bool) -> None:
@@ -283,6 +283,7 @@ class _Programs:
         self._programs: dict[Any, Any] = {}
 
     def of(self, state: State, build: Callable[[Any], Any], variant: bool = True) -> Any:
+        """The program for `state` where it lies, built once; `variant` tells signatures apart."""
         leaves, structure = jax.tree.flatten(state)
         found = variant, structure, *map(_sharding, leaves)
         if found not in self._programs:
@@ -312,7 +313,7 @@ class _Programs:
                 )
 
     def _place(self, sharding: Any) -> NamedSharding:
-        """As an array lies on the mesh; replicated where it lies elsewhere."""
+        """Where an array lies on the mesh; replicated if it lies elsewhere."""
         mesh = self._mesh
         if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names:
             return NamedSharding(mesh, sharding.spec)
@@ -328,6 +329,6 @@ def _with_auto_axes(function: Any, mesh: Mesh, placed: Any) -> Any:
     """Leaves the placement inside `function` to the compiler on an Explicit mesh too."""
     if not mesh.explicit_axes:
         return function
-    # Before JAX 0.8, the mesh of traced arrays is abstract, and no other one is taken here.
+    # Before JAX 0.8 auto_axes takes only the abstract mesh, which traced arrays have.
     placed = jax.tree.map(lambda at: NamedSharding(mesh.abstract_mesh, at.spec), placed)
     return auto_axes(function, axes=mesh.axis_names, out_sharding=placed)

@@ -128,12 +128,12 @@ def from_metric_learning(
     """Kernel and margin of a loss of pytorch-metric-learning.
 
     Args:
-      loss: its class: ArcFaceLoss, CosFaceLoss, SphereFaceLoss or LargeMarginSoftmaxLoss.
-      weight: its `W`, (in_features, classes) floating point, anything `np.asarray` takes.
-      margin: as its constructor takes it, so ArcFace's in degrees, 28.6 unless said otherwise;
-        its attribute `margin` holds radians. An ArcFace margin below 2 degrees is refused: radians
-        were meant.
-      scale: as its constructor takes it.
+      loss: the class's name: ArcFaceLoss, CosFaceLoss, SphereFaceLoss or LargeMarginSoftmaxLoss.
+      weight: the loss's `W`, (in_features, classes) floating point, anything `np.asarray` takes.
+      margin: as the loss's constructor takes it: ArcFace's in degrees, by default 28.6, though the
+        loss's attribute `margin` holds radians. An ArcFace margin below 2 degrees is refused:
+        radians were meant.
+      scale: as the loss's constructor takes it.
 
     Returns:
       (kernel, margin) of the same loss here. The scale of LargeMarginSoftmaxLoss is in the kernel.
@@ -197,7 +197,7 @@ def from_insightface(
 
     With m1 = 1 and m3 = 0 it is ArcFace, since 2022 without a gradient through the margin. With
     m3 > 0 it is CosFace, and insightface ignores m1 and m2 without a word: so does this function.
-    It refuses anything else. The formula of its papers is `lsoftmax_jax.margins.Combined`.
+    It refuses anything else. The papers' formula is `lsoftmax_jax.margins.Combined`.
 
     insightface clamps probabilities at 1e-30, so its loss of an example ends at 69.1; ours does not
     end.
@@ -213,7 +213,7 @@ def from_insightface(
 
     Raises:
       TypeError: `weight` is not floating point, or a setting not a number.
-      ValueError: `weight` is not a matrix, or a setting is one that neither has.
+      ValueError: `weight` is not a matrix, or the settings are neither ArcFace's nor CosFace's.
 
     Example:
       >>> import numpy as np
@@ -274,8 +274,8 @@ def from_caffe(
       the margin, and the constants of the schedule, `annealed_lambda(*constants)`.
 
     Raises:
-      TypeError, ValueError: `type` is none of the four, `iteration` no int >= 0, or a constant
-        none for `annealed_lambda`.
+      TypeError, ValueError: `type` is none of the four, `iteration` no int >= 0, or
+        `annealed_lambda` refuses a constant.
 
     Example:
       >>> import lsoftmax_jax as lsm

@@ -19,7 +19,7 @@ from lsoftmax_jax.schedule import SelfPaced
 
 
 def _lecun_normal(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
-    """Flax's own initializer as a function of a module, so that a head can be pickled."""
+    """Flax's own initializer as a module-level function, so that a head can be pickled."""
     return linen.initializers.lecun_normal()(key, shape, dtype)
 
 
@@ -165,7 +165,7 @@ class LSoftmaxDense(linen.Module):
     @linen.compact
     def _kernel_for(self, features: ArrayLike) -> jax.Array:
         if self.has_variable("params", "kernel"):
-            # The functions name both shapes where they do not agree.
+            # D is not checked here: the losses name both shapes if they differ.
             stored: jax.Array = linen.meta.unbox(self.get_variable("params", "kernel"))
             return stored
         if self.scope is not None and not self.is_mutable_collection("params"):

@@ -31,8 +31,8 @@ def lsoftmax_logits(
         z_j = \|w_j\| \|x\| \cos\theta_j \;(j \ne y), \qquad
         z_y = \frac{\lambda \|w_y\| \|x\| \cos\theta_y + \|w_y\| \|x\| \psi(\theta_y)}{1+\lambda}
 
-    Another margin puts its v(cos θ) in place of ψ. With a scale s of the margin, the product ‖w‖‖x‖
-    is s. For training take a loss below: the loss needs no (batch, classes) array of logits.
+    Another margin puts its v(cos θ) in place of ψ. With unit columns ‖w‖ is 1, with a scale s
+    ‖w‖‖x‖ is s. For training take a loss below, which keeps no (batch, classes) array of logits.
 
     The gradient is written by hand: two matrix products and no division by a sine, finite at every
     angle. Derivatives of any order exist in reverse mode, and `jax.hessian` works; JAX has no
@@ -89,8 +89,8 @@ def lsoftmax_loss(
 
     .. math:: \ell = -\log \frac{e^{z_y}}{\sum_j e^{z_j}}, \qquad z = \text{lsoftmax\_logits}
 
-    With `label_smoothing` e, the cross-entropy against Optax's smoothed labels:
-    softplus(Z - t) + e (t - (t + sum of the other logits) / classes).
+    With `label_smoothing` e, the cross-entropy against Optax's smoothed labels: the formula above
+    plus e (z_y - mean of all z).
 
     The result may be weighted, masked or averaged: its gradient is right for any cotangent. For a
     (weighted) sum over many classes `lsoftmax_loss_sum` is cheaper. Derivatives of any order exist
@@ -110,8 +110,8 @@ def lsoftmax_loss(
         `lsoftmax_jax.self_paced()`, which computes λ from each example without a gradient.
       where: (...,) bool; False gives exactly zero loss and gradient, whatever the row holds.
       label_smoothing: e in [0, 1], a Python float.
-      plan: in which pieces to compute, by default the fastest that takes 1 GiB; with a layout, of
-        each device.
+      plan: in which pieces to compute, by default the fastest within 1 GiB, with a layout of each
+        device.
       layout: how the head lies on a mesh, or None.
 
     Returns:
@@ -200,9 +200,9 @@ def lsoftmax_loss_sum(
     .. math:: L = \sum_i s_i \ell_i
 
     Under differentiation the forward pass computes the gradients of features and kernel, and the
-    backward pass only scales them. The one-shot and row-block plans so take three matrix products
-    and keep no logits. Without differentiation the call computes the loss alone. With a layout a
-    step takes at most 5 collectives.
+    backward pass only scales them. So the one-shot and, without a layout, row blocks take three
+    matrix products and keep no logits. Without differentiation the call computes the loss alone.
+    With a layout a step takes at most 5 collectives.
 
     Args:
       weights: (...,) floating-point weights s of the examples, or None for ones; for a mean pass

@@ -23,7 +23,7 @@ from lsoftmax_jax import _checks
 
 # A loop bounds the compile time of a longer recurrence.
 _UNROLLED = 16
-# The knots of psi take batch x m comparisons.
+# psi compares each cosine with m - 1 knots, where its pieces meet.
 _LARGEST = 4096
 
 
@@ -36,7 +36,8 @@ def psi(cos_theta: ArrayLike, margin: int) -> jax.Array:
 
     computed as :math:`(-1)^k T_m(c) - 2k` with the Chebyshev polynomial :math:`T_m` of
     :math:`c = \cos\theta`. psi falls in theta, from 1 at theta = 0 to 1 - 2m at theta = pi, and is
-    continuously differentiable in c: the slope is 0 at the inner knots and m² at c = 1 and -1.
+    continuously differentiable in c: the slope is 0 at the inner knots, where theta = k pi / m, and
+    m² at c = 1 and -1.
 
     psi supports forward and reverse mode, to any order.
 
@@ -237,7 +238,7 @@ class CosFace:
       scale: s > 0; 64 for many classes, 8 to 10 for ten.
 
     Raises:
-      TypeError, ValueError: a number is not a number, or out of range.
+      TypeError, ValueError: an argument is not a number, or out of range.
 
     Example:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
@@ -282,7 +283,7 @@ class Combined:
         insightface has done since 2022. False takes the true slope.
 
     Raises:
-      TypeError, ValueError: a number is not a number, or out of range; a flag is not a Boolean.
+      TypeError, ValueError: an argument is not a number, or out of range; a flag is not a Boolean.
 
     Example:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
@@ -350,7 +351,7 @@ class ArcFace:
       easy, detach: as in `Combined`.
 
     Raises:
-      TypeError, ValueError: a number is not a number, or out of range; a flag is not a Boolean.
+      TypeError, ValueError: an argument is not a number, or out of range; a flag is not a Boolean.
 
     Example:
       >>> import jax.numpy as jnp, lsoftmax_jax as lsm
@@ -408,8 +409,7 @@ def check_margin(margin: int | Margin) -> Margin:
 def _is_no_setting(margin: Any) -> TypeError:
     return TypeError(
         f"margin must compare by its settings and hold no arrays, as a frozen dataclass of Python "
-        f"numbers does, got a {type(margin).__name__}; a margin that changes in training is what "
-        f"lam is for"
+        f"numbers does, got a {type(margin).__name__}; to change the margin in training, use lam"
     )
 
 

@@ -31,9 +31,9 @@ class LSoftmaxDense(nnx.Module):
     """The last layer of a classifier: a bias-free Dense that knows the margin in training.
 
     ``loss(features, labels)`` is the fused loss of each example. Called with features alone, the
-    head gives the plain product features @ kernel. The one parameter is `kernel` (in_features,
-    classes): a checkpoint of a bias-free `nnx.Linear` loads, and the trained head exports as a
-    plain matrix product.
+    head gives logits without a margin; with an integer margin these are features @ kernel, and the
+    head exports as a plain matrix product. The one parameter is `kernel` (in_features, classes): a
+    checkpoint of a bias-free `nnx.Linear` loads.
 
     Args:
       in_features: D, the length of a feature.
@@ -99,7 +99,7 @@ class LSoftmaxDense(nnx.Module):
 
         def init(*arguments: Any) -> jax.Array:
             made: Any = kernel_init(*arguments)
-            # Of nnx.with_partitioning: the layout decides.
+            # Drop the box of nnx.with_partitioning: the layout decides.
             return made.raw_value if isinstance(made, VariableMetadata) else made
 
         create = _calls.sharded_kernel(layout, init, in_features, classes, param_dtype)

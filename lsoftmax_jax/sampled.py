@@ -28,7 +28,7 @@ from lsoftmax_jax.margins import Margin
 from lsoftmax_jax.schedule import SelfPaced
 
 _ROUNDS = 6
-# Up to here shuffling all classes is as fast, and so small a Feistel network mixes badly.
+# Up to this many classes a shuffle is as fast, and a Feistel network that small mixes badly.
 _SHUFFLED_CLASSES = 4096
 
 
@@ -37,11 +37,10 @@ class Sample(NamedTuple):
 
     Attributes:
       ids: (min(batch, classes) + negatives,) int32 class numbers: the distinct labels, then the
-        drawn others.
-        An entry without a class, for a repeated or a drawn label, holds the number of classes. With
-        a layout every device has such a part, one after the other.
-      offset: (ids.size,), added to the logits of these classes except as a target; -inf without a
-        class. A class stands for exp(offset) classes.
+        other drawn classes. An entry for a repeated label, or for a drawn class that is a label,
+        has no class: it holds the number of classes. With a layout each device has such a part.
+      offset: (ids.size,), added to the logits of other classes; -inf where an entry has no class.
+        A class stands for exp(offset) classes.
       labels: (batch,), the batch's labels as positions in `ids`, -1 for a label outside
         [0, classes).
     """
@@ -70,12 +69,13 @@ def sample_classes(
       key: a key of `jax.random`.
       labels: (...,) integers in [0, classes).
       classes: number of classes, static.
-      negatives: how many to draw, from 1 to `classes`, static. A drawn label counts once. (Paddle
-        and insightface count the labels in: they draw max(labels, n) classes in all.)
+      negatives: how many to draw, from 1 to `classes`, static. A drawn class that is a label is in
+        the sample once. (Paddle and insightface count the labels in: max(labels, negatives) classes
+        in all.)
       corrected: add :math:`\log\frac{\text{classes} - p}{n}` to the logits of the n drawn classes
-        (p being the number of distinct labels), which makes the sum of the other exponentials an
-        unbiased estimate as long as, on every device, one of the drawn is a class and no label.
-        False lets fewer classes compete, as the published Partial FC does.
+        that are no labels (p being the number of distinct labels). This makes the sum of the other
+        exponentials an unbiased estimate as long as, on every device, one of the drawn is a class
+        and no label. False lets fewer classes compete, as the published Partial FC does.
       layout: how the kernel lies on a mesh. Each device then draws its part of the negatives from
         its own classes; the class axis must divide `negatives`.
 
@@ -177,7 +177,7 @@ def _drawn_from(
     """
     known = jnp.where(labels >= 0, labels, width)
     slots = min(labels.size, width)
-    # One value more than there are classes: the fill value may be among them.
+    # `known` may hold all classes, and `width` for labels elsewhere: one value more.
     positives = jnp.unique(known, size=min(labels.size, width + 1), fill_value=width)[:slots]
     drawn = _permuted(key, width, min(negatives, width))
     repeated = _holds(positives, drawn)[0]
@@ -444,7 +444,7 @@ def lsoftmax_sampled_loss_and_statistics(
 
     Returns:
       the loss (...,), and `Statistics`; `max_logit` is the largest of the sampled others with its
-      offset, so `plain_logit > max_logit` asks more than the classification.
+      offset, so `plain_logit > max_logit` is not the classification.
 
     Raises:
       TypeError, ValueError: as `lsoftmax_sampled_loss`.

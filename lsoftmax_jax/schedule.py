@@ -1,4 +1,4 @@
-"""How λ is chosen: by what each example shows, or by the step.
+"""How λ is chosen: from each example, or by the step. The margin has the share 1 / (1 + λ).
 
 Source: `annealed_lambda` is the formula of the loss layer in the authors' released Caffe code,
 https://github.com/wy1iu/LargeMargin_Softmax_Loss.
@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from lsoftmax_jax import _checks
 
-# A share of the whole lead would hold the target at its rival: the loss could never fall.
+# If the margin took the whole lead, the target would stay at its rival: no loss could fall.
 _PART_OF_LEAD = 0.9
 # A few easy classes would otherwise get nearly the whole margin, at the expense of rare ones.
 _LARGEST_LEAD = 0.4
@@ -36,16 +36,16 @@ class SelfPaced:
     def __post_init__(self) -> None:
         _checks.keep(self, strength=_checks.check_fraction("strength", self.strength))
 
-    def share(self, plain: jax.Array, margin: jax.Array, rival: jax.Array) -> jax.Array:
+    def share(self, plain: jax.Array, whole: jax.Array, rival: jax.Array) -> jax.Array:
         """The share 1 / (1 + λ) of each example, without a gradient.
 
         Args:
           plain: (batch,) u, the target logit without a margin.
-          margin: (batch,) v <= u, the target logit with the whole margin.
+          whole: (batch,) v <= u, the target logit with the whole margin.
           rival: (batch,) the largest other logit.
         """
-        plain, margin, rival = map(jax.lax.stop_gradient, (plain, margin, rival))
-        gap = plain - margin
+        plain, whole, rival = map(jax.lax.stop_gradient, (plain, whole, rival))
+        gap = plain - whole
         some = gap > 0  # False for NaN too: a label outside [0, classes)
         lead = jnp.where(some, plain - rival, 0) / jnp.where(some, gap, 1)
         return _PART_OF_LEAD * self.strength * jnp.clip(lead, 0, _LARGEST_LEAD)
@@ -77,11 +77,11 @@ def annealed_lambda(
 
     Step 0 is the first update. The authors count iterations from 1, hence s + 1.
 
-    It is here for the released constants, which are for about 18,000 updates and end at λ = 0. In a
-    shorter run λ stays so large that the loss is softmax. With `gamma` stretched to the length of
-    the run, the last updates have nearly the whole margin: features can shrink to length 0, and the
-    run is lost. `margin_schedule` and `self_paced` use only a part of the margin; a `minimum` of 5
-    makes this schedule do so too.
+    It is here for the released constants, for 18,000 to 30,000 updates, at whose end λ is near 0.
+    In a shorter run λ stays so large that the loss is softmax. With `gamma` stretched to the length
+    of the run, the last updates have nearly the whole margin: features can shrink to length 0, and
+    the run is lost. `margin_schedule` and `self_paced` use only a part of the margin; a
+    `minimum` of 5 makes this schedule do so too.
 
     Args:
       base: λ before the first step, >= 0; 0 turns annealing off.
@@ -138,7 +138,7 @@ def margin_schedule(
 
     It is for runs whose λ must be known beforehand; `self_paced` needs no number of steps. λ ends
     at 1 / share - 1. A larger margin trains only at a smaller share. At half of margin 8, and at
-    the whole of any margin, features shrink to length 0.
+    the whole of any margin, features can shrink to length 0.
 
     Args:
       steps: updates of the run, >= 1.

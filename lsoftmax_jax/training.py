@@ -497,7 +497,7 @@ def _cleared(images: Any, where: jax.Array | None) -> Any:
 
 
 def _of_each_device(params: Any, axis_name: str | None) -> Any:
-    """The parameters, so that their gradient is each device's own on every kind of axis.
+    """The parameters, marked so that their gradient is each device's own on every kind of axis.
 
     With check_vma, `jax.shard_map` would sum the gradient of replicated parameters by itself, and
     `jax.pmap` would not.
@@ -574,7 +574,7 @@ def _like(new: dict[Any, Any], old: dict[Any, Any]) -> dict[Any, Any]:
     for name, value in old.items():
         if (name not in new) or (value is None) != (new[name] is None):
             raise TypeError(
-                f"model must keep its variable {name!r} from `create` on: make it there"
+                f"model must keep its variable {name!r} from `create` on: make it in __init__"
             )
     return {
         name: _like(new[name], value) if isinstance(value, dict) else new[name]
@@ -682,7 +682,7 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def _stays_finite(new: Any, old: Any) -> jax.Array:
-    """Whether no finite number has become another; some optimizers start at infinity."""
+    """Whether every finite number stays finite; some optimizers start at infinity."""
     pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
     return _all(
         jnp.isfinite(after) | ~jnp.isfinite(before)
@@ -699,8 +699,8 @@ def _uncopied(condition: jax.Array) -> jax.Array:
     """The condition as a number that XLA computes once.
 
     XLA copies a cheap scalar into every fusion that reads it, here the condition of all arrays into
-    the update of each: compiling 100 layers with Adam took 39 s of a CPU, and 9 s so. XLA does
-    not copy a square root.
+    the update of each: compiling 100 layers with Adam took 39 s of a CPU, and 9 s with a root. XLA
+    does not copy a square root.
     """
     return jnp.sqrt(condition.astype(jnp.float32)) > 0
 

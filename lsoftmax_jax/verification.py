@@ -39,7 +39,7 @@ _IMPOSTOR, _GENUINE = 0, 1
 _STEPS = 2**20
 # Cosines of a block are _BLOCK x _BLOCK. Larger blocks need more memory and are no faster.
 _BLOCK = 1024
-# So many pairs of 512 numbers stay in a core's cache between gather and product.
+# This many pairs of 512 numbers stay in a core's cache between gather and product.
 _PAIRS = 512
 
 
@@ -92,7 +92,7 @@ class Roc(NamedTuple):
         return float(self.tar[self._last(far)])
 
     def threshold_at(self, far: float) -> float:
-        """The lowest threshold whose FAR is at most `far`; infinite if every score has a higher.
+        """The lowest threshold whose FAR is at most `far`; infinite if every score's is higher.
 
         Args:
           far: in [0, 1].
@@ -110,7 +110,7 @@ class Verification(NamedTuple):
     """What `verify` measures.
 
     Attributes:
-      roc: over all pairs, with EER, AUC and TAR at FAR.
+      roc: over the compared pairs, with EER, AUC and TAR at FAR.
       rank_1: the share of embeddings that are nearest to one of their own class. An embedding
         counts if it is in a genuine and in an impostor pair, so the only embedding of a class does
         not. A tie between own and other class counts as a half. NaN if no embedding counts.
@@ -408,7 +408,7 @@ def _between(centres: _Floats) -> _Floats:
 
 
 def _host(name: str, value: Any, expected: str) -> NDArray:
-    """`value` as a NumPy array; a TypeError that names the argument where it is none."""
+    """`value` as a NumPy array; a TypeError that names the argument if it is not an array."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be {expected}, got a masked array: leave masked rows out")
     if value is None or isinstance(value, str) or callable(value):

@@ -1,1 +1,1 @@
-"""How the losses are computed: private, read from `spec` to `run`."""
+"""How the losses are computed. Private; read spec, mesh, tiles, target, blocks, run."""

@@ -46,7 +46,7 @@ _FEW_LOGITS = 2**23
 
 
 class Others(NamedTuple):
-    """Summary of a row's other logits; the lowest finite number and 0 where there are none."""
+    """A row's other logits in short; of none, `peak` is the lowest finite number, the rest 0."""
 
     peak: jax.Array  # the largest
     mass: jax.Array  # sum exp(z - peak)
@@ -121,7 +121,7 @@ def summarise(spec: Spec, rows: Rows, columns: Columns) -> tuple[Others, Kept | 
 
 def _summary_at_once(spec: Spec, rows: Rows, columns: Columns) -> tuple[Others, Kept]:
     others, exponentials = _summary(spec, rows, columns)
-    # Of the shape that a CPU's blocks give: both are branches of one conditional.
+    # The shape that a CPU's blocks give: both are branches of one conditional.
     count = _count_of(columns, spec.pieces.cpu_block)
     return others, Kept(exponentials, jnp.broadcast_to(others.peak, (count, *others.peak.shape)))
 
@@ -243,7 +243,7 @@ def logit_gradient(
     below = cotangent * jax.nn.sigmoid(others.z - t.logit)
     g = -below
     if smoothing:
-        # smoothing - below loses digits: both are near 1, their difference down to 1 / classes.
+        # smoothing - below loses digits where both are near 1 and differ by 1 / classes.
         towards = jax.nn.sigmoid(t.logit - others.z) - 1 / classes
         g = cotangent * (smoothing * towards) + (1 - smoothing) * g
     uniform = cotangent * (smoothing / classes) if smoothing else None
@@ -395,7 +395,7 @@ def features_with_norms(
 
 
 def columns_with_norms(columns: Columns, sums: jax.Array | None, dkernel: jax.Array) -> jax.Array:
-    """The same for columns; `sums` holds `Pull.along_column` of each column's rows."""
+    """The same for columns; `sums` has the sum of `Pull.along_column` over each column's rows."""
     if sums is None:
         return dkernel
     if columns.inverse_norm is None:
@@ -438,8 +438,8 @@ def scan_rows(
 ) -> tuple[Carry, Any]:
     """Like `lax.scan(step, carry, rows)` with `block` rows a step.
 
-    A block takes every count-th row, so that devices that share the batch share each block. Of a
-    block of neighbours each device would compute all.
+    A block takes every count-th row, so that devices that share the batch share each block. Every
+    device would compute all of a block of neighbours.
     """
     total = jax.tree.leaves(rows)[0].shape[0]
     count = total // block

@@ -5,7 +5,7 @@ places), Explicit (types carry the placement) or Manual (inside `jax.shard_map`)
 
 Collectives of `lsoftmax_loss_sum` with a layout, loss and gradients:
 
-- 4 if the features are split over another axis than the kernel: the exchange, the features'
+- 4 if the features are split over another axis than the kernel: `blocks.exchanged`, the features'
   gradient, the kernel's gradient over the data axis, the scalars;
 - 5 if they are split over the class axis too, which gathers them first; 3 if over it alone.
 
@@ -35,9 +35,8 @@ def anywhere(core: Callable[..., Any], out_like: Any, arrays: Any) -> Any:
     would miss the sum over devices; marking all operands as varying makes JAX add it.
 
     Args:
-      out_like: how the output is placed, or the start of a tree like it, with a word for each part:
-        "batch" as the batch of features, "features" and "kernel" as those, "logits" as batch by
-        columns, or "scalar".
+      out_like: where the output lies, a word or a tree prefix of words: "batch" as the batch of
+        features, "features" and "kernel" as those, "logits" as batch by columns, or "scalar".
       arrays: a tuple that starts with features (..., D) and kernel (D, columns).
     """
     varying = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))
@@ -107,12 +106,12 @@ def first_columns(logits: jax.Array, count: int) -> jax.Array:
     if logits.shape[-1] == count:
         return logits
     sharding = jax.typeof(logits).sharding
-    # An odd number of classes cannot stay split.
+    # Classes that the axis does not divide cannot stay split.
     logits = resharded(logits, sharding.mesh, P(*sharding.spec[:-1], None))
     return logits[..., :count]
 
 
-# The devices of a layout. What takes None, for one device, changes nothing there.
+# The devices of a layout. A function that takes None, for one device, then changes nothing.
 
 
 def on_devices(
@@ -142,13 +141,13 @@ def placed(layout: Layout, arrays: Arrays) -> Arrays:
     )
 
 
-def kept(layout: Layout | None, tree: Any) -> Any:
-    """Each device's own arrays as the parts of whole ones, along a new first axis."""
+def stacked(layout: Layout | None, tree: Any) -> Any:
+    """Each device's arrays, stacked along a new first axis of whole ones."""
     return tree if layout is None else jax.tree.map(lambda array: array[None], tree)
 
 
-def own(layout: Layout | None, tree: Any) -> Any:
-    """The device's part of what `kept` made."""
+def unstacked(layout: Layout | None, tree: Any) -> Any:
+    """This device's part of what `stacked` made."""
     return tree if layout is None else jax.tree.map(lambda array: array[0], tree)
 
 

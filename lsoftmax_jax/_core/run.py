@@ -53,7 +53,7 @@ class Statistics(NamedTuple):
     """What a loss computed on its way, for each example; no gradient flows through it.
 
     `plain_logit > max_logit` says whether an example is classified correctly without the margin.
-    Report its mean as the training accuracy; a masked example has zeros, so leave these out.
+    Report its mean over the unmasked examples as the training accuracy.
 
     Attributes:
       target_cosine: cos(theta_y), (...,).
@@ -244,7 +244,7 @@ def fit_for_products(
     if dtype != jnp.float16:
         return cotangent, None
     cotangent = cotangent.astype(jnp.float32)
-    over_classes = tuple(range(1, cotangent.ndim))  # of the logits there is one for each class
+    over_classes = tuple(range(1, cotangent.ndim))  # the logits' cotangent has one number a class
     entries = jnp.max(jnp.abs(cotangent), axis=over_classes, initial=0)
     largest = jnp.max(entries if rows.scale is None else entries * rows.scale, initial=0)
     if (lengths := columns.inverse_norm) is not None:
@@ -279,9 +279,9 @@ def _losses_fwd(spec: Spec, arrays: Arrays) -> tuple[tuple[jax.Array, Statistics
         found = forward(spec, arrays, *view(spec, arrays))
         outputs = mesh.own_rows(layout, (found.loss, statistics_of(found)))
         outputs = jax.tree.map(lambda array: array.reshape(shape), outputs)
-        # The kernel is whole already, the loss no part of its gradient.
+        # The residuals hold the kernel already, and the backward pass needs no loss.
         found = found._replace(loss=None, columns=found.columns._replace(kernel=None))
-        return outputs, mesh.kept(layout, found)
+        return outputs, mesh.stacked(layout, found)
 
     if layout is not None:
         out_specs = layout.rows, layout.own
@@ -296,7 +296,7 @@ def _losses_bwd(
     layout, (arrays, found) = spec.layout, residuals
 
     def local(arrays: Arrays, found: Pass, cotangent: jax.Array) -> Any:
-        found = mesh.own(layout, found)
+        found = mesh.unstacked(layout, found)
         found = found._replace(columns=found.columns._replace(kernel=arrays.kernel))
         shape = cotangent.shape
         cotangent = mesh.all_cotangents(layout, cotangent.reshape(math.prod(shape)))
@@ -356,7 +356,7 @@ def _one_pass(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Arr
     """(losses, dfeatures, dkernel, dλ), the logits of a block of rows computed once."""
     rows, columns, terms = view(spec, arrays)
     weights, factor = fit_for_products(spec.dtype, arrays.weights, rows, columns)
-    block: Any = spec.pieces.row_block
+    size: Any = spec.pieces.row_block
     one_shot = spec._replace(pieces=Pieces())
 
     def step(dkernel: jax.Array, block: Any) -> tuple[jax.Array, Any]:
@@ -367,7 +367,7 @@ def _one_pass(spec: Spec, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Arr
         return dkernel + change, (found.loss, gradient, dfeatures)
 
     zeros = zeros_like_rows(columns.kernel.shape, weights)
-    dkernel, (losses, gradient, dfeatures) = scan_rows(step, zeros, block, (rows, terms, weights))
+    dkernel, (losses, gradient, dfeatures) = scan_rows(step, zeros, size, (rows, terms, weights))
     dfeatures, dkernel = with_norms(rows, columns, gradient, dfeatures, dkernel)
     dlam = jnp.zeros_like(arrays.lam) if gradient.dlam is None else jnp.sum(gradient.dlam)
     return losses, *(times(factor, array) for array in (dfeatures, dkernel, dlam))

@@ -23,7 +23,7 @@ from lsoftmax_jax.margins import LSoftmax, value_and_slope
 # Up to this many classes a product at full precision costs less than gathering the label's column.
 FEW_CLASSES = 256
 # Numbers are scaled by 2**14, exactly, before they are squared: in float32 a norm of 1e15 then has
-# a normal square, and so has each of 512 entries of a norm of 1e-20 that counts.
+# a normal square, and so has each entry that counts among 512 of norm 1e-20.
 _SCALE = 2.0**14
 
 
@@ -278,8 +278,8 @@ def product(
     """The product summed over one axis of each matrix, accumulated in float32 or better.
 
     With few classes its precision is full, else JAX's default. The default on a TPU rounds float32
-    operands to bfloat16. At small angles two terms that are up to m² times as long nearly cancel in
-    a gradient, and the rounding error grows with them.
+    operands to bfloat16. At small angles a gradient is the difference of two terms up to m² times
+    as long, and the rounding error grows with them.
     """
     dtype: Any = _checks.at_least_f32(lhs.dtype)
     precision = jax.lax.Precision.HIGHEST if classes <= FEW_CLASSES else None

@@ -82,8 +82,8 @@ def sum_over_rows(
 ) -> jax.Array:
     """(columns,) of `dtype`: the sum over the rows of two matrices, each times `factor`.
 
-    XLA's CPU compiler takes 110 ms for the squares of a (256, 102400) matrix, and as long where a
-    loop sums blocks of rows; a loop that adds one row after the other takes 3 ms. Other platforms
+    On a CPU XLA's reduction sums the squares of a (256, 102400) matrix in 110 ms, and so does a
+    loop over blocks of rows; a loop that adds one row after the other takes 3 ms. Other platforms
     reduce in one kernel.
     """
 

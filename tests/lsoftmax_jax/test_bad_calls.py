@@ -417,12 +417,12 @@ OTHERS = [
     ),
     ("kernel must have fewer than 2", huge(lambda kernel: sampled.take_columns(kernel, sample()))),
     # traced values that must be static
-    ("a margin that changes in training is what lam is for", lambda: turned(Dial)),
-    ("a margin that changes in training is what lam is for", lambda: turned(Dial, jax.grad)),
-    ("a margin that changes in training is what lam is for", lambda: turned(FrozenDial)),
+    ("to change the margin in training, use lam", lambda: turned(Dial)),
+    ("to change the margin in training, use lam", lambda: turned(Dial, jax.grad)),
+    ("to change the margin in training, use lam", lambda: turned(FrozenDial)),
     ("margin must be .* got a traced float32", lambda: turned(lambda m: m)),
     (
-        "a margin that changes in training is what lam is for",
+        "to change the margin in training, use lam",
         lambda: turned(lambda m: Dial(0.1, m)),
     ),
     ("scale must be .* got a traced float32", lambda: turned(lambda m: margins.NormFace(scale=m))),
