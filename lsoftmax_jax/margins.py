@@ -11,7 +11,7 @@ compares these margins.
 
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -383,8 +383,8 @@ OURS = (LSoftmax, SphereFace, NormFace, CosFace, Combined, ArcFace)
 
 def check_margin(margin: int | Margin) -> Margin:
     """`margin` as a `Margin`; an int m becomes `LSoftmax(m)`."""
-    if isinstance(margin, OURS):
-        return margin
+    if type(margin) in OURS:
+        return margin  # type: ignore[return-value]  # mypy does not narrow by type(...) in
     if isinstance(margin, (int, np.integer)) and not isinstance(margin, bool):
         return LSoftmax(int(margin))
     if isinstance(margin, (bool, type)) or not callable(getattr(margin, "value_and_slope", None)):
@@ -402,6 +402,7 @@ def check_margin(margin: int | Margin) -> Margin:
         hash(margin)
     except TypeError as error:
         raise _is_no_setting(margin) from error
+    _check_compared(margin)
     _try_once(margin)  # type: ignore[arg-type]  # hash() has just been tried
     return margin
 
@@ -411,6 +412,20 @@ def _is_no_setting(margin: Any) -> TypeError:
         f"margin must compare by its settings and hold no arrays, as a frozen dataclass of Python "
         f"numbers does, got a {type(margin).__name__}; to change the margin in training, use lam"
     )
+
+
+def _check_compared(margin: Any) -> None:
+    """Refuses a dataclass with settings that do not compare: jit would take one for another."""
+    if not is_dataclass(margin):
+        return
+    compared = {each.name for each in fields(margin) if each.compare}
+    for name in getattr(margin, "__dict__", {}):
+        cached = isinstance(getattr(type(margin), name, None), functools.cached_property)
+        if name not in compared and not cached:
+            raise TypeError(
+                f"margin must compare by its settings, got a {type(margin).__name__} whose {name} "
+                f"takes no part: declare it as a field, and decorate this class as a dataclass too"
+            )
 
 
 @functools.lru_cache(maxsize=256)

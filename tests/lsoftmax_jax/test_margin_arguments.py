@@ -93,6 +93,45 @@ def test_the_dtype_of_a_users_own_margin_is_named(x64):
         lsm.lsoftmax_loss(jnp.ones((2, 3)), jnp.eye(3), [0, 2], margin=Wide(0.2), lam=0.0)
 
 
+def test_a_setting_that_takes_no_part_in_the_comparison_is_named():
+    class Bent(CosFace):
+        """Equal to every other, whatever its `bend`: jit would take one for another."""
+
+        def __init__(self, bend):
+            super().__init__(0.2, scale=SCALE)
+            object.__setattr__(self, "bend", bend)
+
+    @dataclasses.dataclass(frozen=True)
+    class Noted(Quadratic):
+        note: float = dataclasses.field(default=0.0, compare=False)
+
+    for margin, name in ((Bent(0.1), "bend"), (Noted(0.1), "note")):
+        with pytest.raises(TypeError, match=rf"whose {name} takes no part: declare it"):
+            lsm.lsoftmax_loss(jnp.ones((2, 3)), jnp.eye(3), [0, 2], margin=margin, lam=0.0)
+
+
+def test_a_margin_derived_from_ours_is_taken():
+    @dataclasses.dataclass(frozen=True)
+    class Softer(CosFace):
+        bend: float = 1.0
+
+        @functools.cached_property
+        def less(self):
+            return self.margin * self.bend
+
+        def value_and_slope(self, cosine):
+            return cosine - self.less, jnp.ones_like(cosine)
+
+    run = jax.jit(functools.partial(lsm.lsoftmax_loss, lam=0.0), static_argnames="margin")
+    arguments = jnp.eye(3), jnp.eye(3), jnp.arange(3)
+    for bend in (0.5, 1.0):
+        margin = Softer(0.4, scale=SCALE, bend=bend)
+        for _ in range(2):  # the second time `less` is in the instance
+            got = run(*arguments, margin=margin)
+        same = run(*arguments, margin=CosFace(0.4 * bend, scale=SCALE))
+        oracle.assert_close(got, same, 1e-6)
+
+
 def test_the_usual_margin_is_the_default():
     assert ArcFace(scale=SCALE) == ArcFace(0.5, scale=SCALE)
     assert CosFace(scale=SCALE) == CosFace(0.35, scale=SCALE)
