@@ -40,8 +40,19 @@ def check_settings(head: Head) -> None:
     check_dtype("param_dtype", head.param_dtype)
     if head.dtype is not None:
         check_dtype("dtype", head.dtype)
-    if head.layout is not None and not isinstance(head.layout, ClassParallel):
-        raise TypeError(f"layout must be a lsoftmax_jax.ClassParallel, got {head.layout!r:.80}")
+
+
+def layout_of(layout: ClassParallel | None, classes: int) -> ClassParallel | None:
+    """The layout of a head with its number of classes, as the losses that take a kernel need it."""
+    if layout is None:
+        return None
+    if not isinstance(layout, ClassParallel):
+        raise TypeError(f"layout must be a lsoftmax_jax.ClassParallel, got {layout!r:.80}")
+    if layout.classes not in (None, classes):
+        raise ValueError(
+            f"layout: classes must be the head's {classes} or None, got {layout.classes}"
+        )
+    return dataclasses.replace(layout, classes=_checks.check_size("classes", classes))
 
 
 def known_lam(lam: Any) -> float | SelfPaced | None:
@@ -109,14 +120,19 @@ def call_of(
     kernel = _checks.as_array("kernel", kernel, "a floating-point array (D, classes)")
     columns = head.classes if head.layout is None else head.layout.columns(head.classes)
     if kernel.ndim != 2 or kernel.shape[1] != columns:
+        cure = "load the weights of this head"
+        if kernel.ndim > 2:
+            cure = "call heads that nnx.vmap made in nnx.vmap too"
+        elif kernel.shape[1] > head.classes and head.layout is not None:
+            cure = "cut the kernel of another mesh to the classes, and pad it for this one"
         raise ValueError(
             f"kernel of the head must have shape (D, {columns}) for {head.classes} classes, got "
-            f"{kernel.shape}: load the weights of this head"
+            f"{kernel.shape}: {cure}"
         )
     if head.dtype is not None:
         features, kernel = features.astype(head.dtype), kernel.astype(head.dtype)
-    layout = head.layout and dataclasses.replace(head.layout, classes=head.classes)
-    return features, kernel, {"margin": head.margin, "lam": lam_of(head, lam), "layout": layout}
+    settings = {"margin": head.margin, "lam": lam_of(head, lam), "layout": head.layout}
+    return features, kernel, settings
 
 
 def logits(

@@ -69,11 +69,12 @@ def check_size(name: str, value: int, most: int = 2**31 - 1) -> int:
     return int(value)
 
 
-def check_real(name: str, value: float, least: float, below: float) -> float:
+def check_real(name: str, value: float, least: float, below: float, unit: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {shown(value)}")
     if not least <= value < below:
-        raise ValueError(f"{name} must be in [{least:g}, {below:.4g}), got {value}")
+        unit = unit and f" {unit}"
+        raise ValueError(f"{name} must be in [{least:g}, {below:.4g}){unit}, got {value}")
     return float(value)
 
 

@@ -100,8 +100,8 @@ def kernel_to_rows(kernel: ArrayLike) -> np.ndarray:
     """The weight that holds a class in each row, for Caffe and `torch.nn.Linear`: the transpose.
 
     Args:
-      kernel: (in_features, classes) floating point. Of a head with a layout pass
-        `kernel[:, :classes]`: its kernel may have some more columns.
+      kernel: (in_features, classes) floating point. The kernel of a
+        head with a layout may have some more columns: pass `np.asarray(kernel)[:, :classes]`.
 
     Returns:
       (classes, in_features), contiguous, a copy: safetensors 0.8.0 saves the numbers of a

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen
+from flax.errors import NameInUseError
 from jax.typing import ArrayLike
 
 from lsoftmax_jax import _calls, _checks
@@ -76,8 +77,12 @@ class LSoftmaxDense(linen.Module):
     def out_features(self) -> int:
         return self.classes
 
-    def setup(self) -> None:
+    def __post_init__(self) -> None:
+        self.layout = _calls.layout_of(self.layout, self.classes)
+        if not isinstance(self.lam, jax.core.Tracer):
+            self.lam = _calls.known_lam(self.lam)  # an array has no hash
         _calls.check_settings(self)
+        super().__post_init__()
 
     @linen.compact
     def __call__(
@@ -164,18 +169,29 @@ class LSoftmaxDense(linen.Module):
 
     @linen.compact
     def _kernel_for(self, features: ArrayLike) -> jax.Array:
+        scope = self.scope
         if self.has_variable("params", "kernel"):
+            # In a scope shared by linen.share_scope another module may have made it.
+            made_here = getattr(self, "_made_in", None) is scope
+            if scope is not None and scope.name_reserved("kernel", "params") and not made_here:
+                raise NameInUseError("param", "kernel", type(self).__name__)
             # D is not checked here: the losses name both shapes if they differ.
             stored: jax.Array = linen.meta.unbox(self.get_variable("params", "kernel"))
             return stored
-        if self.scope is not None and not self.is_mutable_collection("params"):
+        if scope is not None and not self.is_mutable_collection("params"):
             raise ValueError(
                 f"variables must hold the parameter 'kernel' of shape (D, {self.classes}) for this "
                 f"head, got none: call init, or load a checkpoint of this model"
             )
         length = _checks.check_features(features).shape[-1]
+        kernel: Any = self.param("kernel", *self._initializer(length))
+        _checks.keep(self, _made_in=scope)
+        return kernel
+
+    def _initializer(self, length: int) -> tuple[Any, ...]:
+        """A function from a key, and its other arguments."""
         if (layout := self.layout) is None:
-            return self.param("kernel", self.kernel_init, (length, self.classes), self.param_dtype)
+            return self.kernel_init, (length, self.classes), self.param_dtype
 
         def init(*arguments: Any) -> jax.Array:
             # A box of linen.with_partitioning is opened: the layout decides.
@@ -183,6 +199,4 @@ class LSoftmaxDense(linen.Module):
             return made
 
         create = _calls.sharded_kernel(layout, init, length, self.classes, self.param_dtype)
-        boxed = linen.with_partitioning(create, (None, layout.class_axis))
-        kernel: Any = self.param("kernel", boxed)
-        return kernel
+        return (linen.with_partitioning(create, (None, layout.class_axis)),)

@@ -367,7 +367,7 @@ class ArcFace:
     unit_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _checks.keep(self, margin=_checks.check_real("margin", self.margin, 0, math.pi))
+        _checks.keep(self, margin=_checks.check_real("margin", self.margin, 0, math.pi, "radians"))
         checked = self._combined()
         _checks.keep(self, scale=checked.scale, easy=checked.easy, detach=checked.detach)
 

@@ -87,7 +87,8 @@ class LSoftmaxDense(nnx.Module):
     ) -> None:
         self.in_features = _checks.check_size("in_features", in_features)
         self.classes, self.margin, self.lam = classes, margin, _calls.known_lam(lam)
-        self.dtype, self.param_dtype, self.layout = dtype, param_dtype, layout
+        self.dtype, self.param_dtype = dtype, param_dtype
+        self.layout = layout = _calls.layout_of(layout, classes)
         _calls.check_settings(self)
         if not isinstance(rngs, nnx.Rngs):
             raise TypeError(f"rngs must be a flax.nnx.Rngs, got {rngs!r}")

@@ -356,6 +356,12 @@ def _layout_of(layout: ClassParallel | None) -> Layout | None:
 def _checked_kernel(kernel: ArrayLike, layout: ClassParallel | None) -> jax.Array:
     kernel = _checks.as_array("kernel", kernel, "an array (D, classes)")
     _checks.check_columns("kernel", kernel)
+    if layout is None and jax.typeof(kernel).sharding.spec[-1:] not in ((), (None,)):
+        # Its type says so on Explicit axes.
+        raise ValueError(
+            f"layout must be given for a kernel whose columns lie on a mesh, got "
+            f"{jax.typeof(kernel)}"
+        )
     if layout is not None and layout.classes is not None:
         # A sample counts classes from the first column of each device.
         columns = layout.columns(layout.classes)

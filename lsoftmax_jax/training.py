@@ -29,9 +29,9 @@ import optax
 from flax import nnx
 
 from lsoftmax_jax import _checks
-from lsoftmax_jax._core.mesh import vary_over, varying_axes
+from lsoftmax_jax._core.mesh import anywhere, vary_over, varying_axes
 from lsoftmax_jax._core.tiles import sum_over_rows
-from lsoftmax_jax.margins import LSoftmax, NormFace, check_margin
+from lsoftmax_jax.margins import check_margin, value_and_slope
 from lsoftmax_jax.schedule import SelfPaced, self_paced
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -596,15 +596,22 @@ def _head_of(model: Any) -> Any:
 
 
 def _has_margin(head: Any) -> bool:
-    margin = check_margin(head.margin)
-    return margin != LSoftmax(1) and not isinstance(margin, NormFace)
+    """Whether the margin changes a target's cosine, which 1, NormFace or ArcFace(0) does not."""
+    with jax.ensure_compile_time_eval():
+        cosines = jnp.linspace(-1, 1, 33, dtype=jnp.float32)
+        values, _ = value_and_slope(check_margin(head.margin), cosines)
+        return not np.allclose(values, cosines, atol=1e-6)
 
 
 def _kernel_norm(head: Any) -> jax.Array:
     """Mean length of the columns of the real classes."""
+
+    def mean(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
+        norms = jnp.sqrt(sum_over_rows(*arrays, jnp.dtype(jnp.float32)))
+        return jnp.sum(norms, where=jnp.arange(norms.size) < head.classes) / head.classes
+
     kernel = head.kernel[...]
-    norms = jnp.sqrt(sum_over_rows(kernel, kernel, jnp.dtype(jnp.float32)))
-    return jnp.sum(norms, where=jnp.arange(norms.size) < head.classes) / head.classes
+    return cast(jax.Array, anywhere(mean, "scalar", (kernel, kernel)))
 
 
 def _losses(
@@ -668,8 +675,9 @@ def _updated(
     try:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
     except (AttributeError, TypeError) as error:
-        # optax.lookahead looks for two sets of parameters in one, which is an AttributeError.
-        if isinstance(error, TypeError) and "required keyword-only argument" not in str(error):
+        # optax.lookahead wants parameters with the attribute `fast`.
+        lookahead = isinstance(error, AttributeError) and error.name == "fast"
+        if not lookahead and "required keyword-only argument" not in str(error):
             raise
         raise TypeError(
             f"optimizer must want no more than the gradient, parameters and `value`: {error}"

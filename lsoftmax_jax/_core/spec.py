@@ -325,9 +325,10 @@ class Layout(NamedTuple):
         groups = math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
         rows, least = features.shape[0], groups if self.splits_rows else 0
         if rows % groups or rows < least:
+            some = f", at least {least}," if least else ""
             raise ValueError(
-                f"features must have a multiple of {groups} rows, at least {least}, to lie on "
-                f"axes {self.batch_axes}, got shape {features.shape}"
+                f"features must have a multiple of {groups} rows{some} to lie on axes "
+                f"{self.batch_axes}, got shape {features.shape}"
             )
 
 

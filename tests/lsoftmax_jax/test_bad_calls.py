@@ -205,6 +205,17 @@ def seven_columns_in_a_head_of_five():
     head.loss(F, L)
 
 
+def eight_columns_on_a_mesh_of_one():
+    head = LSoftmaxDense(D, C, layout=lsm.ClassParallel("model", mesh=MESH), rngs=nnx.Rngs(0))
+    head.kernel = nnx.Param(jnp.ones((D, 8)))
+    head.loss(F, L)
+
+
+def stacked_heads():
+    keys = jax.random.split(jax.random.key(0), 2)
+    return nnx.vmap(lambda key: LSoftmaxDense(D, C, rngs=nnx.Rngs(key)))(keys)
+
+
 def gone(array=F):
     array = jnp.array(array)
     array.delete()
@@ -404,6 +415,11 @@ OTHERS = [
         "variables must hold the parameter 'kernel'",
         lambda: LinenHead(C).apply({"params": {"weight": K}}, F),
     ),
+    (
+        r"kernel of the head .* got \(2, \d, \d\): call heads that nnx.vmap made in nnx.vmap too",
+        lambda: stacked_heads()(F),
+    ),
+    ("cut the kernel of another mesh to the classes", eight_columns_on_a_mesh_of_one),
     # classes that int32 cannot count
     ("classes must be at most", lambda: LSoftmaxDense(D, 2**31, rngs=nnx.Rngs(0))),
     ("classes must be at most", lambda: LinenHead(2**31).init(jax.random.key(0), F)),

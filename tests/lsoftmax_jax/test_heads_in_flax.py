@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from flax.errors import NameInUseError
 
 import lsoftmax_jax as lsm
 from lsoftmax_jax.linen import LSoftmaxDense as LinenHead
@@ -158,4 +159,55 @@ def test_the_devices_of_a_mesh_are_not_pickled(kind):
     # A teacher's moving average needs a copy. JAX 0.7.2 cannot copy the mesh in an NNX kernel.
     copied_by = nnx.clone if kind == "NNX head" and jax.__version_info__ < (0, 8) else copy.deepcopy
     again = copied_by(value)
-    assert getattr(again, "layout", again) == layout and copy.copy(layout) is layout
+    assert getattr(again, "layout", again) == getattr(value, "layout", layout)
+    assert copy.copy(layout) is layout
+
+
+@pytest.mark.parametrize("method", [None, "loss"])
+@pytest.mark.parametrize("first", ["head", "dense"])
+def test_linen_modules_of_one_scope_do_not_share_a_kernel_unseen(first, method):
+    """Flax's own modules raise so too: one kernel would be trained by both."""
+
+    class Both(linen.Module):
+        def setup(self):
+            self.dense, self.head = linen.Dense(C, use_bias=False), LinenHead(C)
+            linen.share_scope(self, self.dense)
+            linen.share_scope(self, self.head)
+
+        def __call__(self, features):
+            parts = [self.dense, self.head if method is None else self.loss]
+            return [part(features) for part in (parts if first == "dense" else parts[::-1])]
+
+        def loss(self, features):
+            return self.head.loss(features, LABELS)
+
+    with pytest.raises(NameInUseError, match="kernel"):
+        Both().init(jax.random.key(0), FEATURES)
+
+
+def test_a_linen_head_in_a_shared_scope_keeps_its_kernel():
+    class Above(linen.Module):
+        def setup(self):
+            self.head = LinenHead(C)
+            linen.share_scope(self, self.head)
+
+        def __call__(self, features):
+            return self.head(features), self.head.loss(features, LABELS)
+
+    variables = Above().init(jax.random.key(0), FEATURES)
+    assert list(variables["params"]) == ["kernel"]
+    _, losses = Above().apply(variables, FEATURES)
+    np.testing.assert_array_equal(
+        losses, LinenHead(C).apply(variables, FEATURES, LABELS, method="loss")
+    )
+
+
+@pytest.mark.parametrize("lam", [np.float32(2), jnp.float32(2)], ids=["NumPy", "JAX"])
+def test_a_linen_head_with_an_array_as_lam_has_a_hash(lam):
+    head = LinenHead(C, lam=lam)
+    assert head == LinenHead(C, lam=2.0) and hash(head) == hash(LinenHead(C, lam=2.0))
+    traced = jax.jit(lambda lam: LinenHead(C, lam=lam).init_with_output(
+        jax.random.key(0), FEATURES, LABELS, method="loss"))  # fmt: skip
+    given = LinenHead(C).init_with_output(
+        jax.random.key(0), FEATURES, LABELS, 2.0, method="loss")  # fmt: skip
+    np.testing.assert_allclose(traced(lam)[0], given[0], rtol=1e-6)

@@ -154,7 +154,7 @@ def test_scales_out_of_range_are_named(scale):
         (
             lambda: ArcFace(np.pi, scale=1.0),
             ValueError,
-            r"margin must be in \[0, 3.142\), got 3.14",
+            r"margin must be in \[0, 3.142\) radians, got 3.14",
         ),
         (lambda: ArcFace(-0.1, scale=1.0), ValueError, "margin"),
         (lambda: ArcFace("x", scale=1.0), TypeError, "margin"),

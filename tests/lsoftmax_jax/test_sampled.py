@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from scipy import stats
 
 import lsoftmax_jax as lsm
 from lsoftmax_jax import sampled
+from steps import mesh_of
 from tests import oracle
 
 BATCH, DIM, CLASSES = 7, 5, 11
@@ -159,6 +161,18 @@ def test_the_loss_of_each_example_has_the_plan_of_the_exact_loss():
     assert lowered(lsm.lsoftmax_sampled_loss, features, kernel, sample) == exact
     summed = lowered(lsm.lsoftmax_loss_sum, features, kernel, labels)
     assert lowered(lsm.lsoftmax_sampled_loss_sum, features, kernel, sample) == summed
+
+
+def test_a_kernel_in_shards_wants_its_layout():
+    """On Explicit axes JAX would refuse the indices in words of its own."""
+    mesh = mesh_of(2, kind=AxisType.Explicit)
+    sample = lsm.sample_classes(jax.random.key(0), jnp.zeros(3, int), 4, 2)
+
+    def taken(kernel):
+        return lsm.sampled.take_columns(jax.sharding.reshard(kernel, P(None, "data")), sample)
+
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"layout must be given .*4@data"):
+        jax.jit(taken)(jnp.ones((2, 4)))
 
 
 @pytest.mark.parametrize(

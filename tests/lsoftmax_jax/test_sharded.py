@@ -392,6 +392,30 @@ def test_a_kernel_is_made_in_shards_with_zeros_where_no_class_is(kind, axis_type
     assert not np.any(np.asarray(kernel)[:, CLASSES:])
 
 
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_the_layout_of_a_head_knows_its_classes(kind):
+    """Given to a loss with the head's kernel, no column that fills it up counts as a class."""
+    layout = LAYOUTS["data by model"]
+    mesh = make_mesh(layout)
+    parallel = lsm.ClassParallel("model", "data", mesh)
+
+    def head_of(layout):
+        if kind == "linen":
+            return linen.LSoftmaxDense(CLASSES, layout=layout)
+        return nnx.LSoftmaxDense(DIM, CLASSES, layout=layout, rngs=flax_nnx.Rngs(0))
+
+    head = head_of(parallel)
+    features, kernel, labels, _ = placed(layout, mesh, jnp.float32)
+    got, alone = (
+        lsm.lsoftmax_loss(features, kernel, labels, margin=MARGIN, lam=LAM, layout=each)
+        for each in (head.layout, keywords(layout, mesh)["layout"])
+    )
+    np.testing.assert_array_equal(got, alone)
+    head_of(head.layout)
+    with pytest.raises(ValueError, match=r"layout: classes must be the head's 43 or None, got 42"):
+        head_of(dataclasses.replace(parallel, classes=42))
+
+
 MISTAKES = {
     "axis": ({"class_axis": "models"}, ValueError, "class_axis"),
     "batch axis": ({"batch_axes": "rows"}, ValueError, "batch_axes"),

@@ -13,7 +13,7 @@ from flax import nnx
 
 import lsoftmax_jax as lsm
 from lsoftmax_jax import devices, training
-from lsoftmax_jax.margins import ArcFace, SphereFace
+from lsoftmax_jax.margins import ArcFace, Combined, CosFace, NormFace, SphereFace
 from lsoftmax_jax.nnx import LSoftmaxDense
 from steps import (
     BATCH,
@@ -195,6 +195,18 @@ def test_a_collapse_is_reported_while_it_happens():
     _, plain = trained(lambda step: jnp.float32(jnp.inf), 1.0)
     assert plain.sums.correct[-1] > 60 and not np.any(plain.collapsing)
     assert np.all(plain.margin_idle) and not np.any(plain.share)
+
+
+@pytest.mark.parametrize(
+    "margin",
+    [SphereFace(1), NormFace(scale=8.0), CosFace(0.0, scale=8.0), ArcFace(0.0, scale=8.0),
+     Combined(1, 0, 0, scale=8.0, detach=True)],
+    ids=lambda margin: type(margin).__name__,
+)  # fmt: skip
+def test_a_margin_that_changes_no_cosine_is_none(margin):
+    graphdef, state = training.create(Headed(nnx.Rngs(0), margin=margin, lam=98.0), OPTIMIZER)
+    _, metrics = jax.jit(training.train_step(graphdef, OPTIMIZER))(state, *images_and_labels(4, 3))
+    assert metrics.share == 0 and not metrics.margin_idle
 
 
 @pytest.mark.parametrize(("lam", "idle"), [(98.0, False), (100.0, True)])

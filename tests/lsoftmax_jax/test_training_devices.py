@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lsoftmax_jax as lsm
 from lsoftmax_jax import training
+from lsoftmax_jax.nnx import LSoftmaxDense
 from steps import (
     BATCH,
     LAM,
@@ -208,3 +210,27 @@ def test_seeds_train_together():
     together = jax.jit(jax.vmap(step, (0, None, None)))(stacked([s for _, s in states]), *batch)
     alone = [jax.jit(step)(state, *batch) for _, state in states]
     assert_close(together, stacked(alone))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_jitted_step_of_a_large_split_kernel_gives_one_devices_numbers(kind):
+    """From 2**16 numbers on the columns' lengths come from a loop that Explicit axes refuse."""
+
+    class Many(nnx.Module):
+        def __init__(self, layout):
+            self.head = LSoftmaxDense(66, 1001, layout=layout, rngs=nnx.Rngs(0))
+
+        def __call__(self, rows):
+            return rows
+
+    rows, labels = images_and_labels(BATCH, 66)
+    optimizer, metrics = optax.sgd(0.1), []
+    for layout, mesh in (
+        (None, mesh_of(1, 1)),
+        (lsm.ClassParallel("model", "data"), mesh_of(2, 2, kind=kind)),
+    ):
+        with jax.set_mesh(mesh):
+            graphdef, state = training.create(Many(layout), optimizer)
+            batch = jax.device_put((rows, labels), NamedSharding(mesh, P("data")))
+            metrics.append(jax.jit(training.train_step(graphdef, optimizer))(state, *batch)[1])
+    assert_close(*metrics)

@@ -272,6 +272,15 @@ def test_an_optimizer_of_other_parameters_is_refused_in_words():
         training.train_step(graphdef, lookahead, LAM)(state, ROWS, LABELS)
 
 
+def test_a_fault_in_an_optimizer_is_shown_as_it_is():
+    def update_fn(updates, state, params=None):
+        return updates.absent, state
+
+    faulty = optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+    with pytest.raises(AttributeError, match="absent"):
+        update(faulty, ROWS, LABELS)
+
+
 def test_an_optimizer_that_needs_more_is_refused_in_words():
     with pytest.raises(TypeError, match=r"optimizer must want no more than .*'value_fn'"):
         update(optax.lbfgs(), ROWS, LABELS)
