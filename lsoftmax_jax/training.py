@@ -236,7 +236,8 @@ def train_step(
         `lsoftmax_jax.self_paced` returns; None is the head's own rule. A λ below 0 is refused where
         it is known when the step is traced; where not, it is NaN, so that the update is skipped.
       loss: (plain logits, labels) -> floating-point losses of the shape of labels, in place of the
-        head's large-margin loss.
+        head's large-margin loss. For label smoothing, weights or a second loss write the step
+        yourself, with `jax.value_and_grad` of the head's loss.
       axis_name: the axis over which the batch is split when the step runs under `jax.pmap` or
         `jax.shard_map`, and the state is the same on every device. The new state and the metrics
         are then those of the global batch, the same on every device. Random streams of the model,
