@@ -1,14 +1,16 @@
 """Fixtures of the experiments' tests."""
 
-import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jax.sharding import Mesh
 
+from experiments.paper.config import Config
 from experiments.paper.data import import_tfds
 from experiments.run import train
+from experiments.run.program import Program, load
 
 
 @pytest.fixture(scope="session")
@@ -43,11 +45,19 @@ def lfw_dir() -> Path:
 
 @pytest.fixture(scope="module")
 def shared_programs() -> Iterator[None]:
-    """Runs of one configuration share their traced functions.
+    """Runs of one configuration on the same data share their traced functions.
 
     Each run would trace its own, which takes longer than its updates. What is compiled is the same:
-    `.compiled` has it. Not for tests that change the data in a folder.
+    `.compiled` has it.
     """
+    programs, make = {}, train.Program
+
+    def shared(config: Config, folder: Path | None, mesh: Mesh) -> Program:
+        key = config, load(config, folder).fingerprint, mesh
+        if key not in programs:
+            programs[key] = make(config, folder, mesh)
+        return programs[key]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Program", functools.cache(train.Program))
+        patch.setattr(train, "Program", shared)
         yield

@@ -17,6 +17,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(quickstart, "SEEDS", 2)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_shows_draws_and_writes(tiny, tmp_path, capsys):
     assert main(["quickstart", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

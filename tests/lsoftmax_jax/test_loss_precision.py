@@ -247,7 +247,7 @@ def test_float16_gradients_of_short_features_are_finite(name, margin):
     features, kernel = (0.02 * rng.standard_normal(shape) for shape in ((5, 6), (6, 9)))
     features, kernel = (jnp.asarray(array, jnp.float16) for array in (features, kernel))
     labels = jnp.arange(5)
-    gradient = jax.grad(partial(FLOAT16_LOSSES[name], margin=margin, lam=0.0), (0, 1))
+    gradient = jax.jit(jax.grad(partial(FLOAT16_LOSSES[name], margin=margin, lam=0.0), (0, 1)))
     exact = gradient(features.astype(jnp.float32), kernel.astype(jnp.float32), labels)
     for ours, wanted in zip(gradient(features, kernel, labels), exact, strict=True):
         assert ours.dtype == jnp.float16 and 100 < np.abs(wanted).max() < 65504

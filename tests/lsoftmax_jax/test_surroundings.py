@@ -349,7 +349,7 @@ def refusal(surrounding, name):
 CASES = {name: Case(entry, False) for name, entry in ENTRIES.items()}
 CASES |= {f"{name}, split": Case(ENTRIES[name], True) for name in CLASS_PARALLEL}
 # Op by op, each operation on the devices is a program of its own.
-LONG = ("debug nans, op by op", "sum, split")
+LONG = [("debug nans, op by op", name) for name in ("sum, split", "logits")]
 # By default one entry of each kind runs in every surrounding, and every entry runs under jit.
 OFTEN = ("logits", "loss", "sum, split", "sampled sum", "sgd")
 
@@ -359,7 +359,7 @@ def each(names, surrounding=None):
     often = CASES if surrounding == "jit" else OFTEN
 
     def marks(name):
-        if (surrounding, name) == LONG:
+        if (surrounding, name) in LONG:
             return pytest.mark.slow, pytest.mark.ci
         return () if name in often else pytest.mark.slow
 

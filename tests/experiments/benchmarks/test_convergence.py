@@ -81,6 +81,8 @@ def test_released_constants_end_at_the_whole_margin_unless_a_minimum_is_given():
     assert convergence.released(500, minimum=5.0)[-1] == 5
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_every_policy_has_its_own_runs():
     setting = Setting("few updates", steps=60)
     split, keys = convergence.split_of(setting.data), jax.random.split(jax.random.key(0), 2)
@@ -169,6 +171,8 @@ def test_a_short_run_writes_its_tables(tmp_path, capsys, monkeypatch):
     assert not convergence.trained._cache_size()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_short_run_of_the_margins_with_a_scale(tmp_path, capsys, monkeypatch):
     few = [policy for policy in convergence.SCALED if policy.name in SCALED_FEW]
     monkeypatch.setattr(convergence, "SCALED", few)

@@ -162,6 +162,8 @@ def test_lfw_folder(lfw_dir):
     }
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_an_image_of_144_million_pixels_is_skipped(tmp_path):
     """Runs in a process of its own, without pytest's filter of warnings."""
     write_face(tmp_path / "Ada" / "Ada_0001.png", 0)

@@ -173,6 +173,8 @@ def test_divergence_is_a_result(folder, tmp_path, capsys):
     assert main(words) == 1  # it is not trained again
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_fine_tuning_starts_from_another_run(folder, tmp_path):
     softmax = replace(RECIPE, margin=1)
     run_for(folder, tmp_path / "softmax", recipe=softmax)
@@ -197,6 +199,8 @@ def test_plateau_drops_once_the_loss_is_flat():
     assert plateau == Plateau(loss=3.0, step=8, drops=1)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_plateau_lowers_the_rate_also_after_a_resume(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_faces, "NO_LAM", 100.0)
     monkeypatch.setattr(train_faces, "PLATEAU_UPDATES", 2)

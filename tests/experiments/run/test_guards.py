@@ -18,6 +18,8 @@ from experiments.run import loop, train
 from experiments.store.files import locked
 from lsoftmax_jax import devices
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 CONFIG = replace(CONFIGS["mnist-m4"], steps=8, batch=8, width=1 / 16, examples=16)
 FLAGS = ["--steps", "8", "--batch", "8", "--width", "0.0625", "--examples", "16", "--devices", "1"]
 

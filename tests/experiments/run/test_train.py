@@ -145,6 +145,8 @@ def test_the_result_of_another_run_is_refused(changes, message, unbroken, tmp_pa
     assert "is finished" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_devices_and_dispatches_change_rounding_only(unbroken, tmp_path):
     spread = run(tmp_path, devices=4, dispatch=2)  # a CPU compiles each update of a dispatch
     assert spread["devices"] == 4
