@@ -39,7 +39,8 @@ class SgdStep(NamedTuple):
 
     Attributes:
       loss: scalar, the weighted sum of the losses before the update.
-      dfeatures: its gradient, for the backward pass of the rest of the model.
+      dfeatures: its gradient by the features, in their dtype, for the backward pass of the rest of
+        the model.
       kernel: after the update.
       momentum: after the update.
       statistics: of each example before the update; `plain_logit > max_logit` is the margin-free
@@ -171,7 +172,7 @@ def _updated(spec: Spec, arrays: Arrays, momentum: jax.Array, rates: Rates) -> S
     layout = spec.layout
 
     def core(operands: tuple[Any, ...]) -> SgdStep:
-        _, kernel, arrays, momentum, rates = operands
+        features, kernel, arrays, momentum, rates = operands
         dtype = _checks.at_least_f32(spec.dtype)
         weights = run.weights_of(spec, arrays)
         arrays = run.cleaned(spec, arrays._replace(weights=weights))
@@ -186,7 +187,9 @@ def _updated(spec: Spec, arrays: Arrays, momentum: jax.Array, rates: Rates) -> S
             in_specs = mesh.splits(layout), columns, columns, P()
             out_specs = SgdStep(*cast(Any, (P(), rows, columns, columns, rows)))
             local = mesh.on_devices(layout, local, in_specs, out_specs)
-        return local(arrays, kernel, momentum, rates)
+        step = local(arrays, kernel, momentum, rates)
+        # jax.vjp of the rest of the model takes no other dtype.
+        return step._replace(dfeatures=step.dfeatures.astype(features.dtype))
 
     if layout is not None:
         momentum = resharded(momentum, layout.mesh, layout.columns)

@@ -58,6 +58,18 @@ def test_statistics_are_those_of_the_loss(x64):
     jax.tree.map(lambda one, other: oracle.assert_close(one, other, 1e-14), done.statistics, seen)
 
 
+def test_narrow_features_get_a_gradient_of_their_dtype():
+    """A network in bfloat16 under a float32 kernel: jax.vjp refuses a gradient in float32."""
+    features, kernel, momentum, labels, weights = problem(jnp.float32)
+    features, pull = jax.vjp(lambda x: x.astype(jnp.bfloat16), features)
+    rates = {"margin": MARGIN, "lam": LAM, "learning_rate": ETA}
+    got = step(features, kernel, momentum, labels, weights, **rates)
+    exact = step(features.astype(jnp.float32), kernel, momentum, labels, weights, **rates)
+    oracle.assert_close(got.kernel, exact.kernel, 1e-6)
+    (gradient,) = pull(got.dfeatures)
+    oracle.assert_close(gradient, exact.dfeatures, 1e-2)
+
+
 def test_masked_rows_leave_no_trace():
     features, kernel, momentum, labels, weights = problem(jnp.float32)
     where = jnp.ones(BATCH, bool).at[2].set(False)
