@@ -30,7 +30,7 @@ def as_array(name: str, value: Any, expected: str) -> jax.Array:
         value = value.astype(value.dtype.newbyteorder("="))
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(
             f"{name} must be {expected}, got {type(value).__name__}: {error}"
         ) from error

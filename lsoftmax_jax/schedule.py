@@ -182,8 +182,10 @@ def _step(step: ArrayLike) -> jax.Array:
     array = _checks.as_array("step", step, "an integer >= 0")
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"step must be an integer >= 0, got dtype {array.dtype}")
-    if not isinstance(step, jax.Array) and np.min(step) < 0:
-        raise ValueError(f"step must be an integer >= 0, got {step}")
+    if not isinstance(step, jax.Array) and np.size(step):
+        least, most = int(np.min(step)), int(np.max(step))
+        if least < 0 or most > jnp.iinfo(array.dtype).max:
+            raise ValueError(f"step must be an integer >= 0 of dtype {array.dtype}, got {step}")
     return array.astype(jnp.float32)
 
 
@@ -199,7 +201,8 @@ def self_paced(strength: float = 0.8) -> SelfPaced:
     where u is the target's plain logit, v the target logit under the whole margin and z the plain
     logits. The margin takes a part of what the example is ahead of its nearest other class: an
     example that is classified correctly stays so, and one that is not has no margin (λ is infinite,
-    which is plain softmax). The bound keeps easy classes from taking nearly the whole margin.
+    which is plain softmax). The bound keeps easy classes from taking nearly the whole margin. Where
+    the margin takes nothing, u = v, as for a feature along its column, λ is infinite too.
 
     The rule reads one example only: batches, microbatches, `jax.vmap` and devices cannot change λ.
     No gradient flows through λ.

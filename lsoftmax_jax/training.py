@@ -349,7 +349,8 @@ def eval_step(
 
     Returns:
       ``step(state, images, labels, where=None) -> Sums``; ``where``, of the shape of labels, marks
-      the labels that count. Floating-point padding may hold anything, as for `train_step`.
+      the labels that count. The model gets ``where`` and zeros for floating-point padding, as in
+      `train_step`.
 
     Raises:
       TypeError, ValueError: as `train_step`.
@@ -358,9 +359,12 @@ def eval_step(
       >>> import jax, jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> from lsoftmax_jax.nnx import LSoftmaxDense
-      >>> model = nnx.Sequential(nnx.relu)
-      >>> model.head = LSoftmaxDense(3, 2, margin=4, rngs=nnx.Rngs(0))
-      >>> graphdef, state = create(model, optax.sgd(0.1))
+      >>> class Model(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.head = LSoftmaxDense(3, 2, margin=4, rngs=rngs)
+      ...     def __call__(self, images, where=None):
+      ...         return nnx.relu(images)
+      >>> graphdef, state = create(Model(nnx.Rngs(0)), optax.sgd(0.1))
       >>> where = jnp.array([True, True, False])
       >>> sums = jax.jit(eval_step(graphdef))(state, jnp.eye(3), jnp.array([0, 1, 0]), where)
       >>> float(sums.examples), bool(sums.correct <= 2)
@@ -373,7 +377,7 @@ def eval_step(
     def step(state: State, images: Any, labels: jax.Array, where: jax.Array | None = None) -> Sums:
         where = _checks.check_mask(where, _checks.shape_of("labels", labels, "integers"))
         model = restore_model(graphdef, state)
-        features = model(_cleared(images, where))
+        features = _called(model, _cleared(images, where), where)
         _, sums = _losses(_head_of(model), features, labels, jnp.inf, where, loss)
         return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
@@ -550,7 +554,7 @@ def _called(model: Any, images: Any, where: jax.Array | None) -> Any:
         if "unexpected keyword argument 'where'" not in str(error):
             raise
         raise TypeError(
-            f"model must take `where`, which its batch statistics may need, as in "
+            f"model must take `where`, which may change what it computes, as in "
             f"def __call__(self, images, where=None): {error}"
         ) from error
 
@@ -715,4 +719,6 @@ def _uncopied(condition: jax.Array) -> jax.Array:
 
 
 def _widened(array: jax.Array) -> jax.Array:
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        return array
     return array.astype(_checks.at_least_f32(array.dtype))

@@ -150,3 +150,11 @@ def test_ramp_of_a_traced_step_is_the_same_float32_scalar_under_strict_promotion
 def test_impossible_ramps_are_refused(changed, error, message):
     with pytest.raises(error, match=message):
         lsm.margin_schedule(**{"steps": 100} | changed)
+
+
+@pytest.mark.parametrize("step", [-1, 2**31, np.int64(2**32), np.array([0, 2**31])], ids=str)
+@pytest.mark.parametrize("lam", [lsm.annealed_lambda(1.0, 0.1, 1.0), lsm.margin_schedule(10)])
+def test_steps_beyond_their_dtype_are_refused(lam, step):
+    """JAX would cut them to 32 bits: 2**32 would be the first step."""
+    with pytest.raises((TypeError, ValueError), match="step must be an integer >= 0"):
+        lam(step)

@@ -197,6 +197,47 @@ def test_a_collapse_is_reported_while_it_happens():
     assert np.all(plain.margin_idle) and not np.any(plain.share)
 
 
+class Pooled(nnx.Module):
+    """Every token sees the mean of the real tokens."""
+
+    def __init__(self, rngs):
+        self.head = LSoftmaxDense(3, CLASSES, rngs=rngs)
+
+    def __call__(self, tokens, where=None):
+        mask = None if where is None else where[..., None]
+        return tokens + jnp.mean(tokens, axis=1, keepdims=True, where=mask)
+
+
+def test_evaluation_gives_the_mask_to_the_model_as_training_does():
+    graphdef, state = training.create(Pooled(nnx.Rngs(0)), OPTIMIZER)
+    tokens, _ = images_and_labels(2, 4, 3)
+    labels, where = np.arange(8).reshape(2, 4) % CLASSES, np.ones((2, 4), bool)
+    tail = (0, 0), (0, 6)
+    padded = np.pad(tokens, (*tail, (0, 0))), np.pad(labels, tail), np.pad(where, tail)
+    evaluate = training.eval_step(graphdef)
+    assert_close(evaluate(state, *padded), evaluate(state, tokens, labels))
+
+
+def test_the_gradients_norm_counts_imaginary_parts():
+    class Filtered(nnx.Module):
+        def __init__(self, rngs):
+            self.filter = nnx.Param(jnp.array([1 + 2j, 0.5 - 1j, 2j], jnp.complex64))
+            self.head = LSoftmaxDense(3, CLASSES, rngs=rngs)
+
+        def __call__(self, rows):
+            return jnp.fft.ifft(jnp.fft.fft(rows) * self.filter[...]).real
+
+    graphdef, state = training.create(Filtered(nnx.Rngs(0)), optax.sgd(0.1))
+    batch = images_and_labels(BATCH, 3)
+    _, metrics = jax.jit(training.train_step(graphdef, optax.sgd(0.1)))(state, *batch)
+
+    def loss(params):
+        model = nnx.merge(graphdef, params, state.other)
+        return model.head.loss(model(batch[0]), batch[1]).mean()
+
+    assert_close(metrics.grad_norm, optax.tree.norm(jax.grad(loss)(state.params)))
+
+
 @pytest.mark.parametrize(
     "margin",
     [SphereFace(1), NormFace(scale=8.0), CosFace(0.0, scale=8.0), ArcFace(0.0, scale=8.0),
