@@ -131,7 +131,10 @@ def check_scalar(name: str, value: ArrayLike, most: float = math.inf) -> Any:
         raise TypeError(f"{name} must be a real scalar >= 0, got dtype {dtype}")
     if isinstance(given, jax.Array):
         return value
-    number = float(given)  # type: ignore[arg-type]  # shape () was checked
+    try:
+        number = float(given)  # type: ignore[arg-type]  # shape () was checked
+    except OverflowError:
+        number = math.inf
     if not 0 <= number <= most:
         wanted = ">= 0" if most == math.inf else f"in [0, {most:g}]"
         raise ValueError(f"{name} must be {wanted}, got {given}")

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, auto_axes
 from jax.sharding import PartitionSpec as P
-from numpy.typing import NDArray
 
 from lsoftmax_jax import _checks
 from lsoftmax_jax.training import State, StepMetrics, TrainStep, _check_state, _unaliased
@@ -31,16 +30,14 @@ def data_mesh(devices: int | None = None) -> Mesh:
 
     Raises:
       TypeError: `devices` is no int.
-      ValueError: there are fewer devices, or a process has none in the mesh.
+      ValueError: `devices` is below 1, there are fewer, or a process has none in the mesh.
 
     Example:
       >>> dict(data_mesh(1).shape)
       {'data': 1}
     """
-    if isinstance(devices, bool) or not isinstance(devices, int | None):
-        raise TypeError(f"devices must be an int or None, got {devices!r}")
-    if devices is not None and not 1 <= devices <= jax.device_count():
-        raise ValueError(f"devices must be 1 to {jax.device_count()}, got {devices}")
+    if devices is not None:
+        devices = _checks.check_size("devices", devices, jax.device_count())
     chosen = jax.devices()[:devices]
     if len({device.process_index for device in chosen}) < jax.process_count():
         raise ValueError(
@@ -71,7 +68,8 @@ def put(arrays: Any, mesh: Mesh, spec: P) -> Any:
       (3,)
     """
 
-    def one(array: NDArray) -> jax.Array:
+    def one(array: Any) -> jax.Array:
+        array = array if isinstance(array, jax.Array) else np.asarray(array)
         sharding = NamedSharding(mesh, spec)
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
@@ -212,8 +210,8 @@ def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = Non
       donated; metrics are `StepMetrics` with a leading axis of that length.
 
     Raises:
-      TypeError, ValueError: `mesh` is no mesh; in calls, `length` is no int >= 1, or as
-        `compile_step`.
+      TypeError, ValueError: `mesh` is no mesh; in calls, `length` is no int >= 1, `batch` does not
+        return two things, or as `compile_step`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -237,7 +235,11 @@ def repeat(step: TrainStep, batch: Batch, mesh: Mesh, *, loop: bool | None = Non
         loop = mesh.devices.flat[0].platform != "cpu"
 
     def update(state: State, data: Any) -> tuple[State, StepMetrics]:
-        images, labels = batch(state.step, data)
+        made = batch(state.step, data)
+        parts = len(made) if isinstance(made, (tuple, list)) else 1
+        if parts != 2:
+            raise ValueError(f"batch must return two parts, (images, labels), got {parts}")
+        images, labels = made
         _check_batch(labels, mesh)
         return step(state, *jax.lax.with_sharding_constraint((images, labels), _rows(inside)))
 

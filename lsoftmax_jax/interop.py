@@ -175,7 +175,8 @@ def from_metric_learning(
     if loss == "LargeMarginSoftmaxLoss":
         with np.errstate(over="ignore"):
             scaled = (kernel.astype(np.float64) * scale).astype(kernel.dtype)
-        if not np.array_equal(np.isfinite(scaled), np.isfinite(kernel)):
+        lost = ~np.isfinite(scaled) | (scaled == 0)
+        if not np.array_equal(lost, ~np.isfinite(kernel) | (kernel == 0)):
             raise ValueError(f"scale must keep the kernel within {kernel.dtype}, got {scale}")
         return scaled, LSoftmax(check_size("margin", margin))
     raise ValueError(
@@ -291,12 +292,12 @@ def from_caffe(
     """
     if type not in _CAFFE_MARGINS:
         raise ValueError(f"type must be one of {', '.join(_CAFFE_MARGINS)}, got {type!r}")
-    if isinstance(iteration, bool) or not isinstance(iteration, int):
+    if isinstance(iteration, bool) or not isinstance(iteration, (int, np.integer)):
         raise TypeError(f"iteration must be an int >= 0, got {iteration!r}")
-    if iteration < 0:
-        raise ValueError(f"iteration must be >= 0, got {iteration}")
+    if not 0 <= iteration < 2**31:
+        raise ValueError(f"iteration must be in [0, 2**31), got {iteration!r:.80}")
     annealed_lambda(base, gamma, power, lambda_min)  # for its checks
-    done = 1 + gamma * iteration
+    done = 1 + gamma * int(iteration)
     return _CAFFE_MARGINS[type], LambdaPreset(base * done**-power, gamma / done, power, lambda_min)
 
 

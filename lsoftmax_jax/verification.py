@@ -223,7 +223,7 @@ def roc(scores: ArrayLike, same: ArrayLike) -> Roc:
         raise ValueError(
             f"same must hold True and False, got {genuine.sum()} True of {len(genuine)}"
         )
-    scores, place = np.unique(values, return_inverse=True)
+    scores, place = np.unique(values.astype(np.float64), return_inverse=True)
     counts = [np.bincount(place[kind], minlength=len(scores)) for kind in (~genuine, genuine)]
     return _roc(scores, *counts)
 

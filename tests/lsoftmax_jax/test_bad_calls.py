@@ -181,6 +181,13 @@ def compiled(mesh, batch=B):
     return update(state, jnp.ones((batch, D)), jnp.zeros(batch, jnp.int32))
 
 
+def repeated(made):
+    """One update on what a function of the step makes."""
+    graphdef, state = training.create(model(), optax.sgd(0.1))
+    step = training.train_step(graphdef, optax.sgd(0.1), lsm.self_paced())
+    return devices.repeat(step, lambda step, data: data, devices.data_mesh(1))(state, made, 1)
+
+
 def put(columns):
     sample = lsm.sample_classes(jax.random.key(0), L, C, 2)
     return sampled.put_columns(jnp.asarray(K), sample, columns)
@@ -517,6 +524,8 @@ OTHERS = [
     ("mesh must be", lambda: devices.repeat(None, None, None)),
     ("mesh must be", lambda: devices.compile_step(lambda: None, None)),
     ("labels", lambda: compiled(devices.data_mesh(), batch=jax.device_count() + 1)),
+    (r"batch must return two parts, .*, got 3", lambda: repeated((F, L, L))),
+    (r"batch must return two parts, .*, got 1", lambda: repeated(F)),
     # weights of other libraries
     (
         "loss must be",
@@ -540,6 +549,7 @@ OTHERS = [
     ("type must be", lambda: interop.from_caffe(type="QUINTUPLE")),
     ("type must be", lambda: interop.from_caffe(type=4)),
     ("iteration must be", lambda: interop.from_caffe(iteration=-1)),
+    ("iteration must be", lambda: interop.from_caffe(iteration=10**400)),
     ("iteration must be", lambda: interop.from_caffe(iteration="0")),
     ("base must be", lambda: interop.from_caffe(base=-1.0)),
     ("gamma must be", lambda: interop.from_caffe(gamma="0.1")),

@@ -73,10 +73,17 @@ def single(graphdef_and_state, examples):
 # The batch is split over all devices.
 
 
-@pytest.mark.parametrize("count", [0, 99])
-def test_a_mesh_of_devices_that_are_not_there(count):
-    with pytest.raises(ValueError, match=f"devices must be 1 to {jax.device_count()}, got"):
-        devices.data_mesh(count)
+def test_a_mesh_of_devices_that_are_not_there():
+    with pytest.raises(ValueError, match="devices must be >= 1, got 0"):
+        devices.data_mesh(0)
+    with pytest.raises(ValueError, match=f"devices must be at most {jax.device_count()}, got 99"):
+        devices.data_mesh(99)
+
+
+def test_numpys_counts_and_pythons_numbers():
+    mesh = devices.data_mesh(np.int64(2))
+    assert mesh.size == 2
+    assert float(devices.put(1.5, mesh, P())) == 1.5
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_logits_are_those_of_the_caffe_layer(x64, kind):
     )
 
 
-@pytest.mark.parametrize("iteration", [0, 3000])
+@pytest.mark.parametrize("iteration", [0, 3000, np.int32(3000)])
 def test_lambda_is_that_of_the_caffe_layer(iteration):
     base, gamma, power, lambda_min = 1000.0, 2.5e-5, 35.0, 20.0
     _, constants = interop.from_caffe(
@@ -197,6 +197,8 @@ def test_settings_that_have_no_counterpart_are_refused():
     half = KERNEL.astype("f2")
     with pytest.raises(ValueError, match="scale must keep the kernel within float16"):
         interop.from_metric_learning("LargeMarginSoftmaxLoss", half, margin=2, scale=1e6)
+    with pytest.raises(ValueError, match="scale must keep the kernel within float16"):
+        interop.from_metric_learning("LargeMarginSoftmaxLoss", half, margin=2, scale=1e-9)
     usual = {"s": 64, "m1": 1.0, "m2": 0.5, "m3": 0.0}
     for change, name in (
         ({"m1": 1.35}, r"m1 must be 1 .*Combined\(m1, m2, m3\)"),

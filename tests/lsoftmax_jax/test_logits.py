@@ -163,6 +163,12 @@ def test_plain_at_infinity_in_float32(lam):
     assert np.isfinite(pulled.lam)
 
 
+def test_an_integer_beyond_every_float_is_infinite():
+    arrays = as_arrays(oracle.problem(2, B, D, C), jnp.float32)
+    huge, infinite = (lsm.lsoftmax_logits(*arrays, margin=4, lam=lam) for lam in (10**400, np.inf))
+    np.testing.assert_array_equal(huge, infinite)
+
+
 def test_vmap_over_features_labels_and_lambda(x64):
     problems = [oracle.problem(seed, B, D, C) for seed in (4, 5)]
     stacked = [np.stack(parts) for parts in zip(*problems, strict=True)]

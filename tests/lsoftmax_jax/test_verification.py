@@ -219,6 +219,8 @@ def test_arrays_of_jax(dtype):
     seen = verification.verify(embeddings, labels, pairs)
     assert seen.roc.thresholds.tolist() == [np.inf, 1.0, 0.0]
     assert lsm.verification.roc(jnp.array([0.5, 1.5], jnp.bfloat16), pairs[:, 0] == 0).auc == 0.0
+    wide = lsm.verification.roc(np.array([0.5, 1.5], np.longdouble), [True, False])
+    assert wide.thresholds.dtype == np.float64
 
 
 def test_memory_does_not_grow_with_the_square(monkeypatch):
