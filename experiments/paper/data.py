@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
-from experiments.store.files import read_npz, regular, replacing
+from experiments.store.files import in_home, read_npz, regular, replacing, user_cache
 from experiments.store.progress import tracked
 
 CLASSES = {"mnist": 10, "cifar10": 10, "cifar100": 100, "digits": 10}
@@ -96,7 +96,7 @@ def load(name: str, folder: Path | None = None) -> Dataset:
     if name == "digits":
         return _dataset(name, _digits())
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    folder = (folder or Path(default)).expanduser()
+    folder = in_home(folder or default, "give --data, or set TFDS_DATA_DIR")
     whole = folder / f"{name}.npz"
     if files := [whole] if whole.exists() else _pieces(folder, name):
         return _dataset(name, _from_npz(files))
@@ -182,8 +182,7 @@ def _from_tfds(folder: Path) -> Arrays:
         if not file.is_dir():
             regular(file)
         identity.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lsoftmax_jax"
-    kept = cache / f"{folder.parent.name}-{identity.hexdigest()[:16]}.npz"
+    kept = user_cache() / f"{folder.parent.name}-{identity.hexdigest()[:16]}.npz"
     if kept.exists():
         return _from_npz([kept])
     try:

@@ -2,7 +2,6 @@
 
 import fnmatch
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from experiments.paper.cells import CONFIGS, run_name
 from experiments.paper.config import Config
 from experiments.run import loop, train
 from experiments.store import results as result
-from experiments.store.files import InUse
+from experiments.store.files import InUse, user_cache
 from experiments.store.progress import hours
 
 
@@ -142,8 +141,7 @@ def keep_compiled() -> None:
     """Lets runs of one configuration share its compiled programs, unless JAX was told where."""
     option = "jax_compilation_cache_dir"
     if getattr(jax.config, option) is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update(option, str(cache / "lsoftmax_jax" / "compiled"))
+        jax.config.update(option, str(user_cache() / "compiled"))
 
 
 def finished_here(done: Sequence[Config], out: Path) -> list[dict[str, Any]]:

@@ -113,6 +113,24 @@ def locked(folder: Path) -> FileLock:
     return lock
 
 
+def in_home(path: str | Path, instead: str) -> Path:
+    """A path whose ~ is the user's home folder.
+
+    Raises:
+      ValueError: there is no home folder, as for some users of containers; `instead` is the cure.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: this user has no home folder; {instead}") from error
+
+
+def user_cache() -> Path:
+    """Where this project keeps what it can make again."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return in_home(cache, "set XDG_CACHE_HOME") / "lsoftmax_jax"
+
+
 def read_text(path: Path) -> str:
     """A file's text, in UTF-8 whatever the locale.
 

@@ -104,6 +104,16 @@ def test_a_tfds_folder_of_pipes_is_refused(tmp_path):
         data.load("mnist", tmp_path)
 
 
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+    for name in ("HOME", "TFDS_DATA_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 9)
+    with pytest.raises(ValueError, match="no home folder; give --data, or set TFDS_DATA_DIR"):
+        data.load("mnist")
+    with pytest.raises(ValueError, match="no home folder; set XDG_CACHE_HOME"):
+        data.user_cache()
+
+
 @pytest.mark.slow
 def test_tfds_is_decoded_once(tfds_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
