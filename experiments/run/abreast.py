@@ -16,6 +16,7 @@ from experiments.paper.campaign import BATCHES
 from experiments.paper.cells import command_of, run_name
 from experiments.paper.config import Config
 from experiments.run import loop, train
+from experiments.store import logs
 from experiments.store.progress import Progress
 
 Batch = Literal["A", "B", "C", "recipe", "narrow", "paced", "scales", "scaled", "cures"]
@@ -52,10 +53,13 @@ def campaign(
     wanted, over = BATCHES[batch], loop.budget(budget_minutes)
     waiting = [config for config in wanted if not train.is_done(config, out)]
     running: dict[int, tuple[Config, subprocess.Popen[bytes]]] = {}
-    failed, stopped, done = [], False, len(wanted) - len(waiting)
+    failed, stopped = [], False
+    made = {run_name(config): config.steps for config in wanted}
+    total = sum(made.values())
+    made |= {run_name(config): logs.last_step(out / run_name(config)) for config in waiting}
     with (
         loop.interruptible() as asked,
-        Progress(f"campaign {batch}", len(wanted), "runs", done) as progress,
+        Progress(f"campaign {batch}", total, "updates", sum(made.values())) as progress,
     ):
         try:
             while running or (waiting and not stopped):
@@ -63,20 +67,24 @@ def campaign(
                     stopped = True
                     for _, process in running.values():
                         process.terminate()
-                for core in range(processes):
-                    if core in running and running[core][1].poll() is not None:
-                        config, process = running.pop(core)
+                before = sum(made.values())
+                for core, (config, process) in list(running.items()):
+                    ended = process.poll() is not None
+                    made[run_name(config)] = logs.last_step(out / run_name(config))
+                    if ended:
+                        del running[core]
                         # A run that was only starting, or had already ended, dies of the signal.
                         fine = (0, loop.INTERRUPTED, *((-signal.SIGTERM,) if stopped else ()))
                         failed += [] if process.returncode in fine else [config]
                         progress.say(f"{run_name(config)}: exit code {process.returncode}")
-                        progress.advance(1)
+                for core in range(processes):
                     if core not in running and waiting and not stopped:
                         config = waiting.pop(0)
                         running[core] = config, _begun(config, out, data, processes)
                         if pin:
                             os.sched_setaffinity(running[core][1].pid, {cores[core]})
-                progress.advance(0, f"{len(running)} at work")
+                at_work = f"{len(running)} of {len(wanted)} runs at work"
+                progress.advance(sum(made.values()) - before, at_work)
                 time.sleep(0.2)
         finally:
             for _, process in running.values():

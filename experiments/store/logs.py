@@ -17,6 +17,7 @@ from experiments.store.files import naming, regular
 
 Mark = tuple[int, str]
 """The size of a log in bytes, and their SHA-256."""
+LAST_BYTES = 2**14  # many times a line
 START: Mark = 0, hashlib.sha256().hexdigest()
 
 
@@ -87,6 +88,24 @@ class Log:
         # Older logs say how many seeds advanced in one program.
         names = [name for name in lines[0] if name not in ("kind", "seconds", "together")]
         return {name: [line[name] for line in kept] for name in names}
+
+
+def last_step(folder: Path) -> int:
+    """The step of the last line in the log of a run that may be at work.
+
+    It is 0 if there is none, or a damaged log, which the run itself refuses.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        if not (found := regular(path)):
+            return 0
+        with path.open("rb") as file:
+            file.seek(max(0, found.st_size - LAST_BYTES))
+            # What follows the last newline is still being written.
+            whole = file.read().rpartition(b"\n")[0]
+        return int(json.loads(whole.splitlines()[-1])["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 class Events:

@@ -1,5 +1,6 @@
 """The batches hold the planned runs, and `campaign` trains the missing runs of a batch."""
 
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from experiments.paper import campaign
 from experiments.paper.cells import CONFIGS, changes_of, run_name, toy
 from experiments.report.outcomes import RESULTS
 from experiments.run import abreast
+from experiments.store import logs, progress
 from experiments.store import results as result
 
 
@@ -66,10 +68,14 @@ def test_a_batch_is_trained_side_by_side_and_a_second_call_has_nothing_to_do(
     runs = [replace(toy(CONFIGS["digits-softmax"]), seed=seed) for seed in range(2)]
     broken = replace(runs[0], init="nothing/there")
     monkeypatch.setitem(campaign.BATCHES, "A", [broken, *runs])
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     command = ["campaign", "A", "--processes", "2", "--out", str(tmp_path)]
     assert main(command) == 1
-    said = capfd.readouterr().out
+    said, lines = capfd.readouterr()
     assert said.count(": exit code ") == 3
+    counted = re.findall(r"campaign A: (\d+) of 24 updates, \d of 3 runs at work", lines)
+    assert [int(count) for count in counted] == sorted(int(count) for count in counted)
+    assert "campaign A: 16 of 24 updates, 0 of 3 runs at work" in lines
     log = tmp_path / f"{run_name(broken)}.log"
     assert f"{log} says why" in said and "1 of 3 runs left" in said
     assert "nothing/there" in log.read_text()
@@ -80,6 +86,22 @@ def test_a_batch_is_trained_side_by_side_and_a_second_call_has_nothing_to_do(
     monkeypatch.setattr(abreast.subprocess, "Popen", None)
     assert main(command) == 0
     assert "all runs are done" in capfd.readouterr().out
+
+
+def test_the_step_that_a_run_at_work_has_reached(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    assert logs.last_step(tmp_path) == 0
+    line = b'{"kind": "train", "step": %d}\n'
+    for written, step in (
+        (b"", 0),
+        (line[:9], 0),
+        (line % 1, 1),
+        (b"".join(line % number for number in range(1000)) + line[:9], 999),
+        (b"no JSON\n", 0),
+        (b"[]\n", 0),
+    ):
+        log.write_bytes(written)
+        assert logs.last_step(tmp_path) == step
 
 
 def test_the_command_and_environment_of_a_process(tmp_path, monkeypatch):
