@@ -26,7 +26,8 @@ for each of the two margins on the validation split, as many tries as every othe
 on CIFAR10, as they did in ``scaled``. It was written when two seeds of ``scaled`` were known.
 
 All go on as long as the cores are free, seed by seed, so that at any stop all arms have the same
-seeds but for the last round. A seed that not all arms have is not committed.
+seeds but for the last round. A seed that not all arms have is not committed; of ``recipe``, whose
+seeds take six hours of a core each, every pair of softmax and the library's λ is, in their order.
 """
 
 from collections.abc import Sequence
