@@ -38,7 +38,7 @@ def test_batch_a_varies_mirroring_and_the_released_recipe():
     ]
 
 
-@pytest.mark.parametrize("batch", ["recipe", "narrow", "paced", "scaled"])
+@pytest.mark.parametrize("batch", ["fits", "recipe", "narrow", "paced", "scaled"])
 def test_every_arm_has_a_seed_before_any_arm_has_the_next(batch):
     runs = campaign.BATCHES[batch]
     for data in {run.dataset for run in runs}:
