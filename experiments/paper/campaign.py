@@ -12,10 +12,12 @@ explain, and what m = 4 gains there. The last runs of a batch are for the librar
 The others are for CPU cores, one run a core. ``fits`` asks what the library's λ gains where the
 network fits its training images, and ``recipe``, beside it, what augmentation is worth: 10,000
 images of CIFAR10, 6,000 updates of 128, a quarter of the width; about 50 minutes of a core each.
-Both were one batch, seed by seed, until the first pair was known, which is now that of ``fits`` with
-seed 0. Its two other seeds were then put before all else. ``narrow``
-runs the complete schedule on networks of a quarter of the width: MNIST, about 1.7 hours of a core
-each, then CIFAR10 mirrored, about 2.1 hours.
+Both were one batch until the pair of ``fits`` with seed 0 was known. Then its two other seeds were
+put before all else, and ``decays`` was written: it asks whether softmax gets the same from a larger
+weight decay. Three decays are tried on the validation split. If the best one is not that of
+``fits``, it will be trained with three seeds. ``narrow`` runs the complete schedule on networks of
+a quarter of the width: MNIST, about 1.7 hours of a core each, then CIFAR10 mirrored, about 2.1
+hours.
 
 ``paced`` asks whether the library's own λ takes part on data that is hard: softmax and m = 4 on
 CIFAR10, 2,000 updates, about 15 minutes of a core each.
@@ -71,6 +73,7 @@ SCALED: Arms = (("cosface", {}), ("arcface", {}))
 # With the scale that had the lower validation error: 8, the configuration's, but for one.
 SCALED_CIFAR10: Arms = (SCALED[0], ("arcface", {"scale": 16.0}))
 SCALES: Arms = [(loss, {"scale": scale}) for loss, _ in SCALED for scale in (8.0, 16.0)]
+DECAYS: Arms = [("softmax", {"weight_decay": decay}) for decay in (5e-4, 2e-3, 5e-3)]
 AUGMENTED: Arms = [
     (loss, augmentation | pace)
     for augmentation in (MIRRORED, {"mirror": True, "crop": 4})
@@ -98,6 +101,7 @@ BATCHES: dict[str, list[Config]] = {
         *_runs("cifar10plus-m4 cifar100-m4", 0, **PACED),
     ],
     "fits": _rounds("cifar10", UNTUNED, 3, **SHORT),
+    "decays": _rounds("cifar10", DECAYS, 1, **SHORT, validation=True),
     "recipe": _rounds("cifar10", AUGMENTED, 3, **SHORT),
     "narrow": [
         *_rounds("mnist", ARMS, 3, **NARROW),

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -19,7 +19,10 @@ from experiments.run import loop, train
 from experiments.store import logs
 from experiments.store.progress import Progress
 
-Batch = Literal["A", "B", "C", "fits", "recipe", "narrow", "paced", "scales", "scaled", "cures"]
+if TYPE_CHECKING:
+    Batch = str
+else:
+    Batch = Literal[tuple(BATCHES)]
 # Processes that share a GPU must not each reserve three quarters of its memory, JAX's default.
 MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # On a CPU each update takes its temporary memory anew: tens of thousands of page faults, unless the
