@@ -28,7 +28,7 @@ class Network(nnx.Module):
     def __init__(self, margin: int, rngs: nnx.Rngs) -> None:
         self.first = nnx.Linear(64, 128, rngs=rngs)
         self.second = nnx.Linear(128, 32, rngs=rngs)
-        self.head = LSoftmaxDense(32, 10, margin=margin, rngs=rngs)  # was nnx.Linear(32, 10)
+        self.head = LSoftmaxDense(32, 10, margin=margin, rngs=rngs)  # was nnx.Linear, no bias
 
     def __call__(self, images: jax.Array) -> jax.Array:
         return nnx.relu(self.second(nnx.relu(self.first(images))))

@@ -192,8 +192,8 @@ def _step(step: ArrayLike) -> jax.Array:
 def self_paced(strength: float = 0.8) -> SelfPaced:
     r"""λ from each example's own lead, without a schedule, a number of steps or any state.
 
-    Pass the result as `lam` to any loss. A head without `lam` uses ``self_paced()``. For each
-    example
+    Pass the result as `lam` to any loss. A head without `lam` uses ``self_paced()``, unless its
+    margin has a scale: such a head, but for `SphereFace`, uses λ = 0. For each example
 
     .. math:: \frac{1}{1+\lambda} = 0.9 \cdot strength \cdot
         \mathrm{clip}\left(\frac{u - \max_{j \ne y} z_j}{u - v},\, 0,\, 0.4\right)

@@ -9,7 +9,7 @@ seeds::
     step = jax.jit(train_step(graphdef, optimizer))
     state, metrics = step(state, images, labels)
 
-λ is a function of the batch or of ``state.step``, and Optax's learning rates are functions of the
+λ is a function of the example or of ``state.step``, and Optax's learning rates are functions of the
 step, so a restored state continues exactly. Batch normalisation spans the global batch on every
 path: on a mesh because the step is written for the whole batch, under pmap and shard_map by
 ``axis_name``.

@@ -485,7 +485,7 @@ def summary_table(entries: list[dict[str, Any]]) -> str:
         for i, title in enumerate(titles(entries))
     ]
     header = ["λ", "collapsed runs", "mean test error, %", "no worse than softmax"]
-    return markdown([*header, "most above it", "mean share"], rows)
+    return markdown([*header, "most above softmax", "mean share"], rows)
 
 
 def settings_table(entries: list[dict[str, Any]]) -> str:

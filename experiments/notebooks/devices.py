@@ -50,7 +50,7 @@ print("Python", platform.python_version(), versions)
 #
 # Scikit-learn's embedded digits, a small network with a feature of 64 numbers, and the library's
 # training step, a pure function of arrays: (state, images, labels) -> (state, metrics). λ comes
-# from a schedule, a function of `state.step`, so that it is the same everywhere.
+# from a schedule, a function of `state.step`.
 
 
 # %%

@@ -83,8 +83,8 @@ print(f"{FACES}: {len(listed.people):,} people, {len(listed.names):,} images")
 # ## Training
 #
 # `train-faces` on the command line. On an accelerator this is the paper's network at full width and
-# size, with fewer updates; a CPU takes a small one for a minute. λ stays above a minimum: without,
-# the features of so small a training collapse. The run continues where it was stopped.
+# size, with fewer updates; a CPU takes a small one for a minute. λ has a minimum: without one the
+# features collapse in so short a run. The run continues where it was stopped.
 
 # %%
 if ON_ACCELERATOR:

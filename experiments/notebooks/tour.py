@@ -72,9 +72,10 @@ for lam in (jnp.inf, 5.0, 0.0):
 # ## In a Flax NNX model
 #
 # The head takes the place of the last layer, a bias-free `nnx.Linear`; the model returns features.
-# `model.head.loss(features, labels)` is the loss in training: the head chooses λ from each batch,
-# so that the margin comes in as fast as the features bear it. `model.head(features)` is a plain
-# matrix product, so inference changes in nothing. A feature has two numbers here, to be drawn.
+# `model.head.loss(features, labels)` is the loss in training. The head chooses λ for each example
+# from the example's lead over the nearest other class, so an example that is wrong has no margin.
+# `model.head(features)` is a plain matrix product, so inference does not change. A feature has two
+# numbers here, to be drawn.
 
 
 # %%
@@ -136,9 +137,9 @@ for title, (error, angle) in results.items():
 
 # %% [markdown]
 # The features of the test images: every dot is an image, every line the direction of a column of
-# the head's kernel. With the margin the classes are narrower, and narrow classes are what face
-# verification and nearest-neighbour search want. One seed shows the angles; it does not settle
-# which error is lower.
+# the head's kernel. With the margin the classes are narrower. Whether this helps to compare classes
+# that training never sees is another question, which the guide answers. One seed shows the angles;
+# it does not settle which error is lower.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 5))
@@ -153,7 +154,7 @@ for axis, (title, model) in zip(axes, models.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# The same runs, update by update: the angle, and how much the margin weighs, 1 / (1 + λ). The loss
+# The same runs, update by update: the angle, and the share of the margin, 1 / (1 + λ). The loss
 # of L-Softmax asks for more, so its value is not comparable with that of softmax; error and angle
 # are.
 

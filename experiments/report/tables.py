@@ -265,11 +265,11 @@ def _verifications(faces: Sequence[Outcome]) -> str:
         less, *less_of_all = _less_going_on(outcome, faces)
         rows.append([*named, *counts, less, *numbers, *_of_all_pairs(outcome), *less_of_all])
     headers = ["ours", "protocol", "people trained on", "pairs"]
-    headers += ["accuracy % ± standard error over folds", "less going on"]
+    headers += ["accuracy % ± standard error over folds", "minus softmax"]
     headers += ["EER %", "AUC", "TAR % at FAR"]
     if any(outcome.get("all_pairs") for outcome in faces):
         headers += ["all pairs", "EER % of all", "TAR % of all at FAR"]
-        headers += ["EER of all, less going on", "TAR of all at FAR 0.01, less going on"]
+        headers += ["EER of all, minus softmax", "TAR of all at FAR 0.01, minus softmax"]
     return _table(headers, [row[: len(headers)] for row in rows], 8)
 
 
