@@ -68,8 +68,7 @@ def faces(folder: Path | None) -> tuple[np.ndarray, np.ndarray]:
 @nnx.jit
 def update(model: Network, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array) -> None:
     def mean_loss(model: Network) -> jax.Array:
-        # The head's default. From new weights a network that does not end with batch normalisation
-        # may need a λ: docs/guide/diverging.md.
+        # The head's default. Without batch normalisation see docs/guide/diverging.md.
         return model.head.loss(model(images), labels, lam=0.0).mean()
 
     optimizer.update(model, nnx.grad(mean_loss)(model))
