@@ -16,12 +16,12 @@ from matplotlib import rc_context
 from rich.console import Console
 from rich.table import Table
 
-import lsoftmax_jax as lsm
 from experiments.benchmarks.convergence import (
+    DEFAULT,
+    SOFTMAX,
     Data,
     Setting,
     Split,
-    constant,
     features_and_answers,
     split_of,
     trained,
@@ -37,7 +37,7 @@ from lsoftmax_jax import verification
 
 OUT = Path("quickstart")
 SEEDS = 10
-LOSSES = {"softmax": None, "L-Softmax, m = 4": lsm.self_paced()}
+LOSSES = {"softmax": SOFTMAX, "L-Softmax, m = 4": DEFAULT}
 SETTING = Setting("digits", optimizer="adamw", steps=800)
 PLANE = SETTING._replace(feature=2, relu=False)  # a feature that can be drawn
 SEEN = 7  # digits that are trained where the other ones are verified
@@ -106,10 +106,10 @@ def plane(loss: str) -> dict[str, Any]:
 
 
 def fitted(setting: Setting, loss: str, split: Split, seeds: int) -> Any:
-    """Parameters and shares, with a leading axis of seeds; softmax is λ = infinity."""
+    """Parameters and shares, with a leading axis of seeds."""
     keys = jax.random.split(jax.random.key(0), seeds)
-    lams = constant(np.inf)(setting.steps)
-    return trained(setting, split.classes, 4, LOSSES[loss], split.train, lams, keys)
+    lam = LOSSES[loss].over(setting.steps)
+    return trained(setting, split.classes, 4, split.train, lam, keys)
 
 
 def errors(params: Any, split: Split) -> list[float]:

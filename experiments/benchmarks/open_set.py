@@ -7,7 +7,7 @@ examples; verification takes all pairs of examples of the other classes.
 import operator
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 import lsoftmax_jax as lsm
-from experiments.benchmarks.convergence import constant, released, scheduled
+from experiments.benchmarks.convergence import Policy, constant, released, scheduled
 from experiments.benchmarks.frozen import frozen, grey_faces, whitened
 from experiments.benchmarks.records import OUT, earlier, heading
 from experiments.benchmarks.tables import markdown
@@ -36,7 +36,7 @@ from lsoftmax_jax.margins import ArcFace, CosFace, Margin, NormFace
 from lsoftmax_jax.schedule import SelfPaced
 
 SEEDS = 3  # a split
-BATCH, RATE, DECAY = 128, 0.1, 5e-4
+BATCH, RATE = 128, 0.1
 
 Name = Literal["digits", "identities", "lfw", "cifar100"]
 
@@ -64,15 +64,6 @@ TASKS: dict[str, Task] = {
         "CIFAR100, 50 of 100 classes", 50, 100, 50, 3, 1500, 64, 256, 0.0, (256, 0.05)
     ),
 }
-
-
-class Policy(NamedTuple):
-    """A margin, a way to choose its λ, and the weight decay."""
-
-    name: str
-    lam: SelfPaced | Callable[[int], jax.Array]
-    margin: int | Margin = 4
-    decay: float = DECAY
 
 
 # Softmax has two weight decays because the rule has two strengths.
@@ -253,13 +244,12 @@ class Trained(NamedTuple):
     share: jax.Array  # 1 / (1 + λ), mean over all updates
 
 
-@partial(jax.jit, static_argnames=("task", "margin", "rule"))
+@partial(jax.jit, static_argnames=("task", "margin"))
 def trained(
     task: Task,
     margin: int | Margin,
-    rule: SelfPaced | None,
     split: Split,
-    lams: jax.Array,
+    lam: SelfPaced | jax.Array,
     decay: jax.Array,
     keys: jax.Array,
 ) -> Trained:
@@ -267,9 +257,8 @@ def trained(
 
     Args:
       task, margin: what is trained.
-      rule: for λ, or None.
       split: the examples.
-      lams: (steps,) λ of every update where there is no rule.
+      lam: a rule, or (steps,) λ of every update.
       decay: weight decay of kernels.
       keys: (seeds,), which draw parameters, batches and dropout.
     """
@@ -292,25 +281,24 @@ def trained(
             rows = jax.random.randint(drawn, (BATCH,), 0, len(labels))
             keep = jax.random.bernoulli(dropped, 1 - task.dropout, (BATCH, inputs.shape[1]))
             batch = inputs[rows] * keep / (1 - task.dropout)
-            given = lam if rule is None else rule
             seen, _ = network.apply(
                 {"params": params, "batch_stats": stats},
                 batch,
                 labels[rows],
-                given,
+                lam,
                 method="loss",
                 mutable=["batch_stats"],
             )
             return seen
 
-        def update(carry: Any, at: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        def update(carry: Any, at: Any) -> tuple[Any, jax.Array]:
             params, state = carry
             grads, share = jax.grad(mean_loss, has_aux=True)(params, *at)
             updates, state = optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), share
 
         params = variables["params"]
-        each = jax.random.split(second, task.steps), lams
+        each = jax.random.split(second, task.steps), lam
         (params, _), shares = jax.lax.scan(update, (params, optimizer.init(params)), each)
         variables = {"params": params, "batch_stats": stats}
         whole: Any = network.apply(
@@ -330,11 +318,9 @@ def trained(
 def measure(task: Task, split: Split, policy: Policy, seeds: int) -> dict[str, Any]:
     """Errors, rates and shares in %, angles in degrees, one number a seed."""
     begun = time.perf_counter()
-    rule = policy.lam if isinstance(policy.lam, SelfPaced) else None
-    given = constant(0.0) if isinstance(policy.lam, SelfPaced) else policy.lam
     keys = jax.random.split(jax.random.key(0), seeds)
-    lams, decay = given(task.steps), jnp.float32(policy.decay)
-    networks = trained(task, policy.margin, rule, split, lams, decay, keys)
+    lam, decay = policy.over(task.steps), jnp.float32(policy.decay)
+    networks = trained(task, policy.margin, split, lam, decay, keys)
     found = [
         numbers(jax.tree.map(operator.itemgetter(seed), networks), split) for seed in range(seeds)
     ]

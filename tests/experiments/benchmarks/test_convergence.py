@@ -87,19 +87,20 @@ def test_every_policy_has_its_own_runs():
     setting = Setting("few updates", steps=60)
     split, keys = convergence.split_of(setting.data), jax.random.split(jax.random.key(0), 2)
 
-    def errors_and_shares(margin, rule, lam):
-        lams = jnp.full(60, lam)
-        params, shares = convergence.trained(setting, 10, margin, rule, split.train, lams, keys)
+    def errors_and_shares(margin, lam):
+        params, shares = convergence.trained(setting, 10, margin, split.train, lam, keys)
         features, answers = convergence.features_and_answers(setting, margin, params, split)
         assert features.shape == (2, 540, 32)
         return 100 * np.mean(answers != split.test[1], axis=1), shares
 
-    (softmax, none), (whole, all_of_it) = (errors_and_shares(4, None, lam) for lam in (np.inf, 0.0))
+    (softmax, none), (whole, all_of_it) = (
+        errors_and_shares(4, jnp.full(60, lam)) for lam in (np.inf, 0.0)
+    )
     assert (softmax < 20).all() and (whole > 60).all()
     assert (none == 0).all() and (all_of_it == 1).all()
     # Softmax is a head with λ = infinity here; a head without a margin gives the same numbers.
-    np.testing.assert_allclose(errors_and_shares(1, None, 7.0)[0], softmax, atol=0.4)
-    paced, shares = errors_and_shares(4, lsm.self_paced(1.0), 0.0)
+    np.testing.assert_allclose(errors_and_shares(1, jnp.full(60, 7.0))[0], softmax, atol=0.4)
+    paced, shares = errors_and_shares(4, lsm.self_paced(1.0))
     assert (paced < 20).all() and (shares > 0).all() and (shares < 0.36).all()
 
 

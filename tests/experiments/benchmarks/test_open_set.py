@@ -135,7 +135,7 @@ def test_weight_decay_and_lam_reach_the_training():
 
     def length(margin, lam, decay):
         lams, decay = jnp.full(30, lam), jnp.float32(decay)
-        found = open_set.trained(task, margin, None, split, lams, decay, keys)
+        found = open_set.trained(task, margin, split, lams, decay, keys)
         return float(jnp.linalg.norm(found.kernel)), float(found.share.mean())
 
     assert length(4, jnp.inf, 0.1)[0] < 0.9 * length(4, jnp.inf, 0.0)[0]
