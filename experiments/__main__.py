@@ -40,7 +40,6 @@ from experiments.store.processes import ALONE, Meeting, joined
 
 # A user's mistake is one message. With this variable Python prints the traceback, too.
 TRACEBACK = "EXPERIMENTS_TRACEBACK"
-CLONE = Path(__file__).parents[1]
 PROG = "python -m experiments"
 LISTED = f"{PROG} list prints all"
 # In a terminal of one column tyro needs minutes to write its help.
@@ -50,10 +49,7 @@ LARGEST = 2**31 - 1
 
 def train_(
     config: Named,
-    data: Path | None = None,
-    out: Path = loop.RUNS,
-    devices: int | None = None,
-    checkpoint_seconds: float = 60.0,
+    place: Annotated[loop.Place, tyro.conf.arg(name="")] = loop.HERE,
     meeting: Annotated[Meeting, tyro.conf.arg(name="")] = ALONE,
 ) -> int:
     """Trains one configuration, or continues it, and writes its result.
@@ -75,31 +71,20 @@ def train_(
     Args:
       config: the configuration. Flags change it, and the result records every change. A number
         of the paper is confirmed where a public source has it, and recalled where none has.
-      data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
-      out: folder of the results.
-      devices: how many to train on, the first ones; by default all.
-      checkpoint_seconds: seconds between two checkpoints.
     """
     with joined(meeting), loop.interruptible() as stop:
-        outcome = train.run(
-            config,
-            folder=data,
-            out=out,
-            devices=devices,
-            checkpoint_seconds=checkpoint_seconds,
-            stop=stop,
-        )
+        outcome = train.run(config, **place._asdict(), stop=stop)
         if outcome is None or outcome["status"] == "diverged":
             return loop.exit_code(outcome)
         label = "reduced run, " if outcome["reduced"] else ""
-        shown = f"{PROG} list" + ("" if out == loop.RUNS else f" --out {shlex.quote(str(out))}")
+        elsewhere = "" if place.out == loop.RUNS else f" --out {shlex.quote(str(place.out))}"
         console = Console()
         title = f"{run_name(config)}, {label}last iterate"
         console.print(table(title, {split: outcome[split] for split in ("train", "test")}))
         console.print(
             f"{outcome['images_per_second']:.0f} images/s on {outcome['device']}, "
             f"{100 * outcome['outside_step']:.1f} % of the loop's time outside the step\n"
-            f"{shown} shows the result beside the paper's"
+            f"{PROG} list{elsewhere} shows the result beside the paper's"
         )
         return 0
 
@@ -261,15 +246,7 @@ def parsed(arguments: list[str]) -> functools.partial[Any]:
 
 
 def prepare_streams() -> None:
-    """Makes printing safe: streams that are closed, locales without λ, terminals of few columns."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            # The next file to be opened would get this number, and with it what libraries print.
-            os.open(os.devnull, os.O_RDWR)
-    sys.stdout = sys.stdout or os.fdopen(1, "w")
-    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    """Makes printing safe in locales without λ and in terminals of few columns."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -283,23 +260,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def announce_folders(command: functools.partial[Any]) -> None:
-    """Says which folder above --out is new, where --out was named from the root on."""
-    options = command.keywords.get("benchmark", command).keywords
-    out = options.get("out")
-    if isinstance(out, Path) and out.is_absolute() and not out.is_relative_to(CLONE):
-        missing = [folder for folder in out.parents if not os.path.lexists(folder)]
-        if missing:
-            say(f"{missing[-1]} is not there: it is made, with all that is missing of {out}")
-
-
 def main(arguments: list[str] | None = None) -> int:
     prepare_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         check_name(arguments)
         command = parsed(arguments)
-        announce_folders(command)
         code = command() or 0
         sys.stdout.flush()
         return int(code)

@@ -20,7 +20,7 @@ from jax.stages import Compiled
 
 from experiments.faces.images import FaceImages, Faces, list_faces, training_batches
 from experiments.faces.protocol import people_of_fold, read_pairs
-from experiments.faces.recipe import FaceRecipe, Plateau
+from experiments.faces.recipe import FaceRecipe
 from experiments.paper import networks as models
 from experiments.run import loop
 from experiments.run.program import check_batch, compiled, network_state, per_update
@@ -33,12 +33,10 @@ from lsoftmax_jax.devices import DATA_AXIS, compile_step, data_mesh
 
 # Updates in one dispatch on an accelerator; on a CPU a dispatch is one update.
 DISPATCH = 20
-# A plateau compares means over PLATEAU_UPDATES losses; a λ below NO_LAM hardly changes the loss.
-PLATEAU_UPDATES, NO_LAM = 20, 0.01
 
 
 class FaceBatches:
-    """Streams this process's batches to the devices of a mesh; tracks the plateau of the loss.
+    """Streams this process's batches to the devices of a mesh.
 
     Args:
       recipe: decides the numbers.
@@ -47,7 +45,7 @@ class FaceBatches:
     """
 
     def __init__(self, recipe: FaceRecipe, images: FaceImages, mesh: Mesh) -> None:
-        self._recipe, self.plateau, self._losses = recipe, Plateau(), list[float]()
+        self._recipe = recipe
         self._rows = jax.NamedSharding(mesh, jax.P(DATA_AXIS))
         process, count = jax.process_index(), jax.process_count()
         size = recipe.batch // count
@@ -70,37 +68,10 @@ class FaceBatches:
         return jax.make_array_from_process_local_data((self._rows, self._rows), local)
 
     def position(self) -> dict[str, Any]:
-        stream = self._stream.get_state()
-        return {"stream": stream, "plateau": self.plateau, "losses": self._losses}
+        return {"stream": self._stream.get_state()}
 
     def restore(self, position: dict[str, Any]) -> None:
         self._stream.set_state(position["stream"])
-        self.plateau, self._losses = Plateau(*position["plateau"]), position["losses"]
-
-    def watch(self, step: int, values: Values) -> None:
-        """Lowers the rate once the loss stops falling; ``step`` is the step after the values."""
-        if self._recipe.schedule == "steps":
-            return
-        first = step - len(values["loss"])
-        # While λ falls, the loss may rise; only an annealed λ has an end to wait for.
-        annealed = self._recipe.pace == "annealed"
-        settled = (1 - 1e-5) / (1 + max(NO_LAM, self._recipe.lam.minimum)) if annealed else 0
-        for number, (loss, share) in enumerate(
-            zip(values["loss"], values["share"], strict=True), 1
-        ):
-            self._losses.append(float(loss))
-            if (first + number) % PLATEAU_UPDATES == 0:
-                mean, self._losses = float(np.mean(self._losses)), []
-                if share >= settled:
-                    self.plateau = self.plateau.after(first + number, mean, self._recipe.patience)
-
-    def at_rate(self, state: training.State) -> training.State:
-        """Returns the state with the plateau's factor of the learning rate."""
-        if self._recipe.schedule == "steps":
-            return state
-        old = optax.tree.get(state.opt_state, "step_size")
-        factor = jax.device_put(np.asarray(0.1**self.plateau.drops, old.dtype), old.sharding)
-        return state._replace(opt_state=optax.tree.set(state.opt_state, step_size=factor))
 
 
 def train_faces(
@@ -181,7 +152,7 @@ def prepare(
     def updates(
         update: Compiled, length: int, state: training.State, batches: FaceBatches
     ) -> tuple[training.State, list[training.StepMetrics]]:
-        state, metrics = batches.at_rate(state), []
+        metrics = []
         for _ in range(length):
             state, of_one = update(state, *next(batches), None)
             metrics.append(of_one)
@@ -217,7 +188,6 @@ def prepare(
         values=values,
         test=lambda state: {},
         measure=lambda state: {"broken_images": len(images.broken)},
-        watch=source.watch,
     )
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,25 @@ Stop = Callable[[], bool]
 
 INTERRUPTED = 130
 RUNS = Path("runs")
+
+
+class Place(NamedTuple):
+    """Where runs train.
+
+    Attributes:
+      data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
+      out: folder of the results.
+      devices: how many to train on, the first ones; by default all.
+      checkpoint_seconds: seconds between two checkpoints.
+    """
+
+    data: Path | None = None
+    out: Path = RUNS
+    devices: int | None = None
+    checkpoint_seconds: float = 60.0
+
+
+HERE = Place()
 
 # A run ends after this many updates without a finite loss and gradient.
 SKIPPED_LIMIT = 3
@@ -114,15 +133,15 @@ def warn(session: Session, values: Values, first: int, progress: Progress) -> No
     def seen(i: int) -> str:
         return numbers(of_update(values, first, i))
 
-    for i in np.flatnonzero(values.get("skipped", 0)).tolist():
+    for i in np.flatnonzero(values["skipped"]).tolist():
         progress.say(f"{name} skipped update {first + i}, which was not finite: {seen(i)}")
-    collapsing = np.flatnonzero(values.get("collapsing", 0)).tolist()
+    collapsing = np.flatnonzero(values["collapsing"]).tolist()
     if collapsing and not session.collapsed:
         i, session.collapsed = collapsing[0], True
         cure = CURE if session.task.facts["config"].get("scale") is None else TURNED
         progress.say(f"warning: {name} is collapsing at update {first + i}: {seen(i)}\n{cure}")
     due = session.task.margin_from
-    takes_part = values.get("share", np.ones(1)).mean() >= NO_PART
+    takes_part = values["share"].mean() >= NO_PART
     if due is not None and due <= first and not takes_part and not session.idle:
         session.idle = True
         progress.say(f"warning: {name}: the margin takes no part: {seen(-1)}\n{IDLE}")
@@ -132,17 +151,13 @@ def say_diverged(name: str, diverged: dict[str, Any], progress: Progress) -> Non
     progress.say(f"{name} diverged at update {diverged['step']}: {numbers(diverged)}\n{ADVICE}")
 
 
-def divergence(values: Values, first: int, skipped: int = 0) -> dict[str, float] | None:
+def divergence(values: Values, first: int, skipped: int) -> dict[str, float] | None:
     """The update, from number ``first`` on, that ends the run; ``skipped`` ones came before.
 
-    It is one with a huge loss, or the last of `SKIPPED_LIMIT` skipped ones; where a source skips
-    none, the first without a finite loss and gradient.
+    It is one with a huge loss, or the last of `SKIPPED_LIMIT` skipped ones.
     """
-    loss = values["loss"]
-    wrong = ~(np.isfinite(loss) & np.isfinite(values.get("grad_norm", loss)))
-    if "skipped" in values:
-        wrong = values["skipped"] > 0
-        wrong &= skipped + np.cumsum(wrong) >= SKIPPED_LIMIT
+    loss, wrong = values["loss"], values["skipped"] > 0
+    wrong &= skipped + np.cumsum(wrong) >= SKIPPED_LIMIT
     wrong |= np.isfinite(loss) & (loss >= BLOWN_UP)
     return of_update(values, first, int(np.argmax(wrong))) if wrong.any() else None
 
@@ -169,12 +184,8 @@ def numbers(seen: dict[str, Any]) -> str:
 
 def shown(values: Values, speed: float) -> str:
     """The numbers of some updates, for the progress bar."""
-    words = [f"loss {values['loss'].mean():.3g}"]
-    if "error" in values:
-        words.append(f"{100 - values['error'].mean():.1f}% right")
-    if "share" in values:
-        words.append(f"margin {values['share'].mean():.0%}")
-    return ", ".join([*words, f"{speed:.0f}/s"])
+    loss, right, share = (values[name].mean() for name in ("loss", "error", "share"))
+    return f"loss {loss:.3g}, {100 - right:.1f}% right, margin {share:.0%}, {speed:.0f}/s"
 
 
 def finished(folder: Path, name: str) -> Outcome | None:

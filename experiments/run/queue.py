@@ -5,9 +5,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import tyro
 
 from experiments.paper import cells
 from experiments.paper import networks as models
@@ -24,10 +25,7 @@ def reproduce(
     seeds: int = 5,
     budget_minutes: float = math.inf,
     toy: bool = False,
-    data: Path | None = None,
-    out: Path = loop.RUNS,
-    devices: int | None = None,
-    checkpoint_seconds: float = 60.0,
+    place: Annotated[loop.Place, tyro.conf.arg(name="")] = loop.HERE,
 ) -> int:
     """Runs every missing configuration and seed, cheapest first; a run begun earlier goes on.
 
@@ -40,29 +38,18 @@ def reproduce(
       seeds: how many seeds to train each configuration with, from 0 on.
       budget_minutes: stop when so many minutes are over; the same command continues.
       toy: shrink every run to seconds and write into the subfolder toy of --out.
-      data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
-      out: folder of the results.
-      devices: how many to train on, the first ones; by default all.
-      checkpoint_seconds: seconds between two checkpoints.
     """
-    wanted, out = runs(only, seeds, toy), out / "toy" if toy else out
-    return train_missing(wanted, out, budget_minutes, data, devices, checkpoint_seconds)
+    place = place._replace(out=place.out / "toy") if toy else place
+    return train_missing(runs(only, seeds, toy), place, budget_minutes)
 
 
-def train_missing(
-    wanted: Sequence[Config],
-    out: Path,
-    budget_minutes: float,
-    data: Path | None,
-    devices: int | None,
-    checkpoint_seconds: float,
-) -> int:
+def train_missing(wanted: Sequence[Config], place: loop.Place, budget_minutes: float) -> int:
     """Trains those of the wanted runs, in order, that out lacks; the exit code.
 
     The arguments are those of `reproduce`.
     """
     keep_compiled()
-    over = loop.budget(budget_minutes)
+    out, over = place.out, loop.budget(budget_minutes)
     missing = [config for config in wanted if not train.is_done(config, out)]
     measured = finished_here([config for config in wanted if config not in missing], out)
     diverged, failed, in_use = list[str](), dict[str, str](), 0
@@ -71,14 +58,7 @@ def train_missing(
             config, name = missing[0], run_name(missing[0])
             print(turn(wanted, missing, measured), flush=True)
             try:
-                outcome = train.run(
-                    config,
-                    folder=data,
-                    out=out,
-                    devices=devices,
-                    checkpoint_seconds=checkpoint_seconds,
-                    stop=lambda: asked() or over(),
-                )
+                outcome = train.run(config, **place._asdict(), stop=lambda: asked() or over())
                 if outcome is None:
                     break
                 if outcome["status"] == "diverged":

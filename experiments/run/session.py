@@ -1,6 +1,5 @@
 """One run in this process: what it is made of, its folder, its state, log and checkpoints."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -86,7 +85,6 @@ class Task(NamedTuple):
       values: metrics, fetched -> `Values`, with "loss" among them.
       test: state -> a point of its test curve.
       measure: state -> what its result says of the last iterate.
-      watch: is told every `Values`, for a source that goes by them.
       margin_from: the update from which on the margin is expected to take part; None: nobody
         expects it, or its schedule was judged before.
     """
@@ -106,7 +104,6 @@ class Task(NamedTuple):
     values: Callable[[Any], Values]
     test: Callable[[State], dict[str, float]]
     measure: Callable[[State], dict[str, Any]]
-    watch: Callable[[int, Values], None] = lambda step, values: None
     margin_from: int | None = None
 
 
@@ -154,7 +151,6 @@ class Session:
             done = jax.block_until_ready(self._compiled[length](self.state, feed))
         self.state, self.step = done[0], self.step + length
         values = task.values(jax.device_get(done[1]))
-        task.watch(self.step, values)
         line = {name: float(OF_A_LINE.get(name, np.mean)(seen)) for name, seen in values.items()}
         self._write("train", **line)
         self.skipped += int(line.get("skipped", 0))
@@ -185,7 +181,8 @@ class Session:
                 finite = bool(are_finite((self.state.params, self.state.other)))
                 if finite:
                     measured = self.task.measure(self.state)
-                if not finite or not is_json(measured):
+                floats = [x for x in jax.tree.leaves(measured) if isinstance(x, float)]
+                if not finite or not np.isfinite(floats).all():
                     diverged, measured = {"step": self.step, **self._last_line()}, {}
         seconds = self.task.clock.read()
         in_loop = seconds["wall"] - seconds["setup"] - seconds["compilation"]
@@ -245,15 +242,6 @@ def are_finite(tree: Any) -> jax.Array:
     """Whether all floating-point numbers of a tree of arrays are finite."""
     floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(x).all() for x in floating]).all()
-
-
-def is_json(values: dict[str, Any]) -> bool:
-    """Whether no number in values is infinite or NaN."""
-    try:
-        json.dumps(values, allow_nan=False)
-    except ValueError:
-        return False
-    return True
 
 
 def result_file(folder: Path) -> Path:

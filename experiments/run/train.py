@@ -30,7 +30,7 @@ from lsoftmax_jax.devices import data_mesh, put
 def run(
     config: Config,
     *,
-    folder: Path | None = None,
+    data: Path | None = None,
     out: Path = loop.RUNS,
     devices: int | None = None,
     dispatch: int | None = None,
@@ -42,7 +42,7 @@ def run(
 
     Args:
       config: what to train.
-      folder: where the data is, see `data.load`.
+      data: where the data is, see `data.load`.
       out: folder of the results.
       devices: how many to train on, the first ones; by default all.
       dispatch: updates in one dispatch; by default 100 on an accelerator, 1 on a CPU.
@@ -64,7 +64,7 @@ def run(
     updates, points = (1, 6) if on_cpu else (100, 36)
     dispatch = dispatch or updates
     return loop.train(
-        prepare(config, folder, out, mesh, dispatch),
+        prepare(config, data, out, mesh, dispatch),
         stop,
         dispatch=dispatch,
         evaluations=points if evaluations is None else evaluations,

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -58,12 +59,11 @@ def tune(
     minimums: tuple[float, ...] = (0.0, 5.0),
     seeds: int = 1,
     budget_minutes: float = math.inf,
-    data: Path | None = None,
-    out: Path = loop.RUNS,
-    devices: int | None = None,
-    checkpoint_seconds: float = 60.0,
+    place: Annotated[loop.Place, tyro.conf.arg(name="")] = loop.HERE,
 ) -> int:
     """Trains a configuration with every λ of a grid; names the best on a validation split.
+
+    The results are in the subfolder tune of --out.
 
     Args:
       config: the configuration; flags change it.
@@ -73,10 +73,6 @@ def tune(
       minimums: values that λ does not fall below.
       seeds: how many seeds to train each candidate with, from 0 on.
       budget_minutes: stop when so many minutes are over; the same command continues.
-      data: folder of NAME.npz or of TFDS; by default TFDS_DATA_DIR or ~/tensorflow_datasets.
-      out: folder of the results; tune writes into its subfolder tune.
-      devices: how many to train on, the first ones; by default all.
-      checkpoint_seconds: seconds between two checkpoints.
     """
     if not config.has_margin:
         raise ValueError(f"{config.name} has no margin, so that λ changes nothing")
@@ -90,15 +86,15 @@ def tune(
     for constant, flag in (("base", "--bases"), ("minimum", "--minimums")):
         if getattr(config.lam, constant) != getattr(named.lam, constant):
             raise ValueError(f"lam.{constant}: tune tries the values of {flag}")
-    out = out / "tune"
+    out = place.out / "tune"
     candidates = [
         of_seeds(replace(config, lam=lam, validation=True), seeds)
         for lam in grid(config.lam, bases, gammas, powers, minimums)
     ]
     wanted = [run for runs in candidates for run in runs]
-    code = train_missing(wanted, out, budget_minutes, data, devices, checkpoint_seconds)
+    code = train_missing(wanted, place._replace(out=out), budget_minutes)
     found = summary(config, [judged(runs, out) for runs in candidates])
-    found |= result.provenance(data_mesh(devices).size)
+    found |= result.provenance(data_mesh(place.devices).size)
     file = out / f"{run_name(replace(config, seed=0)).removesuffix('seed0')}tuned.json"
     result.save(file, found)
     Console().print(table(found))

@@ -4,27 +4,28 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from PIL import Image
 
 from experiments.__main__ import main
 from experiments.faces import embed
+from experiments.faces import recipe as faces_recipe
 from experiments.faces import train as train_faces
 from experiments.faces import verify as verify_faces
-from experiments.faces.images import FaceImages, Faces, list_faces
-from experiments.faces.recipe import FaceRecipe, Plateau
+from experiments.faces.images import FaceImages, list_faces
+from experiments.faces.recipe import FaceRecipe
 from experiments.faces.train import load_run
 from experiments.paper import networks as models
 from experiments.paper.networks import Network, Stage
 from experiments.run import loop
 from experiments.store.checkpoints import Checkpoints
-from lsoftmax_jax import training
 from lsoftmax_jax.devices import data_mesh
 from lsoftmax_jax.schedule import LambdaPreset
 
@@ -191,47 +192,45 @@ def test_fine_tuning_starts_from_another_run(folder, tmp_path):
         run_for(folder, tmp_path / "wide", recipe=wide, init_from=tmp_path / "softmax")
 
 
-def test_plateau_drops_once_the_loss_is_flat():
-    plateau = Plateau()
-    for step, loss in enumerate([5.0, 4.0, 3.99, 3.98, 3.0, 3.0, 3.0, 3.0, 3.0], start=1):
-        plateau = plateau.after(step, loss, patience=3)
-        assert plateau.drops == (1 if step >= 8 else 0)
-    assert plateau == Plateau(loss=3.0, step=8, drops=1)
+def rates(recipe, losses):
+    """The factor of the rate after each loss."""
+    optimizer = optax.with_extra_args_support(recipe.optimizer)
+    params = {"layer": {"kernel": jnp.ones(2)}}
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    found = []
+    for loss in losses:
+        _, state = update(params, state, params, value=jnp.float32(loss))
+        found.append(round(float(optax.tree.get(state, "scale")), 6))
+    return found
+
+
+def test_a_plateau_lowers_the_rate_once_the_loss_is_flat(monkeypatch):
+    monkeypatch.setattr(faces_recipe, "PLATEAU_UPDATES", 1)
+    flat = replace(RECIPE, schedule="plateau", patience=3, pace="none")
+    losses = [5.0, 4.0, 3.99, 3.98, 3.0, 3.0, 3.0, 3.0, 3.0]
+    assert rates(flat, losses) == [1, 1, 1, 1, 1, 1, 1, 0.1, 0.1]
+    # λ is 6.7, 5, 4, 3.3, 2.9, 2.5, 2.2 and, from the eighth update on, 2: then the wait begins.
+    high = replace(flat, pace="annealed", lam=LambdaPreset(10.0, 0.5, 1.0, 2.0))
+    assert rates(high, [3.0] * 12) == [1] * 10 + [0.1, 0.1]
+
+
+def test_a_plateau_compares_means(monkeypatch):
+    monkeypatch.setattr(faces_recipe, "PLATEAU_UPDATES", 2)
+    recipe = replace(RECIPE, schedule="plateau", patience=4, pace="none")
+    assert rates(recipe, [1.0, 9.0] * 4) == [1, 1, 1, 1, 1, 0.1, 0.1, 0.1]
 
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_a_plateau_lowers_the_rate_also_after_a_resume(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_faces, "NO_LAM", 100.0)
-    monkeypatch.setattr(train_faces, "PLATEAU_UPDATES", 2)
-    recipe = replace(RECIPE, schedule="plateau", patience=2, learning_rate=1e-9, steps=8)
+def test_a_plateau_goes_on_after_a_resume(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(faces_recipe, "PLATEAU_UPDATES", 2)
+    recipe = replace(RECIPE, schedule="plateau", patience=2, learning_rate=1e-9, pace="none")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_for(folder, whole, 9, recipe)
     assert run_for(folder, parts, 5, recipe) is None
-    (position,) = positions(parts)
-    assert position["plateau"][2] == 1 and len(position["losses"]) == 1
     run_for(folder, parts, 9, recipe)
     chex.assert_trees_all_equal(weights(parts), weights(whole))
-    monkeypatch.setattr(train_faces, "NO_LAM", 0.0)
-    run_for(folder, tmp_path / "steady", 9, recipe)
-    (steady,) = positions(tmp_path / "steady")
-    assert steady["plateau"][2] == 0  # λ is still high
-
-
-def test_the_plateaus_factor_scales_the_learning_rate():
-    recipe = replace(RECIPE, schedule="plateau", learning_rate=0.5)
-    params = {"layer": {"kernel": np.ones(2, np.float32)}}
-    sgd = recipe.optimizer
-    state = training.State(np.int32(0), params, {}, sgd.init(params))
-    listed = Faces(Path(), ("A/a.png",), np.zeros(1, np.int32), ("A",), str.encode)
-    images = FaceImages(listed, (32, 32))
-    batches = train_faces.FaceBatches(recipe, images, data_mesh())
-    for drops, rate in ((0, 0.5), (2, 0.005)):
-        batches.plateau = Plateau(drops=drops)
-        moved = batches.at_rate(state)
-        updates, _ = sgd.update(params, moved.opt_state, params)
-        expected = np.full(2, -rate * (1 + recipe.weight_decay), np.float32)
-        np.testing.assert_allclose(updates["layer"]["kernel"], expected, rtol=1e-6)
 
 
 def test_impossible_recipes_are_refused():

@@ -48,7 +48,7 @@ def stopped_once(tmp_path_factory):
     def stop():
         return next(asked) == 4
 
-    assert train.run(CONFIG, folder=out, out=out, stop=stop, **keywords) is None
+    assert train.run(CONFIG, data=out, out=out, stop=stop, **keywords) is None
     return out
 
 
@@ -214,7 +214,7 @@ def test_two_quick_interrupts_amid_training(stopped, capsys, monkeypatch):
 
 def run(out, **keywords):
     keywords |= {"devices": 1, "dispatch": 1, "evaluations": 0}
-    return train.run(CONFIG, folder=out, out=out, **keywords)
+    return train.run(CONFIG, data=out, out=out, **keywords)
 
 
 def test_updates_that_are_not_finite_are_skipped_and_named(tmp_path, monkeypatch, capsys):

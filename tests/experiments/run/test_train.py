@@ -72,9 +72,9 @@ def test_result_says_everything(unbroken):
     share = outcome["curves"]["train"]["share"]
     assert share == sorted(share) and share[0] < 0.01 < 0.5 < share[-1]
     assert "lam" not in outcome["curves"]["train"]
-    predicted = result.predicted_labels(outcome)
+    predicted, true = result.labels_of(outcome)
     digits = data.load("digits").first(100).test
-    np.testing.assert_array_equal(result.true_labels(outcome), digits.labels)
+    np.testing.assert_array_equal(true, digits.labels)
     assert 100 * np.mean(predicted != digits.labels) == pytest.approx(outcome["test"]["error"])
     found = confusion_matrix(digits.labels, predicted, labels=np.arange(10))
     assert found.tolist() == outcome["test"]["confusion"]
@@ -348,7 +348,7 @@ def test_cell_runs_at_toy_size(config, tmp_path):
         arrays[f"{split}_labels"] = rng.integers(0, config.classes, 64)
     np.savez(tmp_path / f"{config.dataset}.npz", **arrays)
     dtype = "bf16" if config.margin == 3 else "f32"
-    outcome = run(tmp_path, replace(toy(config), dtype=dtype), folder=tmp_path)
+    outcome = run(tmp_path, replace(toy(config), dtype=dtype), data=tmp_path)
     assert outcome["status"] == "finished"
 
 
@@ -358,7 +358,7 @@ def test_cell_runs_at_toy_size(config, tmp_path):
 def test_released_mnist_recipe_trains(tfds_dir, tmp_path):
     small = {"steps": 240, "batch": 64, "width": 1 / 8, "examples": 6000}
     config = replace(CONFIGS["released-mnist-m4"], **small)
-    outcome = run(tmp_path, config, folder=tfds_dir, evaluations=1)
+    outcome = run(tmp_path, config, data=tfds_dir, evaluations=1)
     assert outcome["test"]["error"] < 10
 
 
