@@ -94,17 +94,13 @@ def both_wrong(ours: Outcome, theirs: Outcome) -> tuple[NDArray, NDArray] | None
     Raises:
       ValueError: the runs were tested on other images, or in another order.
     """
-    wrong, truths = [], []
-    for run in (ours, theirs):
-        predicted, true = results.predicted_labels(run), results.true_labels(run)
-        if predicted is None or true is None:
-            return None
-        wrong.append(predicted != true)
-        truths.append(true)
-    if not np.array_equal(truths[0], truths[1]):
+    first, second = map(results.labels_of, (ours, theirs))
+    if first is None or second is None:
+        return None
+    if not np.array_equal(first[1], second[1]):
         files = f"{ours.get('file')}, {theirs.get('file')}"
         raise ValueError(f"these runs were tested on other images, or in another order: {files}")
-    return wrong[0], wrong[1]
+    return first[0] != first[1], second[0] != second[1]
 
 
 def mcnemar(ours: Outcome, theirs: Outcome) -> tuple[int, int, float] | None:

@@ -78,17 +78,12 @@ class Group(NamedTuple):
         """What decides λ; empty without a margin."""
         if self.loss in ("softmax", "hinge"):
             return ""
-        if self.of("pace") == "lead":
-            strength = self.changes.get("strength", CONFIGS[self.name].strength)
-            return f"λ by lead, strength {strength:g}"
-        if self.of("pace") == "none":
-            return "λ = 0"
-        if self.of("pace") != "annealed":
-            # The earlier rule, self-paced, chose one λ for a batch and logged it as lam.
-            by_batch = self.of("pace") == "self-paced" and any(
-                "lam" in run["curves"].get("train", {}) for run in self.runs
-            )
-            return f"λ {self.of('pace')}{' by batch' if by_batch else ''}"
+        pace = self.of("pace")
+        if pace != "annealed":
+            lead = f"λ by lead, strength {self.of('strength'):g}"
+            # The earlier rule, self-paced, chose one λ for a batch.
+            said = {"lead": lead, "none": "λ = 0", "self-paced": "λ self-paced by batch"}
+            return said.get(pace, f"λ {pace}")
         named = CONFIGS[self.name].lam._asdict()
         lam = named | self.own.get("lam", {})
         if lam["base"] == lam["minimum"] == 0:

@@ -25,7 +25,6 @@ from experiments.report.outcomes import (
     went_on,
 )
 from experiments.report.roc import face_words, for_choosing, lowest_rate
-from experiments.store import results
 
 FULL = "Data set by loss: full runs"
 CHANGED = "Data set by loss: changed runs, not comparable with the paper"
@@ -190,7 +189,7 @@ def _every_run(groups: Sequence[Group]) -> str:
         curves = [run["curves"].get("test", {}).get("error", []) for run in group.runs]
         often = curves if all(len(curve) >= EVALUATIONS for curve in curves) else []
         logs = [run["curves"].get("train", {}) for run in group.runs if group.lam_words]
-        shares = [100 * statistics.mean(s or 0 for s in results.shares(log)) for log in logs if log]
+        shares = [100 * statistics.mean(s or 0 for s in _shares(log)) for log in logs if log]
         angles = ("target_angle", "intra_class_angle", "inter_class_angle")
         numbers = (
             _mean([min(curve) for curve in often], 2),
@@ -204,6 +203,11 @@ def _every_run(groups: Sequence[Group]) -> str:
     headers = ("configuration", "changed", "device", "test error %", "lowest", "last six")
     others = ("train error %", "share", "to the column", "intra-class", "inter-class", "seeds")
     return _table((*headers, *others), rows, 9)
+
+
+def _shares(log: dict[str, Any]) -> list[float | None]:
+    """The share of the margin at each point; an older log has λ, null where it was infinite."""
+    return log.get("share") or [0 if lam is None else 1 / (1 + lam) for lam in log["lam"]]
 
 
 def _mean(values: Sequence[float], digits: int) -> str:

@@ -112,59 +112,32 @@ def load_all(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def packed_labels(predicted: ArrayLike, true: ArrayLike) -> dict[str, Any]:
+def packed_labels(predicted: ArrayLike, true: ArrayLike) -> dict[str, str]:
     """A result's ``predictions``: labels as base64 of zlib of little-endian uint16."""
     named = {"labels": np.asarray(predicted), "truth": np.asarray(true)}
     packed = {n: zlib.compress(of.astype("<u2").tobytes(), 9) for n, of in named.items()}
-    text = {name: base64.b64encode(of).decode() for name, of in packed.items()}
-    return text | {"count": len(named["labels"])}
+    return {name: base64.b64encode(of).decode() for name, of in packed.items()}
 
 
-def predicted_labels(result: dict[str, Any]) -> NDArray[np.uint16] | None:
-    """The predicted labels of the test images, in the images' order; None in older results.
+def labels_of(result: dict[str, Any]) -> tuple[NDArray[np.uint16], NDArray[np.uint16]] | None:
+    """Predicted and true labels of the test images, in the images' order; None in older results.
 
     Raises:
       ValueError: the result's ``predictions`` are damaged.
     """
     packed = result.get("predictions")
-    return None if packed is None else _unpacked(packed, "labels")
-
-
-def true_labels(result: dict[str, Any]) -> NDArray[np.uint16] | None:
-    """The true labels of the same images, as `predicted_labels`."""
-    packed = result.get("predictions")
-    return _unpacked(packed, "truth") if packed and "truth" in packed else None
-
-
-def _unpacked(packed: Any, which: str) -> NDArray[np.uint16]:
+    if packed is None:
+        return None
     try:
-        size = 2 * packed["count"]
-        # Limit the size: a few bytes can unpack to gigabytes.
-        found = zlib.decompressobj().decompress(base64.b64decode(packed[which]), size + 1)
-    except (ValueError, TypeError, KeyError, OverflowError, zlib.error) as error:
+        predicted, true = (
+            np.frombuffer(zlib.decompress(base64.b64decode(packed[name])), "<u2")
+            for name in ("labels", "truth")
+        )
+    except (ValueError, TypeError, KeyError, zlib.error) as error:
         raise ValueError(f"predictions must be packed labels: {error}") from error
-    if len(found) != size:
-        raise ValueError(f"predictions must be {packed['count']} labels, got {len(found) / 2:g}")
-    return np.frombuffer(found, "<u2")
-
-
-def shares(seen: dict[str, Any]) -> list[float | None]:
-    """The share of the margin in what updates saw; of older results, which say λ, 1 / (1 + λ).
-
-    Args:
-      seen: a curve, or what one update saw.
-
-    Returns:
-      a number an update, None where the update was not finite; empty if nothing is said.
-    """
-    if "share" in seen:
-        return _listed(seen["share"])
-    # λ was infinite, and is null, where the margin took no part.
-    return [0.0 if lam is None else 1 / (1 + lam) for lam in _listed(seen.get("lam", []))]
-
-
-def _listed(values: Any) -> list[Any]:
-    return values if isinstance(values, list) else [values]
+    if len(predicted) != len(true):
+        raise ValueError(f"predictions must be pairs, got {len(predicted)} for {len(true)} labels")
+    return predicted, true
 
 
 def provenance(devices: int) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def test_a_figure_shows_the_longest_of_equally_reduced_runs():
     assert chosen == long
     assert [figures.label(g) for g in long] == [
         "softmax, learning rate 0.05, 1 seed",
-        "L-Softmax, m = 4, λ self-paced, 1 seed",
+        "L-Softmax, m = 4, λ self-paced by batch, 1 seed",
         "L-Softmax, m = 4, λ annealed to 0, 1 seed",
     ]
 

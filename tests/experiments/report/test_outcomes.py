@@ -113,7 +113,7 @@ def test_groups_are_seeds_in_the_order_of_the_cells(tmp_path):
     assert [run["seed"] for run in tuned.runs] == [0, 1]
     assert tuned.reduction == {"steps": 9}
     assert tuned.text == "9 updates, λ annealed to 5, learning rate 0.05"
-    assert paced.text == "1,000 updates, mirror, λ self-paced"
+    assert paced.text == "1,000 updates, mirror, λ self-paced by batch"
 
 
 def test_runs_on_different_data_have_no_mean():

@@ -112,7 +112,7 @@ def test_every_entry_of_a_changed_run_says_its_λ_and_decay(tmp_path):
     assert short["L-Softmax, m = 4"].split("<br>") == [
         "8.00 (1): λ annealed to 0, decay 0.0005",
         "9.00 (1): λ annealed to 0, base 1, gamma 0.5, decay 0.0005",
-        "7.00 (1): λ self-paced, decay 0.001",
+        "7.00 (1): λ self-paced by batch, decay 0.001",
     ]
     assert short["softmax"] == "6.00 (1): decay 0.0005"
     assert short["CosFace"] == "5.00 (1): λ = 0, scale 16, decay 0.0005"
@@ -123,17 +123,18 @@ def test_every_entry_of_a_changed_run_says_its_λ_and_decay(tmp_path):
     assert faces == "90.00 (1 fold): λ minimum 30, decay 0.0005"
 
 
-def test_λ_by_batch_of_old_runs_differs_from_λ_by_example(tmp_path):
-    run = run_of("mnist-m4", 0, 7.0, steps=8, pace="self-paced")
-    of_old = run | {"curves": {"train": {"step": [1], "lam": [None]}}}
-    of_today = run | {"curves": {"train": {"step": [1], "share": [0.25]}}}
-    for name, changed, said, share in (
-        ("old", of_old, "λ self-paced by batch", "0.0"),
-        ("new", of_today, "λ self-paced", "25.0"),
-    ):
-        found = sections(tmp_path / name, [changed])
-        every = row(found[tables.ALL], ["`mnist-m4`", f"8 updates, {said}"])
-        assert every["share"] == share
+@pytest.mark.parametrize(
+    "pace, said, seen, share",
+    [
+        ("self-paced", "λ self-paced by batch", {"lam": [None, 1.0]}, "25.0"),
+        ("lead", "λ by lead, strength 0.8", {"share": [0.25, None]}, "12.5"),
+    ],
+)
+def test_the_share_comes_from_what_the_log_has(pace, said, seen, share, tmp_path):
+    log = {"train": {"step": [1, 2]} | seen}
+    run = run_of("mnist-m4", 0, 7.0, steps=8, pace=pace) | {"curves": log}
+    every = row(sections(tmp_path, [run])[tables.ALL], ["`mnist-m4`", f"8 updates, {said}"])
+    assert every["share"] == share
 
 
 def test_the_missing_runs_of_the_campaign_are_listed(tmp_path):
@@ -214,7 +215,7 @@ def test_tries_on_the_validation_split(tmp_path):
     assert found[tables.VALIDATED].splitlines()[2:] == [
         "| `mnist-softmax` | 8 updates | 2.00 (1) |",
         "| `mnist-softmax` | 8 updates, learning rate 0.05 | 1.50 (1) |",
-        "| `mnist-arcface` | 8 updates, λ self-paced, scale 16 | 1.20 (1) |",
+        "| `mnist-arcface` | 8 updates, λ self-paced by batch, scale 16 | 1.20 (1) |",
         "| `mnist-m4` | 8 updates, λ annealed to 0 | 2.00 (1) |",
         "| `mnist-m4` | 8 updates, λ annealed to 5 | **1.25 ± 0.35 (2)** |",
     ]

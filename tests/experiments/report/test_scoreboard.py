@@ -22,7 +22,7 @@ def test_a_pipe_gets_one_line_for_each_cell(tmp_path, capsys):
     assert {line.partition(" ")[0] for line in lines} >= CELLS.keys()
     at = "decay 0.0005, 9 updates, width 0.5"
     first = lines.index(f"mnist-m4 0.31 0.35 ± 0.07 (2) 3.00 (1): λ annealed to 0, {at}")
-    assert lines[first + 1] == f"mnist-m4 4.00 (1): λ self-paced, {at}"
+    assert lines[first + 1] == f"mnist-m4 4.00 (1): λ self-paced by batch, {at}"
     assert "cifar10-hinge 9.91 r" in lines and "LFW, m4 98.71" in lines
     assert not any("9.00" in line for line in lines)
 

@@ -115,39 +115,27 @@ def test_predicted_labels_come_back(tmp_path):
     saved = {"predictions": results.packed_labels(labels, labels[::-1])}
     assert len(json.dumps(saved)) < 40_000
     results.save(tmp_path / "a.json", saved)
-    found = results.predicted_labels(results.load(tmp_path / "a.json"))
+    found, true = results.labels_of(results.load(tmp_path / "a.json"))
     assert found.dtype == np.uint16
     np.testing.assert_array_equal(found, labels)
-    true = results.true_labels(results.load(tmp_path / "a.json"))
     np.testing.assert_array_equal(true, labels[::-1])
     # Other programs read this format: base64 of zlib of little-endian uint16.
     raw = zlib.decompress(base64.b64decode(saved["predictions"]["labels"]))
     assert raw[:2] == int(labels[0]).to_bytes(2, "little") and len(raw) == 20_000
-    assert results.predicted_labels({}) is None and results.true_labels({}) is None
-    of_old = {"predictions": {"labels": saved["predictions"]["labels"], "count": 10_000}}
-    assert results.true_labels(of_old) is None
+    assert results.labels_of({}) is None
 
 
 @pytest.mark.parametrize(
     "packed",
     [
         [],
-        {"labels": "", "count": 3},
-        {"labels": "!", "count": 3},
-        {"labels": results.packed_labels([1, 2], [1, 2])["labels"], "count": 3},
-        {"labels": results.packed_labels([1, 2, 3, 4], [1, 2])["labels"], "count": 3},
-        {"labels": results.packed_labels([1, 2, 3], [1])["labels"], "count": "3"},
-        {"labels": base64.b64encode(zlib.compress(bytes(10**8))).decode(), "count": 3},
-        {"count": 3},
+        results.packed_labels([1, 2], [1, 2]) | {"labels": ""},
+        results.packed_labels([1, 2], [1, 2]) | {"labels": "!"},
+        results.packed_labels([1, 2], [1, 2]) | {"truth": None},
+        results.packed_labels([1, 2], [1, 2, 3]),
+        {"labels": results.packed_labels([1, 2], [1, 2])["labels"]},
     ],
 )
 def test_damaged_predictions_are_refused(packed):
     with pytest.raises(ValueError, match="predictions must be"):
-        results.predicted_labels({"predictions": packed})
-
-
-def test_the_share_of_older_results_comes_from_lambda():
-    assert results.shares({"share": [0.25, None, 1.0]}) == [0.25, None, 1.0]
-    assert results.shares({"lam": [3.0, None, 0.0]}) == [0.25, 0.0, 1.0]
-    assert results.shares({"step": 7, "lam": 1.0}) == [0.5]
-    assert results.shares({"loss": [1.0]}) == []
+        results.labels_of({"predictions": packed})
