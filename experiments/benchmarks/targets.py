@@ -4,7 +4,6 @@ Their compilers are ordinary packages that run on any x86-64 Linux CPU. The comp
 which memory, collectives and kernels it would use, but not how fast it would run.
 """
 
-import importlib.util
 import os
 import re
 from collections.abc import Callable
@@ -86,7 +85,7 @@ CHIPS = {
 _SMALLEST = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
 _NEEDED = {
     "tpu": ("libtpu", 'pip install -e ".[aot-tpu]"'),
-    "cuda": ("jax_plugins.xla_cuda12", 'pip install -e ".[aot-gpu]" (5.6 GB)'),
+    "cuda": ("jax-cuda12-plugin", 'pip install -e ".[aot-gpu]" (5.6 GB)'),
 }
 
 
@@ -136,14 +135,6 @@ def placed(tree: Any, sharding: Sharding) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
-def installed(platform: str) -> bool:
-    """Whether a platform's compiler is installed."""
-    try:
-        return importlib.util.find_spec(_NEEDED[platform][0]) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def compilers() -> dict[str, str]:
     """The versions of the compilers that are installed."""
     return peers.versions(("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"))
@@ -162,8 +153,9 @@ def target(name: str) -> Target:
     chip = CHIPS[kind]
     # JAX looks for a TPU as soon as libtpu is installed, unless it is told to use the CPU.
     jax.config.update("jax_platforms", "cpu")
-    if not installed(chip.platform):
-        raise ValueError(f"{name} needs its compiler: {_NEEDED[chip.platform][1]}")
+    package, cure = _NEEDED[chip.platform]
+    if package not in compilers():
+        raise ValueError(f"{name} needs its compiler: {cure}")
     if chip.platform == "cuda":
         described = topologies.get_topology_desc(
             platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=chip.config

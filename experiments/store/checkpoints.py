@@ -1,8 +1,6 @@
 """A run's latest state and a note on disk, by Orbax: whole or not there, for any devices."""
 
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +37,7 @@ class Checkpoints(ocp.CheckpointManager):
         super().__init__(folder.absolute(), options=options)
 
     def add(self, state: State, note: dict[str, Any]) -> None:
-        """Saves a state, unless it is there. Ctrl-C and SIGTERM wait until it is saved.
+        """Saves a state, unless it is there.
 
         Args:
           state: of the run.
@@ -48,7 +46,7 @@ class Checkpoints(ocp.CheckpointManager):
         step = int(state.step)
         if step != self.latest_step():
             saved = ocp.args.StandardSave(state._asdict())
-            with uninterrupted(), _named(self.folder, "no checkpoint could be written"):
+            with _named(self.folder, "no checkpoint could be written"):
                 self.save(step, args=saved, custom_metadata=note)
 
     def latest(self, like: State) -> tuple[State, dict[str, Any]] | None:
@@ -70,22 +68,6 @@ class Checkpoints(ocp.CheckpointManager):
                     regular(file)
             state = State(**self.restore(step, args=ocp.args.StandardRestore(like._asdict())))
             return state, self.metadata(step).custom_metadata
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Puts off Ctrl-C and SIGTERM until the block has ended; from the main thread alone."""
-    came: list[int] = []
-    in_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers}
-    try:
-        yield
-    finally:
-        for asked, handler in before.items():
-            signal.signal(asked, handler)
-    for number in came:
-        signal.raise_signal(number)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and errors that name the file."""
 
 import os
+import shutil
 import stat
 import zipfile
 from collections.abc import Collection, Iterator
@@ -25,12 +26,12 @@ KINDS = {
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes path's place once the block has ended without an error.
 
-    A link stays: its target is replaced. The new file has the mode and the owner of the old one.
+    A link stays: its target is replaced. The new file has the mode of the old one.
 
     Raises:
       ValueError: path is a folder, a named pipe, a socket or a device.
       OSError: naming path, also where the system names no file, as when the disk is full; or path
-        may not be written, or its owner cannot be kept.
+        may not be written, or its mode cannot be kept.
     """
     target = Path(os.path.realpath(path))
     old = regular(path)
@@ -41,28 +42,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         # The name is predictable: remove a link of this name, do not follow it.
         unfinished.unlink(missing_ok=True)
-        with naming(path), open(unfinished, "xb", opener=_private if old else None) as file:
+        with naming(path), open(unfinished, "xb") as file:
             if old:
-                _keep_owner_and_mode(file.fileno(), old)
+                shutil.copymode(target, unfinished)
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _private(name: str, flags: int) -> int:
-    return os.open(name, flags, 0o600)
-
-
-def _keep_owner_and_mode(file: int, old: os.stat_result) -> None:
-    """Only what differs is set: some file systems allow no change at all."""
-    new = os.fstat(file)
-    if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
-        os.fchown(file, old.st_uid, old.st_gid)
-    if stat.S_IMODE(os.fstat(file).st_mode) != stat.S_IMODE(old.st_mode):
-        os.fchmod(file, stat.S_IMODE(old.st_mode))
 
 
 def regular(path: Path) -> os.stat_result | None:

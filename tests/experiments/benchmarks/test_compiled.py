@@ -22,7 +22,8 @@ GUIDE = (CLONE / "docs" / "guide" / "accelerators.md").read_text()
 
 
 def aot(test):
-    missing = pytest.mark.skipif(not targets.installed("tpu"), reason="no libtpu: extra aot-tpu")
+    lacks = "libtpu" not in targets.compilers()
+    missing = pytest.mark.skipif(lacks, reason="no libtpu: extra aot-tpu")
     return pytest.mark.aot(missing(test))
 
 
@@ -34,7 +35,7 @@ def program(target, name, size):
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(targets, "installed", lambda platform: False)
+    monkeypatch.setattr(targets, "compilers", dict)
     for target, extra in (("v5e:2x4", "aot-tpu"), ("h100", "aot-gpu")):
         assert main(["compile", "--targets", target]) == 2
         error = capsys.readouterr().err

@@ -76,32 +76,6 @@ def test_the_mode_stays(tmp_path, mode):
     assert file.read_bytes() == b"new" and stat.S_IMODE(file.stat().st_mode) == mode
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-def test_the_owner_stays(tmp_path):
-    file = tmp_path / "result.json"
-    file.write_text("old")
-    os.chown(file, 12345, 23456)
-    file.chmod(0o640)
-    write(file)
-    found = file.stat()
-    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12345, 23456, 0o640)
-
-
-def test_an_owner_that_cannot_be_kept_is_refused(tmp_path, monkeypatch):
-    file = tmp_path / "result.json"
-    file.write_text("old")
-
-    def forbidden(*_):
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    stays = os.stat_result([*file.stat()[:4], 12345, 23456, *file.stat()[6:]])
-    monkeypatch.setattr(files, "regular", lambda path: stays)
-    monkeypatch.setattr(os, "fchown", forbidden)
-    with pytest.raises(PermissionError, match=r"result.json"):
-        write(file)
-    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
-
-
 def test_a_file_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "result.json"
     file.write_text("old")
@@ -285,24 +259,6 @@ def test_a_damaged_checkpoint_is_named(run):
         pytest.raises(ValueError, match="the checkpoint of step 4 cannot be read"),
     ):
         checkpoints.latest(state(0))
-
-
-def test_interrupts_wait_for_the_checkpoint(tmp_path, monkeypatch):
-    save = Checkpoints.save
-
-    def interrupted(*arguments, **keywords):
-        for _ in range(10):
-            signal.raise_signal(signal.SIGINT)
-        return save(*arguments, **keywords)
-
-    monkeypatch.setattr(Checkpoints, "save", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(KeyboardInterrupt):
-            checkpoints.add(state(4), {})
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["4"]
 
 
 def test_leftovers_of_a_killed_checkpoint_are_removed(run):
