@@ -6,7 +6,9 @@ which memory, collectives and kernels it would use, but not how fast it would ru
 
 import os
 import re
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -38,48 +40,8 @@ class Chip(NamedTuple):
     config: str = ""  # of a GPU: what XLA's compiler asks a device for
 
 
-def _gpu(
-    name: str, capability: int, cores: int, fpus: int, shared: int, l2: int, clock: float,
-    memory: int, bandwidth: int, tflops: float, link: float,
-) -> Chip:  # fmt: skip
-    """A GPU with a text of XLA's GpuTargetConfigProto.
-
-    The values are those of xla/backends/gpu/target_config/specs in openxla/xla, November 2026.
-    """
-    source = "NVIDIA's data sheet, without sparsity; NVLink in one direction"
-    config = f"""
-        gpu_device_info {{
-          cuda_compute_capability {{ major: {capability} minor: 0 }}
-          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-          shared_memory_per_block: 49152 shared_memory_per_core: {shared}
-          shared_memory_per_block_optin: {shared - 1024} core_count: {cores} fpus_per_core: {fpus}
-          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-          registers_per_core_limit: 65536 registers_per_block_limit: 65536
-          memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock}
-          device_memory_size: {memory}
-        }}
-        platform_name: "CUDA"
-        dnn_version_info {{ major: 9 minor: 8 }}
-        device_description_str: "{name}"
-    """
-    return Chip("cuda", memory, tflops, bandwidth // 10**9, link, source, config)
-
-
-_GOOGLE = "cloud.google.com/tpu/docs/"  # its interconnect is given for both directions together
-
-CHIPS = {
-    "v5e": Chip("tpu", int(15.75 * 2**30), 197, 819, 200, _GOOGLE + "v5e"),
-    "v5p": Chip("tpu", int(95.74 * 2**30), 459, 2765, 600, _GOOGLE + "v5p"),
-    "v6e": Chip("tpu", int(31.25 * 2**30), 918, 1638, 400, _GOOGLE + "v6e"),
-    "a100": _gpu("NVIDIA A100-SXM4-80GB", 8, 108, 64, 167936, 41943040, 1.41,
-                 85100068864, 2039040000000, 312, 300),
-    "h100": _gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 233472, 52428800, 1.98,
-                 84942979072, 3352320000000, 989, 450),
-    "h200": _gpu("NVIDIA H200 141GB HBM3e", 9, 132, 128, 233472, 52428800, 1.98,
-                 151397597184, 4800000000000, 989, 450),
-    "b200": _gpu("NVIDIA B200", 10, 148, 128, 233472, 132644864, 1.965,
-                 191514411008, 7672320000000, 2250, 900),
-}  # fmt: skip
+_TABLE = tomllib.loads(Path(__file__).with_name("chips.toml").read_text())
+CHIPS = {name: Chip(**numbers) for name, numbers in _TABLE.items()}
 
 # libtpu describes no single chip: for one chip, take the first of its smallest slice.
 _SMALLEST = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
