@@ -164,7 +164,7 @@ for title, curve in curves.items():
     axes[0].plot(curve["angle"], label=title)
 axes[1].plot(curves["L-Softmax, m = 4"]["share"], color="C1")
 axes[0].set(xlabel="update", ylabel="angle, degrees")
-axes[1].set(xlabel="update", ylabel="the margin's weight", ylim=(0, 1))
+axes[1].set(xlabel="update", ylabel="share of the margin", ylim=(0, 1))
 axes[0].legend()
 plt.show()
 
